@@ -1,0 +1,197 @@
+"""Hessian-vector products of an :class:`~gfs_core.objective.Objective`, and the preconditioned operator.
+
+Two ways, and a choice between them:
+
+- *exact*: one forward and one backward with ``create_graph=True``, then one more backward per product
+  (Pearlmutter 1994). The graph is kept while the weights stay where they are.
+- *from gradients*: the central difference (∇L(w+εv) − ∇L(w−εv)) / 2ε, which needs first derivatives only.
+
+``"auto"`` tries exact, then exact with attention in its plain (math) kernel and compiled code run eagerly,
+then goes over to gradients. Fused attention and compiled code have no second derivative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gfs_core.errors import MeasurementError
+from gfs_core.objective import Objective, finite
+from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm
+
+HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
+Operator: TypeAlias = Callable[[Vector], Vector]
+
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative for .* is not implemented|does not currently support double backward|use_reentrant=True"
+    r"|not compatible with \.grad\(\)|once_differentiable|Trying to backward through the graph a second time",
+    re.DOTALL,
+)
+
+
+class Hessian:
+    """The Hessian of ``objective`` at the present weights, as an operator on vectors.
+
+    Args:
+        objective: the loss on the probe.
+        method: ``"exact"``, ``"gradients"`` or ``"auto"``.
+
+    Attributes:
+        hvps: products computed so far.
+        method: how products are computed now; ``"auto"`` until the first product has settled it.
+        reason: why the products are not the plain exact ones; empty where they are.
+        error: relative error of a product from gradients, as the difference of two step lengths; 0 where exact.
+
+    Raises:
+        MeasurementError: from a product, where ``method="exact"`` and there is no second derivative.
+    """
+
+    def __init__(self, objective: Objective, method: HvpMethod = "auto") -> None:
+        if method not in ("auto", "exact", "gradients"):
+            raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
+        self.objective = objective
+        self.method: HvpMethod = method
+        self.hvps = 0
+        self.error = 0.0
+        self.reason = ""
+        self._graph: tuple[list[Tensor], list[int]] | None = None
+        self._plain_kernels = False
+        self._may_fall_back = method == "auto"
+
+    def __call__(self, vector: Vector) -> Vector:
+        """H·v, a new vector of the same shapes."""
+        self.hvps += 1
+        while self.method != "gradients":
+            try:
+                product = self._exact(vector)
+            except RuntimeError as error:
+                self._next_method(error)
+            else:
+                self.method = "exact"
+                return product
+        return self._from_gradients(vector)
+
+    def release(self) -> None:
+        """Drop the kept graph; to be called before the weights move."""
+        self._graph = None
+
+    def _next_method(self, error: RuntimeError) -> None:
+        text = str(error).splitlines()[0]
+        self.release()
+        if isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(str(error)):
+            raise error
+        if not self._plain_kernels:
+            self._plain_kernels = True
+            self.reason = f"second derivatives need plain attention kernels and uncompiled code here ({text})"
+        elif self._may_fall_back:
+            self.method = "gradients"
+            self.reason = f"products come from differences of gradients: no second derivative ({text})"
+        else:
+            raise MeasurementError(
+                f"hvp='exact' was asked for, but this model has no second derivative ({text}); use hvp='auto'"
+            ) from error
+
+    def _exact(self, vector: Vector) -> Vector:
+        batches = self.objective.batches
+        with self._kernels():
+            if len(batches) == 1:
+                if self._graph is None:
+                    self._graph = self._differentiate(batches[0])
+                return self._second(self._graph, vector, keep=True)
+            total: Vector = []
+            for batch in batches:
+                product = self._second(self._differentiate(batch), vector, keep=False)
+                if total:
+                    axpy(1.0, product, total)
+                else:
+                    total = product
+            torch._foreach_div_(total, float(len(batches)))
+            return total
+
+    def _differentiate(self, batch: object) -> tuple[list[Tensor], list[int]]:
+        """The gradient's tensors that depend on the weights, and their places."""
+        loss = self.objective.forward(batch)
+        finite(float(loss.detach()))
+        grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
+        self.objective.grad_evals += 1
+        live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        return [grads[i] for i in live], live
+
+    def _second(self, graph: tuple[list[Tensor], list[int]], vector: Vector, keep: bool) -> Vector:
+        grads, live = graph
+        params = self.objective.params
+        if not live:  # the loss is linear in every weight
+            return [torch.zeros_like(p) for p in params]
+        product = torch.autograd.grad(grads, params, [vector[i] for i in live], retain_graph=keep, allow_unused=True)
+        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(product, params, strict=True)]
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        # Around forward *and* backward: checkpointed layers run their forward again inside the backward.
+        if not self._plain_kernels:
+            yield
+            return
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def _from_gradients(self, vector: Vector) -> Vector:
+        params = self.objective.params
+        length = norm(vector)
+        if length == 0.0:
+            return [torch.zeros_like(p) for p in params]
+        eps = torch.finfo(params[0].dtype).eps ** (1 / 3) * max(1.0, norm(params)) / length
+        product = self._difference(vector, eps)
+        if self.error == 0.0:  # once: the same product with another step length tells what the method is worth here
+            other = self._difference(vector, 2 * eps)
+            axpy(-1.0, product, other)
+            pp, oo = dots([(product, product), (other, other)])
+            self.error = (oo / pp) ** 0.5 if pp > 0 else 0.0
+        return product
+
+    def _difference(self, vector: Vector, eps: float) -> Vector:
+        params = [p.detach() for p in self.objective.params]
+        held = clone(params)
+        try:
+            axpy(eps, vector, params)
+            plus = self.objective.gradient()[1]
+            copy(held, params)
+            axpy(-eps, vector, params)
+            minus = self.objective.gradient()[1]
+        finally:
+            copy(held, params)
+        axpy(-1.0, minus, plus)
+        torch._foreach_div_(plus, 2 * eps)
+        return plus
+
+
+class Preconditioned:
+    """The operator S·(H + shift)·S with a diagonal S: curvature in the coordinates of the optimizer.
+
+    Args:
+        hessian: H.
+        scale: the diagonal of S per parameter, a tensor of its shape or a number; ``None``: the identity.
+        shift: coupled weight decay per parameter, added to the diagonal of H; ``None``: none.
+    """
+
+    def __init__(
+        self, hessian: Hessian, scale: Sequence[Tensor | float] | None, shift: Sequence[float] | None = None
+    ) -> None:
+        self.hessian, self.scale, self.shift = hessian, scale, shift
+
+    def __call__(self, vector: Vector) -> Vector:
+        """S·(H + shift)·S·v."""
+        inner = vector if self.scale is None else [v * s for v, s in zip(vector, self.scale, strict=True)]
+        product = self.hessian(inner)
+        if self.shift is not None:
+            for h, v, shift in zip(product, inner, self.shift, strict=True):
+                h.add_(v, alpha=shift)
+        if self.scale is not None:
+            for h, s in zip(product, self.scale, strict=True):
+                h.mul_(s)
+        return product

@@ -1,0 +1,137 @@
+"""The loss on the probe, as a function of the weights in place.
+
+There is no functional copy of the model: hooks, tied weights, quantised layers and framework wrappers keep
+working, because what is evaluated is the user's own module with its own parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core.errors import MeasurementError
+from gfs_core.isolation import Isolation
+from gfs_core.vectors import Vector, axpy
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+_NEEDS_BACKWARD = re.compile(r"use_reentrant=True|backward\(\) must be called|not compatible with \.grad\(\)")
+
+
+class Objective:
+    """Mean of ``loss_fn(model, batch)`` over ``batches``.
+
+    Args:
+        model: the module whose parameters the loss depends on.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor: the mean over the batch.
+        batches: the probe. With several batches one graph is alive at a time.
+        params: the space in which curvature is measured; those with ``requires_grad`` count, each once.
+            By default all parameters of ``model``.
+        isolation: rewound before every evaluation, so that all evaluations are the same function.
+
+    Raises:
+        MeasurementError: where there is nothing to measure.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        params: Sequence[Tensor] | None = None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        given = list(model.parameters()) if params is None else params
+        self.params: Vector = list({id(p): p for p in given if p.requires_grad}.values())
+        if not self.params:
+            raise MeasurementError("the model has no trainable parameter: every `requires_grad` is False")
+        if not batches:
+            raise MeasurementError("the probe is empty; give at least one batch")
+        self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
+        self.grad_evals = 0
+        self._accumulates = False
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss on one batch, with its graph.
+
+        Raises:
+            MeasurementError: the loss is not a 0-dim tensor with a graph.
+        """
+        if self.isolation is not None:
+            self.isolation.rewind()
+        with torch.enable_grad():
+            loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise MeasurementError(f"the loss function must return a 0-dim tensor, got {got}")
+        if not loss.requires_grad:
+            raise MeasurementError("the loss does not depend on any trainable parameter (no graph)")
+        return loss.reshape(())
+
+    def gradient(self) -> tuple[float, Vector]:
+        """Loss and gradient at the present weights; unused parameters have gradient zero.
+
+        Raises:
+            MeasurementError: the loss is not finite.
+        """
+        total = 0.0
+        out: Vector = []
+        for batch in self.batches:
+            loss, grads = self._differentiate(batch)
+            total += loss
+            if out:
+                axpy(1.0, grads, out)
+            else:
+                out = grads
+        self.grad_evals += 1
+        if len(self.batches) > 1:
+            torch._foreach_div_(out, float(len(self.batches)))
+        return finite(total / len(self.batches)), out
+
+    def loss(self) -> float:
+        """The loss at the present weights, without its gradient.
+
+        Raises:
+            MeasurementError: it is not finite.
+        """
+        values = [float(self.forward(batch).detach()) for batch in self.batches]
+        return finite(sum(values) / len(values))
+
+    def _differentiate(self, batch: Any) -> tuple[float, Vector]:
+        if not self._accumulates:
+            loss = self.forward(batch)
+            try:
+                grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+            except RuntimeError as error:
+                # Re-entrant checkpointing forbids torch.autograd.grad; only .backward() into .grad works there.
+                if self.isolation is None or not _NEEDS_BACKWARD.search(str(error)):
+                    raise
+                self._accumulates = True
+            else:
+                return float(loss.detach()), self._dense(grads)
+        assert self.isolation is not None
+        loss = self.forward(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        grads = tuple(p.grad for p in self.params)
+        for p in self.isolation.parameters:
+            p.grad = None  # the isolation holds the user's own
+        return float(loss.detach()), self._dense(grads)
+
+    def _dense(self, grads: Sequence[Tensor | None]) -> Vector:
+        return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
+
+
+def finite(value: float) -> float:
+    """``value``, or an error where it is not finite.
+
+    Raises:
+        MeasurementError: it is infinite or not a number.
+    """
+    if not math.isfinite(value):
+        raise MeasurementError(f"the loss on the probe is not finite ({value})")
+    return value

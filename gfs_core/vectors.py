@@ -1,0 +1,85 @@
+"""Vector algebra over lists of tensors.
+
+A *vector* here is a list of tensors with the shapes of the parameters: nothing is ever flattened into
+one long tensor, so a vector costs exactly one copy of the weights. Everything goes through
+``torch._foreach_*``, and inner products come back to the host together, in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = list[Tensor]
+
+
+def clone(vector: Sequence[Tensor]) -> Vector:
+    """Copy of ``vector``, detached."""
+    return [t.detach().clone() for t in vector]
+
+
+def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
+    """Standard normal vector with the shapes, dtypes and devices of ``vector``.
+
+    Drawn on the CPU so that the same ``generator`` gives the same direction on every device, and never
+    touches the global random state.
+    """
+    return [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in vector]
+
+
+def axpy(a: float, x: Vector, y: Vector) -> None:
+    """``y += a * x``, in place."""
+    torch._foreach_add_(y, x, alpha=a)
+
+
+def scale(a: float, x: Vector) -> None:
+    """``x *= a``, in place."""
+    torch._foreach_mul_(x, a)
+
+
+def combine(a: float, x: Vector, b: float, y: Vector) -> None:
+    """``y = a * x + b * y``, in place."""
+    torch._foreach_mul_(y, b)
+    torch._foreach_add_(y, x, alpha=a)
+
+
+def copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """``target[:] = source``, in place."""
+    torch._foreach_copy_(list(target), list(source))
+
+
+def swap(x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+    """Exchange the contents of ``x`` and ``y`` with one tensor of extra memory at a time."""
+    for a, b in zip(x, y, strict=True):
+        held = a.clone()
+        a.copy_(b)
+        b.copy_(held)
+
+
+def dots(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
+    """Inner products of several pairs of vectors, in float64 on the host with a single transfer.
+
+    Each tensor's own product is accumulated in its dtype (float32 for half precision), the sum over
+    tensors in float64.
+    """
+    parts = [torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]) for x, y in pairs]
+    return cast(list[float], torch.stack([p.sum() for p in parts]).tolist())
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
+    """Inner product of two vectors."""
+    return dots([(x, y)])[0]
+
+
+def norm(x: Sequence[Tensor]) -> float:
+    """Euclidean norm of a vector."""
+    return dot(x, x) ** 0.5
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1)).double()

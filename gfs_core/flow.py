@@ -1,0 +1,234 @@
+"""Gradient flow dw/dt = −D⁻¹∇L(w), integrated with a stabilised explicit method.
+
+The flow is stiff: at the edge of stability λ₁ ≈ 2/η, and an explicit method of fixed order is held to steps of
+about 2.8/λ₁ however smooth the path is. Runge–Kutta–Chebyshev of second order (RKC2: Sommeijer, Shampine and
+Verwer, "RKC: an explicit solver for parabolic PDEs", J. Comput. Appl. Math. 88, 1998) spends s gradients for a
+step of about 0.65·s²/λ₁.
+
+Differences from that paper, and why:
+
+1. The spectral radius is the sharpness that was just measured (plus a margin), updated by warm products as
+   the flow moves: no power iteration of its own.
+2. The error is measured in the 2-norm against the *path* travelled so far, not against |w|: what is wanted is
+   where the flow has gone, and the weights are long compared with a few steps' worth of flow.
+3. A step that raises the loss is rejected, whatever the error estimate says: along a gradient flow the loss
+   falls (dL/dt = −‖∇L‖²).
+
+D is the identity, or a diagonal preconditioner; then the flow is gradient flow in the coordinates of the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gfs_core.errors import MeasurementError, Reason
+from gfs_core.objective import Objective
+from gfs_core.vectors import Vector, clone, copy, dots, swap
+
+_DAMPING = 2 / 13
+_MAX_STAGES = 400
+
+
+class Stages(NamedTuple):
+    """Coefficients of an s-stage RKC2 step; index j of each tuple belongs to stage j."""
+
+    mu: tuple[float, ...]
+    nu: tuple[float, ...]
+    mu_tilde: tuple[float, ...]
+    gamma_tilde: tuple[float, ...]
+
+
+@lru_cache(maxsize=512)
+def stages(s: int) -> Stages:
+    """RKC2 coefficients for ``s ≥ 2`` stages (Sommeijer et al. 1998, eqs. 2.2–2.8)."""
+    w0 = 1 + _DAMPING / s**2
+    t, dt, ddt = [1.0, w0], [0.0, 1.0], [0.0, 0.0]
+    for _ in range(2, s + 1):
+        ddt.append(4 * dt[-1] + 2 * w0 * ddt[-1] - ddt[-2])
+        dt.append(2 * t[-1] + 2 * w0 * dt[-1] - dt[-2])
+        t.append(2 * w0 * t[-1] - t[-2])
+    w1 = dt[s] / ddt[s]
+    b = [0.0, 0.0] + [ddt[j] / dt[j] ** 2 for j in range(2, s + 1)]
+    b[0] = b[1] = b[2]
+    a = [1 - b[j] * t[j] for j in range(s + 1)]
+    mu, nu, mu_tilde, gamma_tilde = [0.0, 0.0], [0.0, 0.0], [0.0, b[1] * w1], [0.0, 0.0]
+    for j in range(2, s + 1):
+        mu.append(2 * b[j] * w0 / b[j - 1])
+        nu.append(-b[j] / b[j - 2])
+        mu_tilde.append(2 * b[j] * w1 / b[j - 1])
+        gamma_tilde.append(-a[j - 1] * mu_tilde[j])
+    return Stages(tuple(mu), tuple(nu), tuple(mu_tilde), tuple(gamma_tilde))
+
+
+def stability_interval(s: int) -> float:
+    """β(s): a step h is stable on the negative real axis while h·ρ ≤ β(s) (eq. 2.9)."""
+    return 2 / 3 * (s**2 - 1) * (1 - 2 / 15 * _DAMPING)
+
+
+def stages_needed(h_rho: float) -> int:
+    """The least number of stages, at least 2, whose stability interval holds h·ρ."""
+    return max(2, math.ceil(math.sqrt(1 + h_rho / stability_interval(2) * 3)))
+
+
+@dataclass
+class FlowState:
+    """Where a flow stands; passed in and returned, so that it can be continued.
+
+    Attributes:
+        time: flow time so far.
+        loss: loss at the present weights.
+        field: dw/dt at the present weights (first same as last: the next step's first stage).
+        path: length of the path travelled.
+        step: step length that the error control proposes next; 0 before the first step.
+        steps: accepted steps.
+        rejected: rejected steps.
+        reason: why the flow ended early; empty where it did not.
+    """
+
+    time: float
+    loss: float
+    field: Vector
+    path: float = 0.0
+    step: float = 0.0
+    steps: int = 0
+    rejected: int = 0
+    reason: Reason = Reason.OK
+
+
+class Flow:
+    """Integrates gradient flow of ``objective`` in place, from the present weights.
+
+    Args:
+        objective: the loss; its ``params`` are moved.
+        rho: ρ(), an estimate of the largest eigenvalue of D⁻¹H at the present weights. Called at the start
+            of a step when the weights have moved enough.
+        preconditioner: D⁻¹ per parameter (a tensor of its shape or a number); ``None``: the identity.
+        rtol: error of one step relative to the path travelled.
+        max_grads: gradients allowed.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        rho: Callable[[], float],
+        *,
+        preconditioner: Sequence[Tensor | float] | None = None,
+        rtol: float = 0.1,
+        max_grads: int = 100_000,
+    ) -> None:
+        self.objective, self.estimate_rho, self.preconditioner = objective, rho, preconditioner
+        self.rtol, self.max_grads = rtol, max_grads
+        self.grad_evals = 0
+        self._rho = 0.0
+        self._rho_age = math.inf
+        self.eps = torch.finfo(objective.params[0].dtype).eps
+
+    def start(self) -> FlowState:
+        """The state at the present weights; costs one gradient."""
+        loss, field = self._field()
+        return FlowState(0.0, loss, field)
+
+    def advance(self, state: FlowState, until: float, loss_cutoff: float | None = None) -> FlowState:
+        """Integrate to flow time ``until``, to ``loss_cutoff`` or to the limit of gradients; ``state`` is consumed.
+
+        The weights in place are those of the returned state.
+        """
+        params = [p.detach() for p in self.objective.params]
+        if state.step == 0.0:
+            state.step = self._first_step(state, until)
+        held, buffer = clone(params), clone(params)
+        while state.time < until * (1 - 1e-12):
+            if loss_cutoff is not None and state.loss <= loss_cutoff:
+                state.reason = Reason.LOSS_CUTOFF
+                break
+            if self.grad_evals >= self.max_grads:
+                state.reason = Reason.MAX_GRADIENTS
+                break
+            rho = self._spectral_radius(state)
+            remaining = until - state.time
+            h = min(state.step, remaining, stability_interval(_MAX_STAGES) / rho)
+            if remaining < 2 * h and h < remaining:
+                h = remaining / 2  # two equal steps rather than one full and one sliver
+            s = stages_needed(h * rho)
+            copy(params, held)
+            try:
+                loss, field, error, length = self._step(state.field, held, buffer, params, h, s)
+            except MeasurementError:  # a non-finite loss on the way: the step was far too long
+                loss, field, error, length = math.inf, state.field, math.inf, 0.0
+            ratio = error / (self.rtol * (state.path + length)) if error else 0.0
+            noise = 20 * self.eps * abs(state.loss)
+            if ratio <= 1.0 and loss <= state.loss + noise:
+                state.time = until if h == remaining else state.time + h
+                state.path += length
+                state.loss, state.field = loss, field
+                state.steps += 1
+                self._rho_age += h * rho
+                state.step = h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3))
+            else:
+                copy(held, params)
+                state.rejected += 1
+                self._rho_age = math.inf if loss > state.loss + noise else self._rho_age
+                shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
+                state.step = h * min(max(shrink, 0.1), 0.7)
+                if state.step * rho < 1e-4:
+                    state.reason = Reason.STEP_TOO_SMALL
+                    break
+        return state
+
+    def _step(
+        self, f0: Vector, y0: Vector, older: Vector, params: Vector, h: float, s: int
+    ) -> tuple[float, Vector, float, float]:
+        """One RKC2 step; the weights go from y0 to y1. Returns loss, field, error estimate and ‖y1 − y0‖."""
+        c = stages(s)
+        copy(y0, older)
+        torch._foreach_add_(params, f0, alpha=h * c.mu_tilde[1])
+        for j in range(2, s + 1):
+            field = self._field()[1]
+            torch._foreach_mul_(older, c.nu[j])
+            torch._foreach_add_(older, params, alpha=c.mu[j])
+            torch._foreach_add_(older, y0, alpha=1 - c.mu[j] - c.nu[j])
+            torch._foreach_add_(older, field, alpha=h * c.mu_tilde[j])
+            torch._foreach_add_(older, f0, alpha=h * c.gamma_tilde[j])
+            del field
+            swap(older, params)
+        loss, f1 = self._field()
+        # 0.8 (y0 − y1) + 0.4 h (F0 + F1); the buffer of older stages is free now
+        copy(y0, older)
+        torch._foreach_sub_(older, params)
+        (square,) = dots([(older, older)])
+        torch._foreach_mul_(older, 0.8)
+        torch._foreach_add_(older, f0, alpha=0.4 * h)
+        torch._foreach_add_(older, f1, alpha=0.4 * h)
+        (error,) = dots([(older, older)])
+        return loss, f1, error**0.5, square**0.5
+
+    def _field(self) -> tuple[float, Vector]:
+        self.grad_evals += 1
+        loss, field = self.objective.gradient()
+        if self.preconditioner is None:
+            torch._foreach_neg_(field)
+        else:
+            for f, d in zip(field, self.preconditioner, strict=True):
+                f.mul_(d).neg_()
+        return loss, field
+
+    def _spectral_radius(self, state: FlowState) -> float:
+        # Re-estimated when about ten times the fastest time scale has gone by, and at longer and longer
+        # intervals as the flow slows down.
+        if self._rho_age >= max(10.0, 0.5 * state.time * self._rho):
+            self._rho = self.estimate_rho() * 1.1
+            self._rho_age = 0.0
+            if not math.isfinite(self._rho) or self._rho <= 0:
+                self._rho = 1e-12
+        return self._rho
+
+    def _first_step(self, state: FlowState, until: float) -> float:
+        rho = self._spectral_radius(state)
+        return min(until, max(8.0 / rho, 1e-3 * until))

@@ -1,0 +1,41 @@
+"""How close a training run is to instability: the framework-free core.
+
+Only the names listed here are public; modules of this package may change.
+"""
+
+from gfs_core.config import GFSConfig
+from gfs_core.curvature import Hessian
+from gfs_core.eigen import EigenResult, largest_eigenvalues
+from gfs_core.errors import ConfigError, GFSError, GFSWarning, MeasurementError, Reason
+from gfs_core.flow import Flow
+from gfs_core.history import read as read_history
+from gfs_core.isolation import Isolation
+from gfs_core.measure import FlowResult, Measurement, gfs_sharpness, log_keys, sharpness, stability
+from gfs_core.monitor import StabilityMonitor
+from gfs_core.objective import Objective
+from gfs_core.stability import Stability, stability_of
+
+__all__ = [
+    "ConfigError",
+    "EigenResult",
+    "Flow",
+    "FlowResult",
+    "GFSConfig",
+    "GFSError",
+    "GFSWarning",
+    "Hessian",
+    "Isolation",
+    "Measurement",
+    "MeasurementError",
+    "Objective",
+    "Reason",
+    "Stability",
+    "StabilityMonitor",
+    "gfs_sharpness",
+    "largest_eigenvalues",
+    "log_keys",
+    "read_history",
+    "sharpness",
+    "stability",
+    "stability_of",
+]

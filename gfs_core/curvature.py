@@ -84,7 +84,9 @@ class Hessian:
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
-        if isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(str(error)):
+        if isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(
+            str(error)
+        ):
             raise error
         if not self._plain_kernels:
             self._plain_kernels = True

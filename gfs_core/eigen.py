@@ -188,7 +188,9 @@ class _Ritz:
             pp = torch.tensor(flat[m * m :], dtype=torch.float64).reshape(m, m)
             for residual, value in zip(r, values, strict=True):
                 flat = dots([(b, residual) for b in hp] + [(a, residual) for a in p])
-                right = torch.tensor(flat[:m], dtype=torch.float64) - value * torch.tensor(flat[m:], dtype=torch.float64)
+                right = torch.tensor(flat[:m], dtype=torch.float64) - value * torch.tensor(
+                    flat[m:], dtype=torch.float64
+                )
                 left = (php + php.T) / 2 - value * pp
                 beta = torch.linalg.lstsq(left, -right.unsqueeze(1)).solution.flatten().tolist()
                 for b, direction in zip(beta, p, strict=True):

@@ -117,10 +117,10 @@ class Objective:
         assert self.isolation is not None
         loss = self.forward(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        grads = tuple(p.grad for p in self.params)
+        held = [p.grad for p in self.params]
         for p in self.isolation.parameters:
             p.grad = None  # the isolation holds the user's own
-        return float(loss.detach()), self._dense(grads)
+        return float(loss.detach()), self._dense(held)
 
     def _dense(self, grads: Sequence[Tensor | None]) -> Vector:
         return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]

@@ -76,7 +76,7 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
 
 def norm(x: Sequence[Tensor]) -> float:
     """Euclidean norm of a vector."""
-    return dot(x, x) ** 0.5
+    return float(dot(x, x) ** 0.5)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

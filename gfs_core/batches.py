@@ -1,0 +1,44 @@
+"""Batches as nested containers of tensors: cutting them to size, keeping them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def batch_size(batch: Any) -> int | None:
+    """Length of the first dimension of the first tensor found; ``None`` where there is none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((n for item in items if (n := batch_size(item)) is not None), None)
+
+
+def first_examples(batch: Any, count: int) -> Any:
+    """The first ``count`` examples: every tensor whose first dimension is the batch's is cut, the rest kept."""
+    size = batch_size(batch)
+    if size is None or size <= count:
+        return batch
+    return _map(batch, lambda t: t[:count] if t.ndim and t.shape[0] == size else t)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with its tensors copied, detached."""
+    return _map(batch, lambda t: t.detach().clone())
+
+
+def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "copy")):
+        out = batch.copy()
+        for key, value in batch.items():
+            out[key] = _map(value, change)
+        return out
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map(item, change) for item in batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(_map(item, change) for item in batch)
+    return batch

@@ -1,0 +1,101 @@
+"""All options, declared once: names, types, defaults and help."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from gfs_core.errors import ConfigError
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class GFSConfig:
+    """Options of a :class:`~gfs_core.monitor.StabilityMonitor`, and so of every adapter.
+
+    The help of each option is in its metadata; ``GFSConfig.help()`` gives it as a dictionary.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    tier: Literal["sharpness", "gfs", "gfs_full"] = _option(
+        "gfs",
+        "Dearest quantity measured: sharpness; gfs adds the short-horizon GFS sharpness; gfs_full adds the full "
+        "gradient flow solution (small models only).",
+    )
+    every: int = _option(10, "Optimizer steps between measurements; the budget may lengthen it, never shorten.")
+    max_overhead: float | None = _option(
+        0.05, "Fraction of wall time that measuring may take after the first measurement; null: no budget."
+    )
+    horizon: float = _option(4.0, "Flow time of the short-horizon GFS sharpness, in units of the learning rate.")
+    probe: Literal["batch", "fixed"] = _option(
+        "batch", "Measure on the current batch, or on a fixed probe of the first batches."
+    )
+    probe_batches: int = _option(1, "Batches in the fixed probe.")
+    probe_size: int | None = _option(None, "Examples of a batch used for measuring; null: all of them.")
+    hvp: Literal["auto", "exact", "gradients"] = _option(
+        "auto", "How Hessian-vector products are computed: by double backward, from gradients, or whichever works."
+    )
+    tol: float = _option(1e-2, "Relative residual at which an eigenvalue counts as converged.")
+    rtol: float = _option(1e-2, "Relative error of the sharpness that the flow aims at.")
+    max_hvps: int = _option(100, "Hessian-vector products allowed per eigenvalue.")
+    max_grads: int = _option(20_000, "Gradients allowed per full gradient flow solution.")
+    history: str | None = _option(
+        None, "Path of the JSON-lines history; null: beside the framework's own logs, where there are any."
+    )
+    strict: bool = _option(False, "Raise where a measurement fails, instead of warning once and training on.")
+    seed: int = _option(0, "Seed of the random directions of the eigenvalue solver.")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            self._check_type(f.name, hints[f.name], getattr(self, f.name))
+        for name, low in (("every", 1), ("probe_batches", 1), ("probe_size", 1), ("max_hvps", 1), ("max_grads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"`{name}` must be ≥ {low}, got {value}")
+        for name in ("horizon", "tol", "rtol"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
+        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
+            raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
+
+    @staticmethod
+    def _check_type(name: str, hint: Any, value: Any) -> None:
+        choices = [a for a in get_args(hint) if isinstance(a, str)]
+        if choices:
+            if value not in choices:
+                raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
+            return
+        allowed = get_args(hint) or (hint,)
+        number = isinstance(value, int) and not isinstance(value, bool) and float in allowed
+        if isinstance(value, bool) != (bool in allowed) or not (isinstance(value, allowed) or number):
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+            raise ConfigError(f"`{name}` must be {wanted}, got {value!r}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> GFSConfig:
+        """A config from keyword arguments.
+
+        Raises:
+            ConfigError: an option is not known, or out of its range.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option `{name}`; the options are {', '.join(sorted(known))}")
+        return cls(**options)
+
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """Help text of each option, by name."""
+        return {f.name: _help(f) for f in fields(cls)}
+
+
+def _help(f: Field[Any]) -> str:
+    return str(f.metadata["help"])

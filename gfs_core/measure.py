@@ -1,0 +1,422 @@
+"""The measurements: sharpness, GFS sharpness, and both beside the optimizer's threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core.curvature import Hessian, HvpMethod, Preconditioned
+from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
+from gfs_core.errors import MeasurementError, Reason
+from gfs_core.flow import Flow, FlowState
+from gfs_core.isolation import Isolation
+from gfs_core.objective import LossFn, Objective
+from gfs_core.stability import Stability, parameters_of, stability_of
+from gfs_core.vectors import Vector, clone
+
+LOG_PREFIX = "gfs/"
+LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
+SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
+
+
+@dataclass(frozen=True)
+class FlowResult:
+    """Sharpness at the end of a gradient flow.
+
+    Attributes:
+        sharpness: the largest eigenvalue there (of the operator that the flow belongs to).
+        loss: the loss there.
+        time: flow time; the end of a full solution is where nothing changes any more.
+        steps: accepted steps.
+        grad_evals: gradients used.
+        hvps: Hessian-vector products used.
+        error: |difference| of the sharpness at two tolerances, where asked for.
+        converged: the end was reached.
+        reason: why not, or that the value belongs to a loss cutoff; empty otherwise.
+    """
+
+    sharpness: float
+    loss: float
+    time: float
+    steps: int
+    grad_evals: int
+    hvps: int
+    converged: bool
+    reason: Reason = Reason.OK
+    error: float | None = None
+
+
+def _key(text: str) -> Any:
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement; a value that could not be had is ``None``, and ``reasons`` says why.
+
+    The fields that are numbers are the log keys without their prefix ``gfs/``.
+    """
+
+    step: int
+    optimizer_name: str = ""
+    sharpness: float | None = _key("largest eigenvalue λ₁ of the loss Hessian on the probe")
+    preconditioned_sharpness: float | None = _key(
+        "largest eigenvalue in the optimizer's own coordinates; adaptive optimizers, weight decay, several rates"
+    )
+    threshold: float | None = _key("the (preconditioned) sharpness at which the optimizer stops being stable")
+    stability_ratio: float | None = _key("(preconditioned) sharpness / threshold; 1 is the edge of stability")
+    gfs_sharpness: float | None = _key(
+        "the same eigenvalue after gradient flow for `horizon` learning rates: raw sharpness without its oscillation"
+    )
+    gfs_stability_ratio: float | None = _key("gfs_sharpness / threshold")
+    gfs_sharpness_full: float | None = _key("sharpness of the full gradient flow solution, the paper's quantity")
+    loss_probe: float | None = _key("loss on the probe")
+    learning_rate: float | None = _key("rate of the optimizer's reference group")
+    overhead: float | None = _key("fraction of the run's wall time spent measuring so far")
+    hvps: int | None = _key("Hessian-vector products of this measurement")
+    grad_evals: int | None = _key("gradients of this measurement")
+    residual: float | None = _key("bound on the distance of the sharpness to an eigenvalue, relative to it")
+    seconds: float | None = _key("wall time of this measurement")
+    reasons: tuple[str, ...] = ()
+
+    def as_log_dict(self) -> dict[str, float]:
+        """The values that were had, under their log keys."""
+        values = {name: getattr(self, name) for name in _LOGGED}
+        return {LOG_PREFIX + name: float(value) for name, value in values.items() if value is not None}
+
+
+_LOGGED = {
+    f.name: str(f.metadata["help"])
+    for f in fields(Measurement)
+    if "help" in f.metadata and f.name not in ("residual", "seconds", "learning_rate")
+}
+
+
+def log_keys() -> dict[str, str]:
+    """Every log key with its meaning."""
+    return {LOG_PREFIX + name: text for name, text in _LOGGED.items()}
+
+
+class Probe:
+    """Everything one measurement works with: the objective, its Hessian, and the eigenvalue settings."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        hvp: HvpMethod = "auto",
+        tol: float = 1e-2,
+        max_hvps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.objective = objective
+        self.hessian = Hessian(objective, hvp)
+        self.tol, self.max_hvps = tol, max_hvps
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def top(
+        self,
+        stability: Stability | None = None,
+        start: Vector | None = None,
+        tol: float | None = None,
+    ) -> EigenResult:
+        """Largest eigenvalue at the present weights, of H or of the optimizer's operator."""
+        operator = self.hessian if stability is None else Preconditioned(self.hessian, stability.scale, stability.shift)
+        return largest_eigenvalues(
+            operator,
+            self.objective.params,
+            tol=self.tol if tol is None else tol,
+            max_hvps=self.max_hvps,
+            start=None if start is None else [start],
+            generator=self.generator,
+            product_error=self.hessian.error,
+        )
+
+    def flow(self, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int) -> _Flowing:
+        """A flow from the present weights, in the coordinates of ``stability``."""
+        return _Flowing(self, top, stability, rtol, max_grads)
+
+
+class _Flowing:
+    """A flow together with the running estimate of the stiffest direction."""
+
+    def __init__(
+        self, probe: Probe, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int
+    ) -> None:
+        self.probe, self.stability = probe, stability
+        self.vector = clone(top.vector)
+        self._known: float | None = top.value + top.residual
+        inverse: list[Tensor | float] | None = None
+        if stability is not None and stability.scale is not None:
+            inverse = [s**2 for s in stability.scale]
+        probe.hessian.release()
+        self.flow = Flow(probe.objective, self._rho, preconditioner=inverse, rtol=rtol, max_grads=max_grads)
+
+    def _rho(self) -> float:
+        if self._known is not None:
+            known, self._known = self._known, None
+            return known
+        result = self.top(tol=0.1)
+        return max(result.value, 0.0) + result.residual
+
+    def top(self, tol: float | None = None) -> EigenResult:
+        """The largest eigenvalue where the flow stands, warm from the last one."""
+        self.probe.hessian.release()
+        result = self.probe.top(self.stability, start=self.vector, tol=tol)
+        self.vector = result.vector
+        self.probe.hessian.release()
+        return result
+
+    def result(self, state: FlowState, top: EigenResult, converged: bool, reason: Reason = Reason.OK) -> FlowResult:
+        return FlowResult(
+            top.value,
+            state.loss,
+            state.time,
+            state.steps,
+            self.flow.grad_evals,
+            self.probe.hessian.hvps,
+            converged and top.converged,
+            state.reason or reason or top.reason,
+        )
+
+
+def flow_for(flowing: _Flowing, time: float) -> FlowResult:
+    """Sharpness after flow time ``time``."""
+    state = flowing.flow.advance(flowing.flow.start(), time)
+    return flowing.result(state, flowing.top(), converged=not state.reason)
+
+
+def flow_to_the_end(flowing: _Flowing, first: float, loss_cutoff: float | None = None) -> FlowResult:
+    """Full gradient flow solution: flow until the loss and the sharpness have settled.
+
+    The end is reached when the loss has fallen to 1e-6 of its start, or by less than that fraction while the
+    flow time doubled, *and* the sharpness changed by less than 1e-4 while the flow time doubled; or at ``loss_cutoff``,
+    which then is part of the value's definition (separable cross-entropy has no finite solution).
+    """
+    state = flowing.flow.start()
+    start = state.loss
+    until, top = first, flowing.top()
+    while True:
+        loss, sharpness = state.loss, top.value
+        state = flowing.flow.advance(state, until, loss_cutoff)
+        top = flowing.top(tol=min(flowing.probe.tol, 1e-4))
+        if state.reason is Reason.LOSS_CUTOFF:
+            return flowing.result(state, top, converged=True)
+        if state.reason:
+            return flowing.result(state, top, converged=False)
+        still = state.loss <= LOSS_FRACTION * start or loss - state.loss <= LOSS_FRACTION * start
+        if still and abs(top.value - sharpness) <= SETTLED * abs(top.value):
+            return flowing.result(state, top, converged=True)
+        until *= 2
+
+
+def sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Any,
+    *,
+    tol: float = 1e-2,
+    k: int = 1,
+    solver: Solver = "ritz",
+    hvp: HvpMethod = "auto",
+    max_hvps: int = 200,
+    seed: int = 0,
+) -> EigenResult:
+    """The ``k`` largest eigenvalues of the loss Hessian; the model is left exactly as it was.
+
+    Args:
+        model: any module; its parameters with ``requires_grad`` are the space.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
+        batches: one batch, or a list of them: the objective is their mean.
+        tol: relative residual at which an eigenvalue counts as converged.
+        k: how many.
+        solver: ``"ritz"``, or ``"power"`` for the literature's power iteration.
+        hvp: how products are computed.
+        max_hvps: products allowed.
+        seed: of the random start.
+
+    Raises:
+        MeasurementError: nothing to measure, a non-finite loss, or no second derivative with ``hvp="exact"``.
+
+    Example:
+        >>> import torch, gfs_core as gfs
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[3.0]])
+        >>> gfs.sharpness(model, lambda m, b: 0.5 * m(b).square().mean(), x).value  # ½(3w)²: 9
+        9.0
+    """
+    with Isolation(model) as isolation:
+        probe = Probe(Objective(model, loss_fn, _as_list(batches), isolation=isolation), hvp=hvp)
+        return largest_eigenvalues(
+            probe.hessian,
+            probe.objective.params,
+            k=k,
+            tol=tol,
+            solver=solver,
+            max_hvps=max_hvps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
+def gfs_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Any,
+    *,
+    horizon: float = math.inf,
+    learning_rate: float,
+    rtol: float = 1e-2,
+    tol: float = 1e-3,
+    hvp: HvpMethod = "auto",
+    max_grads: int = 100_000,
+    loss_cutoff: float | None = None,
+    estimate_error: bool = False,
+    seed: int = 0,
+) -> FlowResult:
+    """Sharpness after gradient flow from the present weights; the model is left exactly as it was.
+
+    Args:
+        model: any module; its parameters with ``requires_grad`` move.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
+        batches: one batch, or a list of them: the objective is their mean.
+        horizon: flow time in units of ``learning_rate``; infinite (the default): the full gradient flow
+            solution, the quantity of Kreisler et al. 2023. A finite horizon is *not* that quantity.
+        learning_rate: unit of the horizon; for the full solution, of the first stretch of flow.
+        rtol: relative error of the sharpness aimed at.
+        tol: relative residual of the eigenvalue.
+        hvp: how products are computed.
+        max_grads: gradients allowed.
+        loss_cutoff: full solution only: stop at this loss.
+        estimate_error: compute the value again at a tenth of ``rtol`` and give the difference as ``error``.
+        seed: of the random start of the eigenvalue.
+
+    Raises:
+        MeasurementError: nothing to measure, or a non-finite loss.
+        ValueError: a horizon or learning rate that is not positive.
+    """
+    if not horizon > 0 or not 0 < learning_rate < math.inf:
+        raise ValueError(f"`horizon` and `learning_rate` must be > 0, got {horizon} and {learning_rate}")
+    results = []
+    for tolerance in (rtol, rtol / 10) if estimate_error else (rtol,):
+        with Isolation(model) as isolation:
+            objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation)
+            probe = Probe(objective, hvp=hvp, tol=tol, seed=seed, max_hvps=500)
+            flowing = probe.flow(probe.top(), None, tolerance, max_grads)
+            if math.isinf(horizon):
+                results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
+            else:
+                results.append(flow_for(flowing, horizon * learning_rate))
+    last = results[-1]
+    if not estimate_error:
+        return last
+    counts = {name: sum(getattr(r, name) for r in results) for name in ("grad_evals", "hvps")}
+    return FlowResult(**{**vars(last), **counts, "error": abs(last.sharpness - results[0].sharpness)})
+
+
+@dataclass
+class WarmStart:
+    """Eigenvectors kept from one measurement to the next: of H, and of the optimizer's operator where it differs."""
+
+    raw: Vector | None = None
+    preconditioned: Vector | None = None
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    optimizer: Any,
+    *,
+    params: Sequence[Tensor] | None = None,
+    tier: str = "gfs",
+    horizon: float = 4.0,
+    hvp: HvpMethod = "auto",
+    tol: float = 1e-2,
+    rtol: float = 1e-2,
+    max_hvps: int = 100,
+    max_grads: int = 20_000,
+    seed: int = 0,
+    step: int = 0,
+    warm: WarmStart | None = None,
+) -> tuple[Measurement, Hessian]:
+    """One measurement of the chosen tier, in isolation; ``warm`` is read and renewed.
+
+    Returns the measurement and the Hessian used, whose ``method`` the next measurement may start from.
+
+    Raises:
+        MeasurementError: not even the sharpness could be had.
+    """
+    warm = WarmStart() if warm is None else warm
+    params = parameters_of(optimizer) if params is None else params
+    stability = stability_of(optimizer, params)
+    reasons = [stability.reason] if stability.reason else []
+    values: dict[str, Any] = {"threshold": stability.threshold, "learning_rate": stability.learning_rate}
+    with Isolation(model, params) as isolation:
+        objective = Objective(model, loss_fn, batches, params, isolation)
+        probe = Probe(objective, hvp=hvp, tol=tol, max_hvps=max_hvps, seed=seed)
+        values["loss_probe"] = objective.loss()
+        top = _kept(probe.top(start=warm.raw), reasons)
+        warm.raw = top.vector
+        values["sharpness"], values["residual"] = top.value, top.error_bound
+        if stability.threshold is not None and not stability.plain:
+            top = _kept(probe.top(stability, start=warm.preconditioned), reasons)
+            warm.preconditioned = top.vector
+            values["preconditioned_sharpness"] = top.value
+        if stability.threshold is not None:
+            values["stability_ratio"] = top.value / stability.threshold
+        if probe.hessian.reason:
+            reasons.append(probe.hessian.reason)
+        gradients = objective.grad_evals
+        if tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
+            flow = flow_for(probe.flow(top, stability, rtol, max_grads), horizon * stability.learning_rate)
+            if flow.converged:
+                values["gfs_sharpness"] = flow.sharpness
+                values["gfs_stability_ratio"] = flow.sharpness / stability.threshold
+            else:
+                reasons.append(f"short-horizon GFS sharpness: {flow.reason}")
+        if tier == "gfs_full" and stability.learning_rate:
+            isolation.restore_weights()
+            again = probe.top(start=clone(warm.raw))
+            flow = flow_to_the_end(probe.flow(again, None, rtol, max_grads), 64 * stability.learning_rate)
+            if flow.converged:
+                values["gfs_sharpness_full"] = flow.sharpness
+            else:
+                reasons.append(f"full GFS sharpness: {flow.reason}")
+        reasons += [f"the loss changed `{name}` in place, too large to be put back" for name in isolation.leaks]
+        values["hvps"] = probe.hessian.hvps
+        values["grad_evals"] = max(objective.grad_evals, gradients)
+        probe.hessian.release()
+    return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian
+
+
+def stability(model: nn.Module, loss_fn: LossFn, batches: Any, optimizer: Any, **options: Any) -> Measurement:
+    """Sharpness, GFS sharpness and the optimizer's threshold, once; nothing is left changed.
+
+    Args:
+        model: any module.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
+        batches: one batch, or a list of them.
+        optimizer: a torch optimizer over (some of) the model's parameters.
+        **options: ``tier``, ``horizon``, ``hvp``, ``tol``, ``rtol``, ``seed`` as in :class:`~gfs_core.GFSConfig`.
+
+    Raises:
+        MeasurementError: not even the sharpness could be had.
+    """
+    return measure(model, loss_fn, _as_list(batches), optimizer, **options)[0]
+
+
+def _kept(top: EigenResult, reasons: list[str]) -> EigenResult:
+    if not math.isfinite(top.value):
+        raise MeasurementError("the sharpness is not finite")
+    if not top.converged:
+        reasons.append(f"sharpness (relative residual {top.error_bound:.1e}): {top.reason}")
+    return top
+
+
+def _as_list(batches: Any) -> list[Any]:
+    return batches if isinstance(batches, list) else [batches]

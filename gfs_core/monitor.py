@@ -1,0 +1,276 @@
+"""The monitor: when to measure, with what, and what to do when it fails."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core import history
+from gfs_core.batches import copied, first_examples
+from gfs_core.config import GFSConfig
+from gfs_core.curvature import HvpMethod
+from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
+from gfs_core.measure import Measurement, WarmStart, measure
+from gfs_core.stability import parameters_of, stability_of
+from gfs_core.vectors import combine, norm, random_like, scale
+
+_MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
+_MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
+
+
+class StabilityMonitor:
+    """Measures how close a run is to instability, now and then, without a trace in the training.
+
+    Args:
+        model: the module that is trained.
+        optimizer: its torch optimizer, or a wrapper of one.
+        config: the options; ``None``: the defaults.
+        name: name of the optimizer in the log, where there are several.
+
+    Raises:
+        ConfigError: there is nothing to measure.
+
+    Example:
+        In a plain loop, before ``optimizer.step()``::
+
+            monitor = StabilityMonitor(model, optimizer)
+            for batch in loader:
+                loss = loss_of(batch)
+                loss.backward()
+                measurement = monitor.step(loss_of, batch)  # None on most steps
+                optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, config: GFSConfig | None = None, *, name: str = "") -> None:
+        self.model, self.optimizer, self.name = model, optimizer, name
+        self.config = GFSConfig() if config is None else config
+        self.history: Path | None = Path(self.config.history) if self.config.history else None
+        try:
+            params = parameters_of(optimizer)
+        except TypeError as error:
+            raise ConfigError(str(error)) from None
+        if not params:
+            raise ConfigError("nothing to measure: the optimizer holds no parameter with `requires_grad=True`")
+        self.count = 0  # optimizer steps seen, in a plain loop
+        self.measured = 0
+        self._warm = WarmStart()
+        self._method: HvpMethod = self.config.hvp
+        self._probe: list[Any] = []
+        self._told: set[str] = set()
+        self._clock = _Clock()
+        if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
+            self._tell(
+                f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
+                "trend of its sharpness has come out reversed; use probe='batch', or a larger fixed probe"
+            )
+        problem = stability_of(optimizer, params)
+        if problem.reason and not problem.adaptive:
+            self._tell(problem.reason)
+
+    def step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int | None = None) -> Measurement | None:
+        """Measure, if a measurement is due at this step.
+
+        Args:
+            loss_fn: ``loss_fn(batch)``, a 0-dim tensor, the mean over the batch; called several times.
+            batch: the current batch; read only.
+            step: optimizer steps taken so far; ``None``: counted by the calls.
+
+        Returns:
+            The measurement, or ``None`` where none was due or it failed.
+
+        Raises:
+            Exception: with ``strict=True``, whatever made the measurement fail.
+        """
+        if step is None:
+            step = self.count
+            self.count += 1
+        if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
+            self._probe.append(copied(self._cut(batch)))
+            if len(self._probe) < self.config.probe_batches:
+                return None
+        if not self.due(step):
+            return None
+        batches = self._probe if self.config.probe == "fixed" else [self._cut(batch)]
+        began = time.perf_counter()
+        measurement = None
+        try:
+            measurement = self._measure(lambda _model, b: loss_fn(b), batches, step)
+        except Exception as error:
+            if self.config.strict:
+                raise
+            self._failed(error)
+        self._clock.measured(began, time.perf_counter())
+        self.measured += 1
+        if measurement is None:
+            return None
+        measurement = replace(
+            measurement,
+            seconds=self._clock.last,
+            overhead=self._clock.overhead(),
+            optimizer_name=self._label(measurement),
+        )
+        for reason in measurement.reasons:
+            if "come with its first step" not in reason:
+                self._tell(reason)
+        if self.history is not None:
+            try:
+                history.append(self.history, measurement)
+            except OSError as error:
+                self._tell(f"the history cannot be written ({error}); training goes on without it")
+                self.history = None
+        return measurement
+
+    def due(self, step: int) -> bool:
+        """Whether a measurement is due: every ``every`` steps, and only while the budget allows one."""
+        return step % self.config.every == 0 and self._clock.affords(self.config.max_overhead)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next measurement depends on; loadable with ``weights_only=True``."""
+        return {
+            "count": self.count,
+            "measured": self.measured,
+            "method": self._method,
+            "warm": [self._warm.raw, self._warm.preconditioned],
+            "probe": self._probe,
+            "clock": self._clock.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off. A warm start that does not fit the model is dropped."""
+        self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
+        if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
+            self._method = state["method"]
+        params = parameters_of(self.optimizer)
+
+        def fitted(vector: list[Tensor] | None) -> list[Tensor] | None:
+            if vector is None or [t.shape for t in vector] != [p.shape for p in params]:
+                return None
+            return [t.to(device=p.device, dtype=p.dtype, copy=True) for t, p in zip(vector, params, strict=True)]
+
+        raw, preconditioned = (fitted(v) for v in state.get("warm", [None, None]))
+        self._warm = WarmStart(raw, preconditioned)
+        device = params[0].device
+        self._probe = [_to(b, device) for b in state.get("probe", [])] if self.config.probe == "fixed" else []
+        self._clock.load(state.get("clock", {}))
+
+    def _measure(self, loss_fn: Any, batches: list[Any], step: int) -> Measurement:
+        config = self.config
+        seed = config.seed + self.measured  # the same at a resumed step as in the uninterrupted run
+        if self.measured % _MIX_EVERY == _MIX_EVERY - 1:
+            self._mix(seed)
+        measurement, hessian = measure(
+            self.model,
+            loss_fn,
+            batches,
+            self.optimizer,
+            tier=config.tier,
+            horizon=config.horizon,
+            hvp=self._method,
+            tol=config.tol,
+            rtol=config.rtol,
+            max_hvps=config.max_hvps,
+            max_grads=config.max_grads,
+            seed=seed,
+            step=step,
+            warm=self._warm,
+        )
+        if config.hvp == "auto" and hessian.method == "gradients":
+            self._method = "gradients"  # settled: no need to fail again
+        return measurement
+
+    def _mix(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for vector in (self._warm.raw, self._warm.preconditioned):
+            if vector is not None:
+                noise = random_like(vector, generator)
+                scale(_MIX / norm(noise), noise)
+                combine(1.0, noise, 1.0, vector)
+
+    def _failed(self, error: Exception) -> None:
+        self._warm = WarmStart()  # it may have been in use when the measurement broke off
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            self._tell("a measurement ran out of memory; set `probe_size` to measure on fewer examples")
+        elif isinstance(error, MeasurementError):
+            self._tell(str(error))
+        else:
+            self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            where = f" of {self.name}" if self.name else ""
+            warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)
+
+    def _cut(self, batch: Any) -> Any:
+        return batch if self.config.probe_size is None else first_examples(batch, self.config.probe_size)
+
+    def _label(self, measurement: Measurement) -> str:
+        return self.name or measurement.optimizer_name
+
+
+class _Clock:
+    """Wall time of training and of measuring.
+
+    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. From its end
+    on, measuring (the one to come included, at the price of the last) may take the budgeted fraction.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.before = 0.0  # seconds of earlier runs that this one resumes
+        self.first = 0.0  # price of the first measurement
+        self.spent = 0.0  # price of all the others
+        self.last: float | None = None
+        self.since = 0.0  # run time at which the first measurement ended
+
+    def elapsed(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def affords(self, budget: float | None) -> bool:
+        if budget is None or self.last is None:
+            return True
+        price = self.last if self.spent else 0.5 * self.first
+        return self.spent + price <= budget * (self.elapsed() - self.since + price)
+
+    def measured(self, began: float, ended: float) -> None:
+        if self.last is None:
+            self.first, self.since = ended - began, self.elapsed()
+        else:
+            self.spent += ended - began
+        self.last = ended - began
+
+    def overhead(self) -> float:
+        return (self.first + self.spent) / max(self.elapsed(), 1e-9)
+
+    def state(self) -> dict[str, float | None]:
+        return {
+            "elapsed": self.elapsed(),
+            "first": self.first,
+            "spent": self.spent,
+            "last": self.last,
+            "since": self.since,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.before, self.began = float(state.get("elapsed", 0.0)), time.perf_counter()
+        self.first, self.spent = float(state.get("first", 0.0)), float(state.get("spent", 0.0))
+        self.since = float(state.get("since", 0.0))
+        self.last = state.get("last")
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {k: _to(v, device) for k, v in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(v, device) for v in batch)
+    return batch

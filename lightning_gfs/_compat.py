@@ -1,0 +1,68 @@
+"""The only place that knows Lightning's two package names and its private attributes (tried on 2.6.6)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
+
+
+def callback_bases() -> tuple[type, ...]:
+    """``Callback`` of every flavour that is loaded; of the first that is installed where none is."""
+    loaded = [name for name in _FLAVOURS if name in sys.modules]
+    if not loaded:
+        try:
+            importlib.import_module(_FLAVOURS[0])
+            loaded = [_FLAVOURS[0]]
+        except ModuleNotFoundError:
+            importlib.import_module(_FLAVOURS[1])
+            loaded = [_FLAVOURS[1]]
+    return tuple(dict.fromkeys(importlib.import_module(name).Callback for name in loaded))
+
+
+def misconfigured(trainer: Any, text: str) -> Exception:
+    """Lightning's own error for a wrong configuration."""
+    error: Exception = _flavour(trainer, "utilities.exceptions").MisconfigurationException(text)
+    return error
+
+
+def logger_step(trainer: Any) -> int:
+    """The step under which Lightning's own values of the next optimizer step are logged.
+
+    ``global_step`` counts every optimizer; Lightning logs under the batches that stepped. Without that private
+    counter: ``global_step``.
+    """
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+@contextlib.contextmanager
+def quiet(trainer: Any, module: Any) -> Iterator[None]:
+    """Nothing that the module logs in here arrives anywhere; runs under the trainer's autocast."""
+    dummy = _flavour(trainer, "loggers.logger").DummyLogger
+    loggers = trainer.loggers
+    silenced = [m for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "training_step")]
+    for m in silenced:
+        m.__dict__["log"] = m.__dict__["log_dict"] = _nothing
+    trainer.loggers = [dummy() for _ in loggers]
+    try:
+        with trainer.strategy.precision_plugin.train_step_context():
+            yield
+    finally:
+        trainer.loggers = loggers
+        for m in silenced:
+            m.__dict__.pop("log", None)
+            m.__dict__.pop("log_dict", None)
+
+
+def _flavour(trainer: Any, name: str) -> Any:
+    root = "pytorch_lightning" if type(trainer).__module__.startswith("pytorch_lightning") else "lightning.pytorch"
+    return importlib.import_module(f"{root}.{name}")
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None

@@ -1,0 +1,180 @@
+"""The Lightning callback: finds the batch and the loss, and logs what the monitor measures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from torch import Tensor
+
+from gfs_core import ConfigError, GFSConfig, Measurement, StabilityMonitor, log_keys
+from lightning_gfs import _compat
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    _Base = Callback
+else:
+    _Base = type("_Base", _compat.callback_bases(), {})
+
+LossFn = Callable[[Any, Any, int], Any]  # of a Tensor; Any keeps the command-line help short
+
+_MANUAL = (
+    "this module uses manual optimization, whose `training_step` takes optimizer steps itself and cannot be run again; "
+    "pass `GFSCallback(loss_fn=...)` with `loss_fn(module, batch, batch_idx)` returning the loss"
+)
+
+
+class GFSCallback(_Base):
+    """Logs how close each optimizer is to instability.
+
+    At the start of a batch that is due, the module's own ``training_step`` is run again on it, in isolation: nothing
+    is logged twice, no metric, buffer, random state or attribute of the module changes. What cannot be put back
+    are files, printed output and objects outside the module; give ``loss_fn`` where ``training_step`` touches those.
+
+    Args:
+        loss_fn: ``loss_fn(module, batch, batch_idx)``, the loss to measure instead of ``training_step``'s. With
+            several optimizers, a dictionary: a name of your choice for each, in the order of ``trainer.optimizers``.
+        progress_bar: show the stability ratio in the progress bar.
+        {options}
+
+    Logs, at the step of Lightning's own values (with several optimizers ``gfs/<name>/…``):
+        {keys}
+
+    Raises:
+        ConfigError: an option is unknown or out of its range.
+        MisconfigurationException: at the start of ``fit``, where the module cannot be measured as it is.
+
+    Example:
+        >>> from lightning_gfs import GFSCallback
+        >>> GFSCallback(every=50, tier="sharpness").config.every
+        50
+    """
+
+    def __init__(
+        self, loss_fn: LossFn | Mapping[str, LossFn] | None = None, progress_bar: bool = False, **options: Any
+    ) -> None:
+        super().__init__()
+        self.config = GFSConfig.from_options(**options)
+        self.loss_fn, self.progress_bar = loss_fn, progress_bar
+        self.monitors: dict[str, StabilityMonitor] = {}
+        self._resumed: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what can be checked before anything is trained."""
+        losses = self._losses(trainer, pl_module)
+        try:
+            self.monitors = {
+                name: StabilityMonitor(pl_module, optimizer, self.config, name=name)
+                for name, optimizer in zip(losses, trainer.optimizers, strict=True)
+            }
+        except ConfigError as error:
+            raise _compat.misconfigured(trainer, str(error)) from None
+        for name, monitor in self.monitors.items():
+            monitor.history = self._history(trainer, name)
+            if name in self._resumed:
+                monitor.load_state_dict(self._resumed[name])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure before the first micro-batch of an optimizer step: the weights are its, no graph is alive."""
+        if batch_idx % trainer.accumulate_grad_batches != 0:
+            return
+        step = _compat.logger_step(trainer)
+        for (name, monitor), loss in zip(self.monitors.items(), self._losses(trainer, pl_module).values(), strict=True):
+            again = functools.partial(self._loss, trainer, pl_module, loss, batch_idx)
+            measurement = monitor.step(again, batch, step)
+            if measurement is not None:
+                self._publish(trainer, pl_module, measurement, name, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every monitor, so that a resumed run goes on measuring where this one left off."""
+        return {name: monitor.state_dict() for name, monitor in self.monitors.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until ``fit`` starts and the optimizers exist."""
+        self._resumed = dict(state_dict)
+        for name, monitor in self.monitors.items():
+            if name in self._resumed:
+                monitor.load_state_dict(self._resumed[name])
+
+    def _losses(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
+        """Loss of each optimizer by name; ``None``: the module's own ``training_step``."""
+        count = len(trainer.optimizers)
+        if isinstance(self.loss_fn, Mapping):
+            if len(self.loss_fn) != count:
+                raise _compat.misconfigured(
+                    trainer,
+                    f"`loss_fn` names {len(self.loss_fn)} losses ({', '.join(self.loss_fn)}) for {count} optimizers; "
+                    "give one per optimizer, in the order of `trainer.optimizers`",
+                )
+            return dict(self.loss_fn)
+        if count == 0:
+            raise _compat.misconfigured(trainer, "`configure_optimizers` returned no optimizer: nothing to measure")
+        if count > 1:
+            names = ", ".join(type(o).__name__ for o in trainer.optimizers)
+            raise _compat.misconfigured(
+                trainer,
+                f"there are {count} optimizers ({names}); pass `GFSCallback(loss_fn={{name: loss_fn, ...}})`, "
+                "one `loss_fn(module, batch, batch_idx)` for each in this order",
+            )
+        if self.loss_fn is None and not module.automatic_optimization:
+            raise _compat.misconfigured(trainer, _MANUAL)
+        return {"": self.loss_fn}
+
+    def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, batch_idx: int, batch: Any) -> Tensor:
+        with _compat.quiet(trainer, module):
+            if loss_fn is not None:
+                return loss_fn(module, batch, batch_idx)
+            takes_index = len(inspect.signature(module.training_step).parameters) > 1
+            out = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+        loss = out["loss"] if isinstance(out, Mapping) else out
+        if loss is None:
+            raise ValueError("`training_step` returned None for this batch")
+        return loss  # type: ignore[no-any-return]
+
+    def _history(self, trainer: Any, name: str) -> Path | None:
+        path = Path(self.config.history) if self.config.history else None
+        if path is None and trainer.loggers:
+            folder = trainer.log_dir  # a broadcast: every rank asks
+            path = Path(folder) / "history.jsonl" if folder else None
+        if path is None or not trainer.is_global_zero or trainer.fast_dev_run:
+            return None
+        return path.with_stem(f"{path.stem}-{name}") if name else path
+
+    def _publish(self, trainer: Any, module: Any, measurement: Measurement, name: str, step: int) -> None:
+        values = measurement.as_log_dict()
+        if name:
+            values = {key.replace("gfs/", f"gfs/{name}/", 1): value for key, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        for key, value in values.items():  # for callbacks that monitor a value, and for the bar
+            on_bar = self.progress_bar and key.endswith("/stability_ratio")
+            module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _declare_options() -> None:
+    """Give ``__init__`` the options of :class:`~gfs_core.GFSConfig` as keywords with type, default and help."""
+    init = GFSCallback.__init__
+    hints = get_type_hints(GFSConfig)
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(GFSConfig)
+    ]
+    signature = inspect.signature(init)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [p.replace(annotation=_OWN.get(p.name, p.annotation)) for p in own]
+    init.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    init.__annotations__ = {p.name: p.annotation for p in [*own[1:], *options]} | {"return": None}
+    separator = "\n        "
+    GFSCallback.__doc__ = (GFSCallback.__doc__ or "").format(
+        options=separator.join(f"{name}: {text}" for name, text in GFSConfig.help().items()),
+        keys=separator.join(f"``{key}``: {text}" for key, text in log_keys().items()),
+    )
+
+
+_OWN: dict[str, Any] = {"loss_fn": LossFn | Mapping[str, LossFn] | None, "progress_bar": bool}
+_declare_options()

@@ -31,6 +31,7 @@ class GFSConfig:
     max_overhead: float | None = _option(
         0.05, "Fraction of wall time that measuring may take after the first measurement; null: no budget."
     )
+    full_every: int = _option(20, "Tier gfs_full: a full solution at every so many-th measurement, the first included.")
     horizon: float = _option(4.0, "Flow time of the short-horizon GFS sharpness, in units of the learning rate.")
     probe: Literal["batch", "fixed"] = _option(
         "batch", "Measure on the current batch, or on a fixed probe of the first batches."
@@ -54,7 +55,14 @@ class GFSConfig:
         hints = get_type_hints(type(self))
         for f in fields(self):
             self._check_type(f.name, hints[f.name], getattr(self, f.name))
-        for name, low in (("every", 1), ("probe_batches", 1), ("probe_size", 1), ("max_hvps", 1), ("max_grads", 1)):
+        for name, low in (
+            ("every", 1),
+            ("full_every", 1),
+            ("probe_batches", 1),
+            ("probe_size", 1),
+            ("max_hvps", 1),
+            ("max_grads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"`{name}` must be ≥ {low}, got {value}")

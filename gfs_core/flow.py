@@ -33,7 +33,8 @@ from gfs_core.objective import Objective
 from gfs_core.vectors import Vector, clone, copy, dots, swap
 
 _DAMPING = 2 / 13
-_MAX_STAGES = 400
+_MAX_STAGES = 10_000
+_CUTOFF_REACHED = 0.01  # the loss lands within 1 % below its cutoff
 # The error estimate is dominated by stiff modes that are damped before they reach the end point, so it is far above
 # the error that the sharpness there ends up with. Measured (benchmarks/flow_cost.py): a step's estimate of
 # 70·rtol of the path leaves an error of the sharpness below rtol for tanh and ReLU networks, horizons 1 to 256.
@@ -134,6 +135,8 @@ class Flow:
         self._rho = 0.0
         self._rho_age = math.inf
         self.eps = torch.finfo(objective.params[0].dtype).eps
+        # Rounding errors of a step grow as s²·eps (Sommeijer et al. 1998, §2.1).
+        self.max_stages = max(8, min(_MAX_STAGES, int((rtol / (10 * self.eps)) ** 0.5)))
 
     def start(self) -> FlowState:
         """The state at the present weights; costs one gradient."""
@@ -158,7 +161,7 @@ class Flow:
                 break
             rho = self._spectral_radius(state)
             remaining = until - state.time
-            h = min(state.step, remaining, stability_interval(_MAX_STAGES) / rho)
+            h = min(state.step, remaining, stability_interval(self.max_stages) / rho)
             if remaining < 2 * h and h < remaining:
                 h = remaining / 2  # two equal steps rather than one full and one sliver
             s = stages_needed(h * rho)
@@ -167,6 +170,12 @@ class Flow:
                 loss, field, error, length = self._step(state.field, held, buffer, params, h, s)
             except MeasurementError:  # a non-finite loss on the way: the step was far too long
                 loss, field, error, length = math.inf, state.field, math.inf, 0.0
+            if loss_cutoff is not None and loss < loss_cutoff * (1 - _CUTOFF_REACHED) and state.loss > loss_cutoff:
+                # The step went past the cutoff: again, with the length at which an exponential decay meets it.
+                fraction = math.log(state.loss / loss_cutoff) / math.log(state.loss / max(loss, 1e-300))
+                copy(held, params)
+                state.step = h * min(max(fraction * (1 + 0.5 * _CUTOFF_REACHED), 1e-3), 0.999)
+                continue
             ratio = error / (_ESTIMATE_PER_RTOL * self.rtol * (state.path + length)) if error else 0.0
             noise = 20 * self.eps * abs(state.loss)
             if ratio <= 1.0 and loss <= state.loss + noise:

@@ -170,7 +170,7 @@ class StabilityMonitor:
             loss_fn,
             batches,
             self.optimizer,
-            tier=config.tier,
+            tier="gfs" if config.tier == "gfs_full" and self.measured % config.full_every else config.tier,
             horizon=config.horizon,
             hvp=self._method,
             tol=config.tol,

@@ -28,6 +28,11 @@ from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
 
+
+class _SilentlyWrong(RuntimeError):
+    pass
+
+
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|does not currently support double backward|use_reentrant=True"
     r"|not compatible with \.grad\(\)|once_differentiable|Trying to backward through the graph a second time",
@@ -41,6 +46,9 @@ class Hessian:
     Args:
         objective: the loss on the probe.
         method: ``"exact"``, ``"gradients"`` or ``"auto"``.
+        trusted: whether exact products are known to be right for this model. Otherwise the first one is compared
+            with a difference of gradients (four gradients, once): some layers drop out of a second derivative
+            without an error, ``once_differentiable`` functions for instance.
 
     Attributes:
         hvps: products computed so far.
@@ -52,30 +60,45 @@ class Hessian:
         MeasurementError: from a product, where ``method="exact"`` and there is no second derivative.
     """
 
-    def __init__(self, objective: Objective, method: HvpMethod = "auto") -> None:
+    def __init__(self, objective: Objective, method: HvpMethod = "auto", trusted: bool = False) -> None:
         if method not in ("auto", "exact", "gradients"):
             raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
         self.objective = objective
         self.method: HvpMethod = method
+        self.trusted = trusted
         self.hvps = 0
         self.error = 0.0
         self.reason = ""
         self._graph: tuple[list[Tensor], list[int]] | None = None
         self._plain_kernels = False
+        self._noise = 0.0
         self._may_fall_back = method == "auto"
 
     def __call__(self, vector: Vector) -> Vector:
         """H·v, a new vector of the same shapes."""
         self.hvps += 1
+        check = self._from_gradients(vector) if self.method != "gradients" and not self.trusted else None
         while self.method != "gradients":
             try:
                 product = self._exact(vector)
+                if check is not None:
+                    self._compare(product, check)
             except RuntimeError as error:
                 self._next_method(error)
             else:
-                self.method = "exact"
+                self.method, self.trusted, self.error = "exact", True, 0.0
                 return product
-        return self._from_gradients(vector)
+        return self._from_gradients(vector) if check is None else check
+
+    def _compare(self, product: Vector, check: Vector) -> None:
+        axpy(-1.0, product, check)
+        apart, exact = (x**0.5 for x in dots([(check, check), (product, product)]))
+        axpy(1.0, product, check)
+        size = max(exact, norm(check))
+        # Differences of gradients are noisy in low precision and at kinks; where they are, they prove nothing.
+        doubt = max(max(0.1, 10 * self.error) * size, self._noise)
+        if self.objective.needs_backward or apart > doubt:
+            raise _SilentlyWrong("a double backward leaves out part of the model without an error")
 
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""
@@ -84,7 +107,9 @@ class Hessian:
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
-        if isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(
+        if isinstance(error, _SilentlyWrong):
+            self._plain_kernels = True  # no other kernel would help
+        elif isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(
             str(error)
         ):
             raise error
@@ -167,6 +192,8 @@ class Hessian:
             minus = self.objective.gradient()[1]
         finally:
             copy(held, params)
+        # What rounding of the two gradients alone can make of their difference, with room to spare.
+        self._noise = 100 * torch.finfo(params[0].dtype).eps * norm(plus) / eps
         axpy(-1.0, minus, plus)
         torch._foreach_div_(plus, 2 * eps)
         return plus

@@ -110,12 +110,13 @@ class Probe:
         objective: Objective,
         *,
         hvp: HvpMethod = "auto",
+        trusted: bool = False,
         tol: float = 1e-2,
         max_hvps: int = 100,
         seed: int = 0,
     ) -> None:
         self.objective = objective
-        self.hessian = Hessian(objective, hvp)
+        self.hessian = Hessian(objective, hvp, trusted)
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -336,6 +337,7 @@ def measure(
     tier: str = "gfs",
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
+    trusted: bool = False,
     tol: float = 1e-2,
     rtol: float = 1e-2,
     max_hvps: int = 100,
@@ -346,7 +348,8 @@ def measure(
 ) -> tuple[Measurement, Hessian]:
     """One measurement of the chosen tier, in isolation; ``warm`` is read and renewed.
 
-    Returns the measurement and the Hessian used, whose ``method`` the next measurement may start from.
+    Returns the measurement and the Hessian used, whose ``method`` and ``trusted`` the next measurement may
+    start from.
 
     Raises:
         MeasurementError: not even the sharpness could be had.
@@ -358,7 +361,7 @@ def measure(
     values: dict[str, Any] = {"threshold": stability.threshold, "learning_rate": stability.learning_rate}
     with Isolation(model, params) as isolation:
         objective = Objective(model, loss_fn, batches, params, isolation)
-        probe = Probe(objective, hvp=hvp, tol=tol, max_hvps=max_hvps, seed=seed)
+        probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         values["loss_probe"] = objective.loss()
         top = _kept(probe.top(start=warm.raw), reasons)
         warm.raw = top.vector
@@ -371,7 +374,6 @@ def measure(
             values["stability_ratio"] = top.value / stability.threshold
         if probe.hessian.reason:
             reasons.append(probe.hessian.reason)
-        gradients = objective.grad_evals
         if tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
             flow = flow_for(probe.flow(top, stability, rtol, max_grads), horizon * stability.learning_rate)
             if flow.converged:
@@ -389,7 +391,7 @@ def measure(
                 reasons.append(f"full GFS sharpness: {flow.reason}")
         reasons += [f"the loss changed `{name}` in place, too large to be put back" for name in isolation.leaks]
         values["hvps"] = probe.hessian.hvps
-        values["grad_evals"] = max(objective.grad_evals, gradients)
+        values["grad_evals"] = objective.grad_evals
         probe.hessian.release()
     return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian
 

@@ -62,6 +62,7 @@ class StabilityMonitor:
         self.measured = 0
         self._warm = WarmStart()
         self._method: HvpMethod = self.config.hvp
+        self._trusted = False
         self._probe: list[Any] = []
         self._told: set[str] = set()
         self._clock = _Clock()
@@ -137,6 +138,7 @@ class StabilityMonitor:
             "count": self.count,
             "measured": self.measured,
             "method": self._method,
+            "trusted": self._trusted,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe,
             "clock": self._clock.state(),
@@ -147,6 +149,7 @@ class StabilityMonitor:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
+        self._trusted = bool(state.get("trusted", False))
         params = parameters_of(self.optimizer)
 
         def fitted(vector: list[Tensor] | None) -> list[Tensor] | None:
@@ -173,6 +176,7 @@ class StabilityMonitor:
             tier="gfs" if config.tier == "gfs_full" and self.measured % config.full_every else config.tier,
             horizon=config.horizon,
             hvp=self._method,
+            trusted=self._trusted,
             tol=config.tol,
             rtol=config.rtol,
             max_hvps=config.max_hvps,
@@ -181,7 +185,8 @@ class StabilityMonitor:
             step=step,
             warm=self._warm,
         )
-        if config.hvp == "auto" and hessian.method == "gradients":
+        self._trusted = hessian.trusted
+        if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
         return measurement
 

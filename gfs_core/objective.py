@@ -54,7 +54,8 @@ class Objective:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
         self.grad_evals = 0
-        self._accumulates = False
+        self.needs_backward = False  # gradients only arrive through .backward(), as under re-entrant checkpointing
+        self._unused_are_unused = False
 
     def forward(self, batch: Any) -> Tensor:
         """The loss on one batch, with its graph.
@@ -103,7 +104,7 @@ class Objective:
         return finite(sum(values) / len(values))
 
     def _differentiate(self, batch: Any) -> tuple[float, Vector]:
-        if not self._accumulates:
+        if not self.needs_backward:
             loss = self.forward(batch)
             try:
                 grads = torch.autograd.grad(loss, self.params, allow_unused=True)
@@ -111,9 +112,20 @@ class Objective:
                 # Re-entrant checkpointing forbids torch.autograd.grad; only .backward() into .grad works there.
                 if self.isolation is None or not _NEEDS_BACKWARD.search(str(error)):
                     raise
-                self._accumulates = True
+                self.needs_backward = True
             else:
-                return float(loss.detach()), self._dense(grads)
+                # Some layers hide their weights from torch.autograd.grad without any error. Where a weight seems
+                # unused, .backward() tells, once, whether it is.
+                if self._unused_are_unused or self.isolation is None or all(g is not None for g in grads):
+                    return float(loss.detach()), self._dense(grads)
+                value, full = self._backward(batch)
+                unused = [f for f, g in zip(full, grads, strict=True) if g is None]
+                self.needs_backward = any(bool(f.any()) for f in unused)
+                self._unused_are_unused = not self.needs_backward
+                return value, full
+        return self._backward(batch)
+
+    def _backward(self, batch: Any) -> tuple[float, Vector]:
         assert self.isolation is not None
         loss = self.forward(batch)
         loss.backward()  # type: ignore[no-untyped-call]

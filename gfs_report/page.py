@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bokeh.embed import components
-from bokeh.resources import INLINE
+from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
@@ -27,7 +27,9 @@ def write_page(path: Path, history: Sequence[Measurement], *, title: str, story:
     page = _TEMPLATES.get_template("page.html.j2").render(
         title=title,
         story=story,
-        bokeh=Markup(INLINE.render_js()),  # the library's own code and markup; everything else is escaped
+        bokeh=Markup(
+            Resources(mode="inline", components=["bokeh"]).render_js()
+        ),  # the library's own code and markup; everything else is escaped
         script=Markup(script),
         pictures=[(head, text, Markup(div)) for (head, text, _), div in zip(drawn, divs, strict=True)],
         rows=_rows(history),

@@ -128,7 +128,7 @@ class GFSCallback(_Base):
     def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, batch_idx: int, batch: Any) -> Tensor:
         with _compat.quiet(trainer, module):
             if loss_fn is not None:
-                return loss_fn(module, batch, batch_idx)
+                return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]
             takes_index = len(inspect.signature(module.training_step).parameters) > 1
             out = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
         loss = out["loss"] if isinstance(out, Mapping) else out

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gfs_core as gfs
+from gfs_core.flow import stability_interval, stages_needed
+from gfs_core.vectors import clone
+from tests.core.reference import cross_entropy, data, make
+
+
+class Quadratic(nn.Module):
+    def __init__(self, curvatures: list[float]) -> None:
+        super().__init__()
+        self.h = torch.tensor(curvatures, dtype=torch.float64)
+        self.w = nn.Parameter(torch.ones_like(self.h))
+
+
+def quadratic(model: nn.Module, batch: object = None) -> Tensor:
+    return 0.5 * (model.h * model.w.square()).sum()
+
+
+def fixed_steps(model: Quadratic, h: float, steps: int, s: int) -> None:
+    objective = gfs.Objective(model, quadratic, [None])
+    flow = gfs.Flow(objective, lambda: float(model.h.max()))
+    params = [p.detach() for p in objective.params]
+    state = flow.start()
+    for _ in range(steps):
+        loss, field, _, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
+        state.field, state.loss = field, loss
+
+
+@pytest.mark.parametrize("s", [2, 5, 9])
+def test_order_two(s: int) -> None:
+    errors = []
+    for steps in (8, 16, 32):
+        model = Quadratic([1.0, 0.3, 2.0])
+        fixed_steps(model, 1.0 / steps, steps, s)
+        errors.append((model.w - torch.exp(-model.h)).norm().item())
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes == pytest.approx([2.0, 2.0], abs=0.15)
+
+
+@pytest.mark.parametrize("s", [2, 4, 10, 40])
+def test_stability_interval_from_both_sides(s: int) -> None:
+    for factor, stable in ((0.98, True), (1.06, False)):
+        model = Quadratic([1.0])
+        try:
+            fixed_steps(model, factor * stability_interval(s), 200, s)
+        except gfs.MeasurementError:  # the loss overflowed
+            assert not stable
+        else:
+            assert (abs(model.w.item()) < 1) is stable
+    assert stages_needed(stability_interval(s) * 0.999) == s
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_a_stiff_linear_flow_against_its_exact_solution(rtol: float) -> None:
+    model = Quadratic([1000.0, 10.0, 1.0, 0.01])
+    flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: 1000.0, rtol=rtol)
+    state = flow.advance(flow.start(), 1.0)
+    assert state.reason is gfs.Reason.OK
+    assert state.time == 1.0
+    assert (model.w - torch.exp(-model.h)).norm().item() < 5 * rtol
+    assert flow.grad_evals < 1000 / 2.8 * 4  # RK4 at its stability limit
+
+
+def test_the_loss_never_rises_along_the_flow() -> None:
+    model = make("mlp")
+    with gfs.Isolation(model) as isolation:
+        objective = gfs.Objective(model, cross_entropy, [data()], isolation=isolation)
+        rho = lambda: gfs.largest_eigenvalues(gfs.Hessian(objective), objective.params).value  # noqa: E731
+        flow = gfs.Flow(objective, rho)
+        state = flow.start()
+        losses = [state.loss]
+        for k in range(1, 60):
+            state = flow.advance(state, k * 2.0)
+            losses.append(objective.loss())
+            assert losses[-1] == state.loss
+    assert all(b <= a + 1e-14 for a, b in pairwise(losses))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_preconditioned_flow_is_gradient_flow_of_the_rescaled_problem() -> None:
+    plain, scaled = Quadratic([3.0, 1.0]), Quadratic([6.0, 0.5])
+    factors = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    flow = gfs.Flow(gfs.Objective(plain, quadratic, [None]), lambda: 6.0, preconditioner=[factors], rtol=1e-6)
+    flow.advance(flow.start(), 0.7)
+    assert torch.allclose(plain.w, torch.exp(-scaled.h * 0.7), atol=2e-4)
+
+
+class Scalar(nn.Module):
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
+
+
+def product_loss(model: nn.Module, batch: object) -> Tensor:
+    return 0.5 * (model.w.prod() - 1) ** 2
+
+
+# Sharpness of the gradient flow solution of scalar networks in closed form: sum of 1/u_i², u_i² = c + w_i² − min w²,
+# c such that the product of all u_i² is 1.
+SCALAR = [
+    ([3.0, 0.34], 0.25, [9.106732, 9.106515]),
+    ([2.0, 1.5, 0.1], 0.20, [10.268413, 9.285854]),
+    ([2.0, 1.5, 1.0, 0.33], 0.05, [10.720515, 10.720491]),
+]
+
+
+@pytest.mark.parametrize(("weights", "rate", "expected"), SCALAR)
+def test_full_solution_of_scalar_networks(weights: list[float], rate: float, expected: list[float]) -> None:
+    model = Scalar(weights)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    for phi in expected:
+        result = gfs.gfs_sharpness(model, product_loss, None, learning_rate=rate, rtol=1e-8, tol=1e-8)
+        assert result.converged
+        assert result.sharpness == pytest.approx(phi, rel=1e-5)
+        optimizer.zero_grad()
+        product_loss(model, None).backward()
+        optimizer.step()
+
+
+def test_the_end_of_the_flow_does_not_depend_on_where_on_the_path_it_starts() -> None:
+    model = Scalar([2.0, 1.5, 0.1])
+    full = gfs.gfs_sharpness(model, product_loss, None, learning_rate=0.2, rtol=1e-6, tol=1e-6, estimate_error=True)
+    assert full.error is not None
+    assert full.error < 1e-3
+    objective = gfs.Objective(model, product_loss, [None])
+    flow = gfs.Flow(objective, lambda: 12.0, rtol=1e-8)
+    flow.advance(flow.start(), 0.5)
+    later = gfs.gfs_sharpness(model, product_loss, None, learning_rate=0.2, rtol=1e-6, tol=1e-6)
+    assert later.sharpness == pytest.approx(full.sharpness, rel=1e-4)
+
+
+def test_separable_cross_entropy_ends_at_its_cutoff_and_says_so() -> None:
+    model = make("mlp")
+    result = gfs.gfs_sharpness(model, cross_entropy, data(), learning_rate=0.1, loss_cutoff=0.1)
+    assert result.reason is gfs.Reason.LOSS_CUTOFF
+    assert result.loss == pytest.approx(0.1, rel=0.02)
+
+
+def test_the_limit_of_gradients_is_kept_and_told() -> None:
+    model = make("mlp")
+    result = gfs.gfs_sharpness(model, cross_entropy, data(), learning_rate=0.1, max_grads=50)
+    assert (result.converged, result.reason) == (False, gfs.Reason.MAX_GRADIENTS)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
-from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm
+from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
@@ -156,7 +156,7 @@ class Hessian:
         if not live:  # the loss is linear in every weight
             return [torch.zeros_like(p) for p in params]
         product = torch.autograd.grad(grads, params, [vector[i] for i in live], retain_graph=keep, allow_unused=True)
-        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(product, params, strict=True)]
+        return owned(product, params)
 
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gfs_core.errors import MeasurementError
 from gfs_core.isolation import Isolation
-from gfs_core.vectors import Vector, axpy
+from gfs_core.vectors import Vector, axpy, owned
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -117,7 +117,7 @@ class Objective:
                 # Some layers hide their weights from torch.autograd.grad without any error. Where a weight seems
                 # unused, .backward() tells, once, whether it is.
                 if self._unused_are_unused or self.isolation is None or all(g is not None for g in grads):
-                    return float(loss.detach()), self._dense(grads)
+                    return float(loss.detach()), owned(grads, self.params)
                 value, full = self._backward(batch)
                 unused = [f for f, g in zip(full, grads, strict=True) if g is None]
                 self.needs_backward = any(bool(f.any()) for f in unused)
@@ -132,10 +132,7 @@ class Objective:
         held = [p.grad for p in self.params]
         for p in self.isolation.parameters:
             p.grad = None  # the isolation holds the user's own
-        return float(loss.detach()), self._dense(held)
-
-    def _dense(self, grads: Sequence[Tensor | None]) -> Vector:
-        return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
+        return float(loss.detach()), owned(held, self.params)
 
 
 def finite(value: float) -> float:

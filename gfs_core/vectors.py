@@ -21,6 +21,27 @@ def clone(vector: Sequence[Tensor]) -> Vector:
     return [t.detach().clone() for t in vector]
 
 
+def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """A vector that may be changed in place, from what autograd returned; ``None`` counts as zero.
+
+    Autograd hands out expanded tensors, and one tensor for several parameters; those are copied.
+    """
+    out: Vector = []
+    storages: set[int] = set()
+    for part, model in zip(parts, like, strict=True):
+        if part is None:
+            out.append(torch.zeros_like(model))
+            continue
+        tensor = part.detach()
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        place = tensor.untyped_storage().data_ptr()
+        if expanded or place in storages:
+            tensor = tensor.contiguous() if expanded else tensor.clone()
+        storages.add(place)
+        out.append(tensor)
+    return out
+
+
 def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
     """Standard normal vector with the shapes, dtypes and devices of ``vector``.
 

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import io
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gfs_core as gfs
+from gfs_core import monitor as monitor_module
+from gfs_core.history import append
+
+
+def setup(config: gfs.GFSConfig, seed: int = 0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    return model, optimizer, gfs.StabilityMonitor(model, optimizer, config)
+
+
+def batches(count: int):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(12, 6, generator=generator) for _ in range(count)]
+
+
+def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
+    out = []
+    for x in data:
+        loss_fn = lambda b: (model(b) - b[:, :3].sin()).square().mean()  # noqa: E731
+        optimizer.zero_grad()
+        loss_fn(x).backward()
+        measurement = monitor.step(loss_fn, x)
+        out += [dataclasses.replace(measurement, seconds=None, overhead=None)] if measurement else []
+        optimizer.step()
+    return out
+
+
+def test_cadence_and_keys() -> None:
+    found = run(*setup(gfs.GFSConfig(every=4, max_overhead=None)), batches(13))
+    assert [m.step for m in found] == [0, 4, 8, 12]
+    assert found[0].threshold is None  # Adam has no second moments yet
+    logged = found[1].as_log_dict()
+    assert logged["gfs/stability_ratio"] == pytest.approx(
+        logged["gfs/preconditioned_sharpness"] / logged["gfs/threshold"]
+    )
+    assert logged.keys() <= gfs.log_keys().keys()
+    assert "gfs/gfs_sharpness_full" not in logged
+
+
+def test_resumed_is_the_same_to_the_bit() -> None:
+    config = gfs.GFSConfig(every=1, max_overhead=None)
+    data = batches(40)
+    model, optimizer, monitor = setup(config)
+    whole = run(model, optimizer, monitor, data)
+    model, optimizer, monitor = setup(config)
+    run(model, optimizer, monitor, data[:15])
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), monitor.state_dict()], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    model, optimizer, monitor = setup(config, seed=3)
+    for thing, state in zip((model, optimizer, monitor), states, strict=True):
+        thing.load_state_dict(state)
+    assert run(model, optimizer, monitor, data[15:]) == whole[15:]
+
+
+def test_a_warm_start_of_another_model_is_dropped() -> None:
+    _, _, monitor = setup(gfs.GFSConfig())
+    state = monitor.state_dict() | {"warm": [[torch.ones(2)], None]}
+    monitor.load_state_dict(state)
+    assert monitor.state_dict()["warm"] == [None, None]
+
+
+@pytest.mark.parametrize("price", [0.01, 0.5])
+def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
+    now = [0.0]
+    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now[0])
+    model, _optimizer, monitor = setup(gfs.GFSConfig(every=5, max_overhead=0.05))
+
+    def loss_fn(x):
+        return model(x).square().mean()
+
+    def slow(*args, **kwargs):
+        now[0] += price
+        return original(*args, **kwargs)
+
+    original = monitor_module.measure
+    monkeypatch.setattr(monitor_module, "measure", slow)
+    count = 0
+    for x in batches(1) * 20_000:
+        now[0] += 0.01
+        count += monitor.step(loss_fn, x) is not None
+    fraction = (count - 1) * price / (now[0] - price)
+    assert 0.04 < fraction <= 0.05 * 1.1
+
+
+def test_failures_are_told_once_and_training_goes_on() -> None:
+    model, _, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None))
+    x = batches(1)[0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert monitor.step(lambda b: model(b).sum() * float("inf"), x) is None
+        assert monitor.step(lambda b: model(b).square().mean(), x) is not None
+    assert ["not finite" in str(w.message) for w in caught] == [True]
+    _, _, strict = setup(gfs.GFSConfig(every=1, strict=True))
+    with pytest.raises(gfs.MeasurementError, match="0-dim tensor, got a tensor of shape \\(12, 3\\)"):
+        strict.step(lambda b: model(b), x)
+
+
+def test_an_eigenvalue_that_overtakes_is_found() -> None:
+    class Crossing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(20, dtype=torch.float64))
+
+    model = Crossing()
+    h = torch.linspace(0, 0.5, 20, dtype=torch.float64)
+    monitor = gfs.StabilityMonitor(
+        model, torch.optim.SGD(model.parameters(), 0.1), gfs.GFSConfig(every=1, tier="sharpness", max_overhead=None)
+    )
+    values = []
+    for step in range(25):
+        h[-1], h[0] = 1.0, 0.2 * step  # exactly orthogonal to the tracked eigenvector
+        values.append(monitor.step(lambda b: 0.5 * (h * model.w.square()).sum(), None).sharpness)
+    assert values[4] == pytest.approx(1.0, rel=1e-3)
+    late = [i for i, v in enumerate(values) if i > 6 and v > 1.01]
+    assert late[0] <= 16
+    assert all(values[i] == pytest.approx(0.2 * i, rel=1e-3) for i in late)
+
+
+def test_nothing_is_kept_but_the_warm_start() -> None:
+    model, optimizer, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None))
+    run(model, optimizer, monitor, batches(2))
+
+    def elements() -> int:
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+
+    before, weights = elements(), sum(p.numel() for p in model.parameters())
+    run(model, optimizer, monitor, batches(3))
+    assert abs(elements() - before) < weights
+    warm = monitor.state_dict()["warm"]
+    assert [sum(t.numel() for t in v) for v in warm] == [weights, weights]
+
+
+def test_probes() -> None:
+    seen: list[tuple[int, float]] = []
+
+    def loss_fn(x):
+        seen.append((len(x), x[0, 0].item()))
+        return model(x).square().mean()
+
+    data = batches(5)
+    model, _, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None, probe_size=5, tier="sharpness"))
+    monitor.step(loss_fn, data[0])
+    assert {n for n, _ in seen} == {5}
+    with pytest.warns(gfs.GFSWarning, match="a fixed probe of 5 examples is misleading"):
+        model, _, monitor = setup(
+            gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", probe_batches=2, probe_size=5, tier="sharpness")
+        )
+    assert monitor.step(loss_fn, data[0]) is None
+    seen.clear()
+    for x in data[1:]:
+        assert monitor.step(loss_fn, x) is not None
+    assert {first for _, first in seen} == {data[0][0, 0].item(), data[1][0, 0].item()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("every", 0, "`every` must be ≥ 1, got 0"),
+        ("every", 2.5, "`every` must be int, got 2.5"),
+        ("every", True, "`every` must be int, got True"),
+        ("horizon", 0.0, "`horizon` must be a finite number > 0, got 0.0"),
+        ("horizon", -1, "`horizon` must be a finite number > 0, got -1"),
+        ("max_overhead", 1.5, "`max_overhead` must be in (0, 1]"),
+        ("tier", "all", "`tier` must be one of 'sharpness', 'gfs', 'gfs_full'; got 'all'"),
+        ("hvp", None, "`hvp` must be one of"),
+        ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),
+        ("tol", "x", "`tol` must be float, got 'x'"),
+        ("history", 3, "`history` must be str or None, got 3"),
+        ("horizons", 3, "unknown option `horizons`; the options are every, "),
+    ],
+)
+def test_wrong_options_are_named(name: str, value: object, text: str) -> None:
+    with pytest.raises(gfs.ConfigError) as error:
+        gfs.GFSConfig.from_options(**{name: value})
+    assert text in str(error.value)
+
+
+def test_documented_defaults() -> None:
+    config = gfs.GFSConfig()
+    assert (config.tier, config.every, config.max_overhead, config.horizon) == ("gfs", 10, 0.05, 4.0)
+    assert (config.probe, config.probe_size, config.hvp) == ("batch", None, "auto")
+    assert (config.tol, config.rtol, config.history, config.strict, config.seed) == (1e-2, 1e-2, None, False, 0)
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(gfs.ConfigError, match="requires_grad=True"):
+        gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(gfs.MeasurementError, match="no trainable parameter"):
+        gfs.sharpness(model, lambda m, b: m(b).mean(), torch.ones(1, 2))
+
+
+def test_history_survives_what_happens_to_files(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "history.jsonl"
+    first, second = gfs.Measurement(0, "SGD", sharpness=1.5, reasons=("why",)), gfs.Measurement(5, "SGD", hvps=3)
+    append(path, first)
+    with path.open("a") as file:
+        file.write('{"step": 3, "sharp')  # killed in the middle of a line
+    append(path, second)
+    append(path, dataclasses.replace(second, hvps=4))  # a resumed run writes its step again
+    with path.open("a") as file:
+        file.write('[1]\nnull\n{"step": "x"}\n{"step": 9, "sharpness": "<script>", "later": 1}\n')
+    assert gfs.read_history(path) == [first, dataclasses.replace(second, hvps=4), gfs.Measurement(9)]
+    with pytest.raises(gfs.ConfigError, match="no history at"):
+        gfs.read_history(tmp_path / "none")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append(path, gfs.Measurement(1, sharpness=float("nan")))
+
+
+def test_public_names() -> None:
+    assert sorted(gfs.__all__) == gfs.__all__
+    assert {"GFSConfig", "StabilityMonitor", "sharpness", "gfs_sharpness", "stability"} <= set(gfs.__all__)
+    assert all(getattr(gfs, name).__doc__ for name in gfs.__all__)

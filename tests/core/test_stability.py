@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gfs_core as gfs
+
+OPTIMIZERS = {
+    "sgd": lambda p, r, b: torch.optim.SGD(p, r),
+    "heavy ball": lambda p, r, b: torch.optim.SGD(p, r, momentum=b),
+    "dampening": lambda p, r, b: torch.optim.SGD(p, r, momentum=b, dampening=0.4),
+    "nesterov": lambda p, r, b: torch.optim.SGD(p, r, momentum=b, nesterov=True),
+    "coupled decay": lambda p, r, b: torch.optim.SGD(p, r, momentum=b, weight_decay=0.3 / r),
+    "adam": lambda p, r, b: torch.optim.Adam(p, r, betas=(b, 1.0 - 1e-15)),
+    "amsgrad": lambda p, r, b: torch.optim.Adam(p, r, betas=(b, 1.0 - 1e-15), amsgrad=True),
+    "adam, coupled decay": lambda p, r, b: torch.optim.Adam(p, r, betas=(b, 1.0 - 1e-15), weight_decay=0.2),
+    "adamw": lambda p, r, b: torch.optim.AdamW(p, r, betas=(b, 1.0 - 1e-15), weight_decay=0.4 / r),
+    "rmsprop": lambda p, r, b: torch.optim.RMSprop(p, r, momentum=b, alpha=1.0),
+    "centered": lambda p, r, b: torch.optim.RMSprop(p, r, momentum=b, alpha=1.0, centered=True),
+    "groups": lambda p, r, b: torch.optim.SGD([{"params": p[:1], "lr": 5 * r}, {"params": p[1:]}], r, momentum=b),
+}
+
+
+def freeze_second_moments(optimizer: torch.optim.Optimizer) -> None:
+    """A preconditioner that stays where it is, and differs from weight to weight."""
+    generator = torch.Generator().manual_seed(0)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            v = torch.rand(p.shape, generator=generator, dtype=p.dtype) + 0.5
+            zero = torch.zeros_like(p)
+            if isinstance(optimizer, torch.optim.RMSprop):
+                optimizer.state[p] = {"step": torch.tensor(1.0), "square_avg": v, "momentum_buffer": zero.clone()}
+                if group["centered"]:
+                    optimizer.state[p]["grad_avg"] = 0.1 * v
+            elif isinstance(optimizer, torch.optim.Adam):
+                # 1 − β₂^t is 1 at a step so late: v̂ = v
+                optimizer.state[p] = {"step": torch.tensor(1e18, dtype=torch.float64), "exp_avg": zero, "exp_avg_sq": v}
+                if group["amsgrad"]:
+                    optimizer.state[p]["max_exp_avg_sq"] = 2 * v
+
+
+def grows(kind: str, rate: float, beta: float, spectrum: list[float], ratio: float) -> bool:
+    """Whether the real optimizer diverges on a quadratic scaled so that its stability ratio is ``ratio``."""
+    generator = torch.Generator().manual_seed(1)
+    n = len(spectrum)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    hessian = q @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ q.T
+    w = [torch.nn.Parameter(torch.randn(k, generator=generator, dtype=torch.float64)) for k in (2, n - 2)]
+    optimizer = OPTIMIZERS[kind](w, rate, beta)
+    freeze_second_moments(optimizer)
+    stability = gfs.stability_of(optimizer, w)
+    assert stability.threshold is not None
+    scale = [1.0, 1.0] if stability.scale is None else stability.scale
+    s = torch.cat([torch.ones_like(p) * x for p, x in zip(w, scale, strict=True)])
+    shift = torch.tensor([0.0, 0.0] if stability.shift is None else stability.shift, dtype=torch.float64)
+    shift = torch.cat([torch.ones_like(p) * x for p, x in zip(w, shift, strict=True)])
+
+    def top(factor: float) -> float:
+        operator = s[:, None] * (factor * hessian + torch.diag(shift)) * s[None, :]
+        return torch.linalg.eigvalsh(operator)[-1].item() / stability.threshold
+
+    low, high = 0.0, 1e12
+    for _ in range(200):
+        middle = math.sqrt(max(low, 1e-12) * high)
+        low, high = (middle, high) if top(middle) < ratio else (low, middle)
+    hessian = hessian * high
+    start = torch.cat([p.detach() for p in w]).norm()
+    for _ in range(3000):
+        x = torch.cat([p.detach() for p in w])
+        gradient = hessian @ x
+        if not gradient.norm() < 1e6 * start * hessian.norm():
+            return True
+        for p, g in zip(w, gradient.split([2, n - 2]), strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    return bool(torch.cat([p.detach() for p in w]).norm() > start)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    rate=st.floats(1e-3, 1.0),
+    beta=st.floats(0.1, 0.95),
+    spectrum=st.lists(st.floats(0.05, 1.0), min_size=4, max_size=6),
+)
+def test_the_real_optimizer_converges_below_and_diverges_above(kind, rate, beta, spectrum) -> None:
+    assert not grows(kind, rate, beta, spectrum, 0.97)
+    assert grows(kind, rate, beta, spectrum, 1.03)
+
+
+def weight() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3))]
+
+
+def test_what_is_not_known_is_said() -> None:
+    p = weight()
+    assert "Adagrad is not known" in gfs.stability_of(torch.optim.Adagrad(p), p).reason
+    assert "maximize=True" in gfs.stability_of(torch.optim.SGD(p, 0.1, maximize=True), p).reason
+    assert "learning rate is 0" in gfs.stability_of(torch.optim.SGD(p, 0.0), p).reason
+    early = gfs.stability_of(torch.optim.Adam(p, 0.1), p)
+    assert early.threshold is None
+    assert "come with its first step" in early.reason
+
+
+def test_tensor_rates_and_wrappers() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: object) -> None:
+            self.optimizer = optimizer
+
+    p = weight()
+    plain = torch.optim.SGD(p, torch.tensor(0.1), foreach=False)
+    assert gfs.stability_of(Wrapper(Wrapper(plain)), p).threshold == pytest.approx(20)
+    with pytest.raises(TypeError, match="expected a torch"):
+        gfs.stability_of(object(), p)

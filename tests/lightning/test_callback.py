@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import inspect
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import get_type_hints
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gfs_core as gfs
+from lightning_gfs import GFSCallback
+
+
+def digits(count: int = 160) -> TensorDataset:
+    x, y = load_digits(return_X_y=True)
+    return TensorDataset(torch.tensor(x[:count] / 16 - 0.3, dtype=torch.float32), torch.tensor(y[:count]))
+
+
+class Net(L.LightningModule):
+    """Dropout, BatchNorm, metrics, lists and a counter: everything a second run could disturb."""
+
+    def __init__(self, optimizer: str = "sgd", fail: str = "", at: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Dropout(0.2), nn.Linear(24, 10))
+        self.mean, self.outs, self.calls, self.kind = torchmetrics.MeanMetric(), [], 0, optimizer
+        self.fail, self.at = fail, at
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        loss = nn.functional.cross_entropy(logits, batch[1])
+        self.calls += 1
+        again = any(f.function == "_loss" for f in inspect.stack()[1:4])
+        if again and self.fail == "raise" and self.global_step >= self.at:
+            raise OSError("cannot be run twice")
+        if again and self.fail == "nan" and self.global_step == self.at:
+            loss = loss * float("nan")
+        self.outs.append(loss.item())
+        self.mean(loss.detach())
+        self.log("loss", loss)
+        self.log("mean", self.mean, on_step=True, on_epoch=True)
+        self.logger.experiment  # noqa: B018
+        return loss
+
+    def configure_optimizers(self):
+        if self.kind == "adagrad":
+            return torch.optim.Adagrad(self.parameters(), lr=0.01)
+        if self.kind == "groups":
+            first, last = [p for n, p in self.named_parameters() if "4" not in n], list(self.net[4].parameters())
+            return torch.optim.AdamW([{"params": first, "lr": 1e-3}, {"params": last, "lr": 3e-3}])
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(folder: Path, callbacks=(), model=None, workers=0, batch=32, shuffle=True, logger=None, **options):
+    L.seed_everything(0, verbose=False)
+    model = (model or Net)()  # built after seeding
+    options = {"max_epochs": 2} | options
+    trainer = L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(folder, name="tb", version="") if logger is None else logger,
+        **options,
+    )
+    loader = DataLoader(digits(), batch_size=batch, shuffle=shuffle, num_workers=workers)
+    trainer.fit(model, loader)
+    return model, trainer
+
+
+def state(model, trainer) -> list:
+    optimizer = [v for s in trainer.optimizers[0].state_dict()["state"].values() for v in s.values()]
+    own = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("gfs/")}
+    return [
+        model.state_dict(),
+        optimizer,
+        own,
+        model.outs,
+        model.calls,
+        torch.get_rng_state(),
+        random.random(),
+        np.random.rand(),
+    ]
+
+
+def assert_bitwise(a, b) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [assert_bitwise(a[k], b[k]) for k in a]
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        [assert_bitwise(x, y) for x, y in zip(a, b, strict=True)]
+    else:
+        assert a == b
+
+
+def every(n: int, **options) -> GFSCallback:
+    return GFSCallback(every=n, max_overhead=None, **options)
+
+
+def history(trainer) -> list[gfs.Measurement]:
+    return gfs.read_history(Path(trainer.log_dir) / "history.jsonl")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+        {"model": "groups"},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=["workers", "accumulate-clip", "groups", "bf16"],
+)
+def test_training_is_bitwise_the_same(tmp_path: Path, options: dict) -> None:
+    kind = options.pop("model", "sgd")
+    plain = state(*train(tmp_path / "a", model=lambda: Net(kind), **options))
+    model, trainer = train(tmp_path / "b", [every(1)], model=lambda: Net(kind), **options)
+    assert len(history(trainer)) == trainer.global_step
+    assert_bitwise(plain, state(model, trainer))
+
+
+@pytest.mark.parametrize(("fail", "text"), [("raise", "OSError: cannot be run twice"), ("nan", "not finite")])
+def test_a_failing_measurement_changes_nothing_and_is_told_once(tmp_path: Path, fail: str, text: str) -> None:
+    plain = state(*train(tmp_path / "a"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, trainer = train(tmp_path / "b", [every(2)], model=lambda: Net(fail=fail))
+    assert_bitwise(plain, state(model, trainer))
+    assert [text in str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)] == [True]
+    assert [m.step for m in history(trainer)] == ([0, 2] if fail == "raise" else [0, 2, 6, 8])
+    with pytest.raises((OSError, gfs.MeasurementError), match=text.split(": ")[-1]):
+        train(tmp_path / "c", [every(2, strict=True)], model=lambda: Net(fail=fail))
+
+
+class Linear(L.LightningModule):
+    """Least squares: the Hessian is XᵀX/n, whatever the weights."""
+
+    def __init__(self, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.w, self.momentum = nn.Linear(64, 1, bias=False), momentum
+
+    def training_step(self, batch, batch_idx):
+        return 0.5 * (self.w(batch[0]).squeeze() - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_logged_values_are_right(tmp_path: Path, momentum: float) -> None:
+    x = digits().tensors[0].double()
+    expected = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item()
+    _, trainer = train(tmp_path, [every(5, tol=1e-5)], model=lambda: Linear(momentum), batch=160, max_epochs=11)
+    events = EventAccumulator(trainer.log_dir)
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    threshold = (2 + 2 * momentum) / 0.05
+    assert [step for step, _ in read["gfs/sharpness"]] == [0, 5, 10]
+    for tag, value in (
+        ("gfs/sharpness", expected),
+        ("gfs/gfs_sharpness", expected),
+        ("gfs/threshold", threshold),
+        ("gfs/stability_ratio", expected / threshold),
+    ):
+        assert [v for _, v in read[tag]] == pytest.approx([value] * 3, rel=1e-4), tag
+    assert [m.sharpness for m in history(trainer)] == pytest.approx([v for _, v in read["gfs/sharpness"]], rel=1e-6)
+    assert {f"gfs/{name}" for name in ("preconditioned_sharpness", "gfs_sharpness_full")}.isdisjoint(read)
+    assert read.keys() - {"epoch"} <= gfs.log_keys().keys()
+
+
+def test_csv_wandb_and_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = [CSVLogger(tmp_path, name="csv"), WandbLogger(save_dir=tmp_path, offline=True)]
+    _, trainer = train(tmp_path, [every(3, progress_bar=True)], logger=loggers, accumulate_grad_batches=2)
+    with open(Path(loggers[0].log_dir) / "metrics.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r.get("gfs/stability_ratio")]
+    assert [int(r["step"]) for r in rows] == [0, 3]
+    ratio = trainer.progress_bar_metrics["gfs/stability_ratio"]
+    assert ratio == pytest.approx(float(rows[-1]["gfs/stability_ratio"]))
+    import wandb
+
+    wandb.finish()
+    written = next(tmp_path.rglob("*.wandb")).read_bytes()
+    assert written.count(b"gfs/stability_ratio") >= 2
+    assert all(r["gfs/stability_ratio"].encode() in written for r in rows)
+
+
+def test_an_optimizer_that_is_not_analysed_gets_raw_sharpness_and_one_warning(tmp_path: Path) -> None:
+    with pytest.warns(gfs.GFSWarning, match="threshold of Adagrad is not known") as caught:
+        _, trainer = train(tmp_path, [every(4)], model=lambda: Net("adagrad"))
+    assert len([w for w in caught if w.category is gfs.GFSWarning]) == 1
+    assert all(m.sharpness and m.threshold is None and m.stability_ratio is None for m in history(trainer))
+
+
+class Gan(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.g, self.d, self.outs, self.calls = nn.Linear(8, 64), nn.Linear(64, 1), [], 0
+
+    def d_loss(self, batch):
+        fake = self.g(torch.ones(len(batch[0]), 8)).detach()
+        return (nn.functional.softplus(self.d(fake)) + nn.functional.softplus(-self.d(batch[0]))).mean()
+
+    def g_loss(self, batch):
+        return nn.functional.softplus(-self.d(self.g(torch.ones(len(batch[0]), 8)))).mean()
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        for optimizer, loss in zip(self.optimizers(), (self.g_loss, self.d_loss), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.g.parameters(), 0.1), torch.optim.SGD(self.d.parameters(), 0.2)
+
+
+def test_several_optimizers_are_measured_by_name(tmp_path: Path) -> None:
+    losses = {"gen": lambda m, batch, i: m.g_loss(batch), "disc": lambda m, batch, i: m.d_loss(batch)}
+    plain = state(*train(tmp_path / "a", model=Gan))
+    model, trainer = train(tmp_path / "b", [every(2, loss_fn=losses)], model=Gan)
+    logged = trainer.callback_metrics
+    assert logged["gfs/gen/threshold"] == pytest.approx(20)
+    assert logged["gfs/disc/threshold"] == pytest.approx(10)
+    assert [m.step for m in gfs.read_history(Path(trainer.log_dir) / "history-gen.jsonl")] == [0, 2, 4, 6, 8]
+    assert_bitwise(plain, state(model, trainer))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        (Gan, {}, "2 optimizers \\(SGD, SGD\\); pass `GFSCallback\\(loss_fn="),
+        (Gan, {"loss_fn": {"one": lambda m, b, i: m.g_loss(b)}}, "names 1 losses \\(one\\) for 2 optimizers"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, model, options, text: str) -> None:
+    with pytest.raises(MisconfigurationException, match=text):
+        train(tmp_path, [GFSCallback(**options)], model=model)
+
+
+def test_manual_optimization_and_frozen_models_are_refused(tmp_path: Path) -> None:
+    manual = Linear()
+    manual.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="manual optimization"):
+        train(tmp_path, [GFSCallback()], model=lambda: manual)
+    frozen = Linear().requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="requires_grad=True"):
+        train(tmp_path, [GFSCallback()], model=lambda: frozen)
+
+
+class Deterministic(Linear):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    whole = train(tmp_path / "a", [every(2)], model=Deterministic, batch=160, shuffle=False, max_epochs=40)[1]
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    train(tmp_path / "b", [every(2), saver], model=Deterministic, batch=160, shuffle=False, max_epochs=21)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=40,
+        callbacks=[every(2)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=TensorBoardLogger(tmp_path / "c", name="tb", version=""),
+    )
+    trainer.fit(Deterministic(), DataLoader(digits(), batch_size=160), ckpt_path=tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["GFSCallback"]
+    assert saved[""]["measured"] == 11
+
+    def numbers(of) -> list:
+        return [dataclasses.replace(m, seconds=None, overhead=None) for m in history(of) if m.step >= 22]
+
+    assert len(numbers(trainer)) == 9
+    assert numbers(trainer) == numbers(whole)
+
+
+NOT_DEFAULT = {
+    "tier": "sharpness",
+    "every": 7,
+    "max_overhead": 0.5,
+    "full_every": 3,
+    "horizon": 2.5,
+    "probe": "fixed",
+    "probe_batches": 2,
+    "probe_size": 300,
+    "hvp": "gradients",
+    "tol": 0.05,
+    "rtol": 0.002,
+    "max_hvps": 33,
+    "max_grads": 44,
+    "history": "somewhere.jsonl",
+    "strict": True,
+    "seed": 5,
+}
+
+
+def test_options_are_those_of_the_config() -> None:
+    hints = get_type_hints(gfs.GFSConfig)
+    parameters = inspect.signature(GFSCallback).parameters
+    for f in dataclasses.fields(gfs.GFSConfig):
+        assert parameters[f.name].default == f.default
+        assert parameters[f.name].annotation == hints[f.name]
+        assert gfs.GFSConfig.help()[f.name] in GFSCallback.__doc__
+    assert set(NOT_DEFAULT) == {f.name for f in dataclasses.fields(gfs.GFSConfig)}
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> LightningCLI:
+    monkeypatch.setattr(sys, "argv", ["run"])
+    argv = [*args, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
+    return LightningCLI(Linear, args=argv, run=False, seed_everything_default=0, save_config_callback=None)
+
+
+@pytest.mark.parametrize("name", NOT_DEFAULT)
+def test_every_option_arrives_from_yaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    value = NOT_DEFAULT[name]
+    text = str(value).lower() if isinstance(value, bool) else value
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "trainer:\n  callbacks:\n    - class_path: lightning_gfs.GFSCallback\n"
+        f"      init_args:\n        {name}: {text}\n"
+    )
+    callback = next(
+        c for c in cli(monkeypatch, tmp_path, f"--config={path}").trainer.callbacks if isinstance(c, GFSCallback)
+    )
+    assert getattr(callback.config, name) == value
+    assert callback.config != gfs.GFSConfig()
+
+
+def test_the_command_line_helps_and_refuses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run"])
+    with pytest.raises(SystemExit) as stop:
+        LightningCLI(Linear, args=["--trainer.callbacks.help=lightning_gfs.GFSCallback"], run=False)
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, text in gfs.GFSConfig.help().items():
+        assert f"--trainer.callbacks.{name}" in printed
+        assert " ".join(text.split())[:40] in printed
+    with pytest.raises(SystemExit) as stop:
+        cli(monkeypatch, tmp_path, "--trainer.callbacks+=lightning_gfs.GFSCallback", "--trainer.callbacks.evry=3")
+    assert stop.value.code == 2
+    with pytest.raises(gfs.ConfigError, match="unknown option `evry`; the options are"):
+        GFSCallback(evry=3)
+
+
+PYTORCH_LIGHTNING = """
+import sys, warnings
+import pytorch_lightning as pl, torch
+from lightning_gfs import GFSCallback
+from pytorch_lightning.demos.boring_classes import BoringModel
+assert isinstance(GFSCallback(), pl.Callback)
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+trainer = pl.Trainer(max_steps=4, callbacks=[GFSCallback(every=2, max_overhead=None)], accelerator="cpu", logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0)
+trainer.fit(Model())
+assert float(trainer.callback_metrics["gfs/stability_ratio"]) > 0
+"""
+
+
+def test_works_with_pytorch_lightning(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PYTORCH_LIGHTNING], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_core_imports_no_framework() -> None:
+    code = (
+        "import sys, gfs_core; "
+        "print([m for m in ('lightning', 'pytorch_lightning', 'transformers', 'bokeh') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

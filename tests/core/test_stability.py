@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import gfs_core as gfs
@@ -69,11 +69,11 @@ def grows(kind: str, rate: float, beta: float, spectrum: list[float], ratio: flo
         low, high = (middle, high) if top(middle) < ratio else (low, middle)
     hessian = hessian * high
     start = torch.cat([p.detach() for p in w]).norm()
-    for _ in range(3000):
+    for _ in range(1500):
         x = torch.cat([p.detach() for p in w])
-        gradient = hessian @ x
-        if not gradient.norm() < 1e6 * start * hessian.norm():
+        if not x.norm() < 50 * start:
             return True
+        gradient = hessian @ x
         for p, g in zip(w, gradient.split([2, n - 2]), strict=True):
             p.grad = g.clone()
         optimizer.step()
@@ -81,7 +81,7 @@ def grows(kind: str, rate: float, beta: float, spectrum: list[float], ratio: flo
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     rate=st.floats(1e-3, 1.0),
     beta=st.floats(0.1, 0.95),

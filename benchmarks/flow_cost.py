@@ -100,7 +100,8 @@ def main() -> None:
     lines = [
         "Gradient flow at the edge of stability: digits, 200 examples, width 32, squared loss, η = 0.2, float64,",
         "rtol 1e-2. Errors: relative, of the sharpness at the end, against RK4 at half its step. The Hessian-vector",
-        "products that keep the estimate of λ₁ (about 10 at the longer horizons) and the final eigenvalue are not counted, for either method.",
+        "products that keep the estimate of λ₁ (about 10 at the longer horizons) and the final eigenvalue are not",
+        "counted, for either method.",
         "",
         "| activation | step | k | RK4, step 1/λ₁ (error) | RKC2 (error) | RK4 / RKC2 |",
         "|---|---|---|---|---|---|",

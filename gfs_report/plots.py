@@ -101,7 +101,7 @@ def _figure(
         plot.add_layout(Span(location=edge, dimension="width", line_color=RED, line_dash="dashed", line_width=1.5))
     plot.legend.location = "top_left"
     plot.legend.click_policy = "hide"
-    plot.legend.orientation = "horizontal"
+    plot.legend.ncols = 2  # four names in one row are cut off on a phone
     plot.legend.background_fill_alpha = 0
     plot.legend.border_line_alpha = 0
     plot.add_layout(plot.legend[0], "above")

@@ -150,7 +150,7 @@ class _Flowing:
         self, probe: Probe, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int
     ) -> None:
         self.probe, self.stability = probe, stability
-        self.vector = clone(top.vector)
+        self.vector = top.vector  # turned along in place: one copy less, and the next measurement starts from there
         self._known: float | None = top.value + top.residual
         inverse: list[Tensor | float] | None = None
         if stability is not None and stability.scale is not None:

@@ -1,0 +1,87 @@
+"""Copies of the weights that a measurement needs at its peak, beside the activations.
+
+Every storage that torch allocates during a measurement is followed until it is freed. The batch is one example, so that
+the activations are small beside the weights. Writes `memory.md`. Run: python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gfs_core as gfs
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of live storages that were allocated while the mode was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key in held or key in self.known or storage.nbytes() == 0:
+                    continue
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def main() -> None:
+    lines = [
+        "| tier | optimizer | layers | peak, copies of the weights | kept afterwards |",
+        "|---|---|---|---|---|",
+    ]
+    for tier in ("sharpness", "gfs"):
+        for kind in (torch.optim.SGD, torch.optim.Adam):
+            for depth in (4, 32):
+                width = 1024 // int(depth**0.5)
+                torch.manual_seed(0)
+                model = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())))
+                optimizer = kind(model.parameters(), lr=1e-3)
+                x = torch.randn(1, width)
+
+                def loss_of(batch: Tensor, model: nn.Module = model) -> Tensor:
+                    return (model(batch) - 1).square().mean()
+
+                loss_of(x).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                config = gfs.GFSConfig(tier=tier, every=1, max_overhead=None)  # type: ignore[arg-type]
+                monitor = gfs.StabilityMonitor(model, optimizer, config)
+                monitor.step(loss_of, x)
+                gc.collect()
+                weights = sum(p.numel() * p.element_size() for p in model.parameters())
+                with LiveBytes() as live:
+                    monitor.step(loss_of, x)
+                gc.collect()
+                warm = sum(v is not None for v in monitor.state_dict()["warm"])
+                # The warm vectors were allocated before the mode was on: they are in use during the measurement.
+                row = f"| {tier} | {kind.__name__} | {depth} | {live.peak / weights + warm:.1f} | {warm} |"
+                print(row, flush=True)
+                lines.append(row)
+    head = "Copies of the weights at the peak of a warm measurement, the warm start included; one example, float32.\n\n"
+    Path(__file__).with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

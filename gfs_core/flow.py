@@ -37,8 +37,12 @@ _MAX_STAGES = 10_000
 _CUTOFF_REACHED = 0.01  # the loss lands within 1 % below its cutoff
 # The error estimate is dominated by stiff modes that are damped before they reach the end point, so it is far above
 # the error that the sharpness there ends up with. Measured (benchmarks/flow_cost.py): a step's estimate of
-# 70·rtol of the path leaves an error of the sharpness below rtol for tanh and ReLU networks, horizons 1 to 256.
-_ESTIMATE_PER_RTOL = 70.0
+# 100·rtol of the path leaves an error of the sharpness below rtol for tanh and ReLU networks, horizons 1 to 256.
+_ESTIMATE_PER_RTOL = 100.0
+# At rtol 1e-2 steps are never shortened below h·ρ = 1 for their estimate's sake: at kinks of the loss (ReLU) the
+# estimate does not fall as h³ and would hold the flow for nothing, and two stages there are still half the price of
+# RK4 with step 1/λ₁. The limit follows rtol as the error of a second-order method does.
+_LEAST_H_RHO = 10.0
 
 
 class Stages(NamedTuple):
@@ -116,7 +120,7 @@ class Flow:
             of a step when the weights have moved enough.
         preconditioner: D⁻¹ per parameter (a tensor of its shape or a number); ``None``: the identity.
         rtol: relative error aimed at for the sharpness at the end. A step is accepted while its error
-            estimate is below 70·rtol of the path travelled so far.
+            estimate is below 100·rtol of the path travelled so far.
         max_grads: gradients allowed.
     """
 
@@ -134,6 +138,7 @@ class Flow:
         self.grad_evals = 0
         self._rho = 0.0
         self._rho_age = math.inf
+        self.least_h_rho = min(1.0, _LEAST_H_RHO * rtol**0.5)
         self.eps = torch.finfo(objective.params[0].dtype).eps
         # Rounding errors of a step grow as s²·eps (Sommeijer et al. 1998, §2.1).
         self.max_stages = max(8, min(_MAX_STAGES, int((rtol / (10 * self.eps)) ** 0.5)))
@@ -178,19 +183,21 @@ class Flow:
                 continue
             ratio = error / (_ESTIMATE_PER_RTOL * self.rtol * (state.path + length)) if error else 0.0
             noise = 20 * self.eps * abs(state.loss)
-            if ratio <= 1.0 and loss <= state.loss + noise:
+            if (ratio <= 1.0 or h * rho <= self.least_h_rho) and loss <= state.loss + noise:
                 state.time = until if h == remaining else state.time + h
                 state.path += length
                 state.loss, state.field = loss, field
                 state.steps += 1
                 self._rho_age += h * rho
-                state.step = h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3))
+                state.step = max(h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3)), self.least_h_rho / rho)
             else:
                 copy(held, params)
                 state.rejected += 1
                 self._rho_age = math.inf if loss > state.loss + noise else self._rho_age
                 shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
                 state.step = h * min(max(shrink, 0.1), 0.7)
+                if loss <= state.loss + noise:
+                    state.step = max(state.step, self.least_h_rho / rho)
                 if state.step * rho < 1e-4:
                     state.reason = Reason.STEP_TOO_SMALL
                     break

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -209,7 +209,7 @@ class Preconditioned:
     """
 
     def __init__(
-        self, hessian: Hessian, scale: Sequence[Tensor | float] | None, shift: Sequence[float] | None = None
+        self, hessian: Hessian, scale: Iterable[Tensor | float] | None, shift: Sequence[float] | None = None
     ) -> None:
         self.hessian, self.scale, self.shift = hessian, scale, shift
 

@@ -20,7 +20,7 @@ D is the identity, or a diagonal preconditioner; then the flow is gradient flow 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -129,7 +129,7 @@ class Flow:
         objective: Objective,
         rho: Callable[[], float],
         *,
-        preconditioner: Sequence[Tensor | float] | None = None,
+        preconditioner: Iterable[Tensor | float] | None = None,
         rtol: float = 1e-2,
         max_grads: int = 100_000,
     ) -> None:
@@ -155,8 +155,9 @@ class Flow:
         """
         params = [p.detach() for p in self.objective.params]
         if state.step == 0.0:
-            state.step = self._first_step(state, until)
-        held, buffer = clone(params), clone(params)
+            state.step = self._first_step(until)
+        held: Vector = []
+        buffer: Vector = []
         while state.time < until * (1 - 1e-12):
             if loss_cutoff is not None and state.loss <= loss_cutoff:
                 state.reason = Reason.LOSS_CUTOFF
@@ -164,7 +165,13 @@ class Flow:
             if self.grad_evals >= self.max_grads:
                 state.reason = Reason.MAX_GRADIENTS
                 break
-            rho = self._spectral_radius(state)
+            if self._rho_is_old(state):
+                held.clear()  # both hold nothing now that the weights do not; the estimate needs the memory
+                buffer.clear()
+                self._estimate_rho()
+            if not held:
+                held, buffer = clone(params), clone(params)
+            rho = self._rho
             remaining = until - state.time
             h = min(state.step, remaining, stability_interval(self.max_stages) / rho)
             if remaining < 2 * h and h < remaining:
@@ -240,16 +247,17 @@ class Flow:
                 f.mul_(d).neg_()
         return loss, field
 
-    def _spectral_radius(self, state: FlowState) -> float:
+    def _rho_is_old(self, state: FlowState) -> bool:
         # Re-estimated when about ten times the fastest time scale has gone by, and at longer and longer
         # intervals as the flow slows down.
-        if self._rho_age >= max(10.0, 0.5 * state.time * self._rho):
-            self._rho = self.estimate_rho() * 1.1
-            self._rho_age = 0.0
-            if not math.isfinite(self._rho) or self._rho <= 0:
-                self._rho = 1e-12
-        return self._rho
+        return self._rho_age >= max(10.0, 0.5 * state.time * self._rho)
 
-    def _first_step(self, state: FlowState, until: float) -> float:
-        rho = self._spectral_radius(state)
-        return min(until, max(8.0 / rho, 1e-3 * until))
+    def _estimate_rho(self) -> None:
+        self._rho = self.estimate_rho() * 1.1
+        self._rho_age = 0.0
+        if not math.isfinite(self._rho) or self._rho <= 0:
+            self._rho = 1e-12
+
+    def _first_step(self, until: float) -> float:
+        self._estimate_rho()
+        return min(until, max(8.0 / self._rho, 1e-3 * until))

@@ -152,9 +152,7 @@ class _Flowing:
         self.probe, self.stability = probe, stability
         self.vector = top.vector  # turned along in place: one copy less, and the next measurement starts from there
         self._known: float | None = top.value + top.residual
-        inverse: list[Tensor | float] | None = None
-        if stability is not None and stability.scale is not None:
-            inverse = [s**2 for s in stability.scale]
+        inverse = None if stability is None or stability.scale is None else stability.scale.squared()
         probe.hessian.release()
         self.flow = Flow(probe.objective, self._rho, preconditioner=inverse, rtol=rtol, max_grads=max_grads)
 
@@ -189,6 +187,7 @@ class _Flowing:
 def flow_for(flowing: _Flowing, time: float) -> FlowResult:
     """Sharpness after flow time ``time``."""
     state = flowing.flow.advance(flowing.flow.start(), time)
+    state.field.clear()  # nothing flows on from here; a copy of the weights less for the eigenvalue
     return flowing.result(state, flowing.top(), converged=not state.reason)
 
 

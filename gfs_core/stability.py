@@ -22,13 +22,47 @@ the lowest threshold. With equal momentum in all groups that is exact; with diff
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+
+class Diagonal:
+    """The diagonal of S, or a power of it, one parameter at a time: the tensors are computed when they are asked for.
+
+    As a list they would cost a copy of the weights for the whole measurement; computing them is cheap beside a
+    gradient.
+
+    Args:
+        optimizer: its second moments are read; ``None``: S holds numbers only.
+        params: the parameters, with the group and the relative scale of each.
+        power: exponent of every entry.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        params: Sequence[tuple[Tensor, dict[str, Any], float]],
+        power: int = 1,
+    ) -> None:
+        self.optimizer, self.params, self.power = optimizer, params, power
+
+    def __iter__(self) -> Iterator[Tensor | float]:
+        for p, group, relative in self.params:
+            if self.optimizer is None:
+                yield relative**self.power
+            else:
+                yield _root_preconditioner(self.optimizer, group, p).mul_(relative).pow_(self.power)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def squared(self) -> Diagonal:
+        """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
+        return Diagonal(self.optimizer, self.params, 2 * self.power)
 
 
 @dataclass(frozen=True)
@@ -48,7 +82,7 @@ class Stability:
     name: str
     learning_rate: float | None
     threshold: float | None
-    scale: list[Tensor | float] | None = None
+    scale: Diagonal | None = None
     shift: list[float] | None = None
     adaptive: bool = False
     reason: str = ""
@@ -106,19 +140,16 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     if not math.isfinite(reference):
         return Stability(name, rate, None, adaptive=adaptive, reason="the learning rate is 0: no step, no threshold")
     where = {id(p): (g, t) for g, t in zip(groups, thresholds, strict=True) for p in g["params"]}
-    scale: list[Tensor | float] = []
+    entries: list[tuple[Tensor, dict[str, Any], float]] = []
     shift: list[float] = []
     for p in params:
         group, threshold = where[id(p)]
-        relative = math.sqrt(reference / threshold)
-        scale.append(_root_preconditioner(inner, group, p).mul_(relative) if adaptive else relative)
-        coupled = 0.0 if _decoupled(inner, group) else float(group.get("weight_decay", 0.0))
-        shift.append(coupled)
-    identity = not adaptive and all(s == 1.0 for s in scale)
+        entries.append((p, group, math.sqrt(reference / threshold)))
+        shift.append(0.0 if _decoupled(inner, group) else float(group.get("weight_decay", 0.0)))
+    identity = not adaptive and all(relative == 1.0 for _, _, relative in entries)
+    scale = None if identity else Diagonal(inner if adaptive else None, entries)
     lead = float(groups[thresholds.index(reference)]["lr"])
-    return Stability(
-        name, lead, reference, None if identity else scale, shift if any(shift) else None, adaptive=adaptive
-    )
+    return Stability(name, lead, reference, scale, shift if any(shift) else None, adaptive=adaptive)
 
 
 def _problem(inner: Optimizer, groups: list[dict[str, Any]], rates: list[float]) -> str:
@@ -157,6 +188,7 @@ def _threshold(inner: Optimizer, group: dict[str, Any]) -> float:
 def _root_preconditioner(inner: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """P^-1/2 of one parameter."""
     state = inner.state[p]
+    second: Tensor
     if isinstance(inner, RMSprop):
         second = state["square_avg"]
         if group["centered"]:
@@ -164,4 +196,5 @@ def _root_preconditioner(inner: Optimizer, group: dict[str, Any], p: Tensor) -> 
     else:
         second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
         second = second / (1 - float(group["betas"][1]) ** float(state["step"]))
-    return torch.rsqrt(second.sqrt() + group["eps"]).to(p.dtype)
+        return second.sqrt_().add_(group["eps"]).rsqrt_().to(p.dtype)
+    return second.sqrt().add_(group["eps"]).rsqrt_().to(p.dtype)

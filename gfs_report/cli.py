@@ -39,8 +39,3 @@ def demo(
     except OSError as error:
         typer.echo(f"cannot write to {out}: {error}; choose another folder with --out", err=True)
         raise typer.Exit(2) from None
-
-
-def main() -> None:
-    """Entry point of the `gfs` command."""
-    app()

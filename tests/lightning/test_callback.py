@@ -33,6 +33,9 @@ def digits(count: int = 160) -> TensorDataset:
     return TensorDataset(torch.tensor(x[:count] / 16 - 0.3, dtype=torch.float32), torch.tensor(y[:count]))
 
 
+LAST_WEIGHT: list[torch.Tensor] = []  # outside the module, where nothing is put back
+
+
 class Net(L.LightningModule):
     """Dropout, BatchNorm, metrics, lists and a counter: everything a second run could disturb."""
 
@@ -49,8 +52,16 @@ class Net(L.LightningModule):
         again = any(f.function == "_loss" for f in inspect.stack()[1:4])
         if again and self.fail == "raise" and self.global_step >= self.at:
             raise OSError("cannot be run twice")
+        if again and self.fail == "memory" and self.global_step >= self.at:
+            raise torch.OutOfMemoryError("no room")
         if again and self.fail == "nan" and self.global_step == self.at:
             loss = loss * float("nan")
+        if not again:
+            LAST_WEIGHT[:] = [self.net[0].weight.detach().clone()]
+        elif (
+            self.fail == "midway" and self.global_step >= self.at and not torch.equal(*LAST_WEIGHT, self.net[0].weight)
+        ):
+            raise OSError("fails while the weights are elsewhere")
         self.outs.append(loss.item())
         self.mean(loss.detach())
         self.log("loss", loss)
@@ -140,17 +151,32 @@ def test_training_is_bitwise_the_same(tmp_path: Path, options: dict) -> None:
     assert_bitwise(plain, state(model, trainer))
 
 
-@pytest.mark.parametrize(("fail", "text"), [("raise", "OSError: cannot be run twice"), ("nan", "not finite")])
-def test_a_failing_measurement_changes_nothing_and_is_told_once(tmp_path: Path, fail: str, text: str) -> None:
-    plain = state(*train(tmp_path / "a"))
+@pytest.mark.parametrize("options", [{}, {"workers": 2, "accumulate_grad_batches": 2}], ids=["", "workers-accumulate"])
+@pytest.mark.parametrize(
+    ("fail", "text"),
+    [
+        ("raise", "OSError: cannot be run twice"),
+        ("midway", "OSError: fails while the weights are elsewhere"),
+        ("nan", "not finite"),
+        ("memory", "out of memory; set `probe_size`"),
+    ],
+)
+def test_a_failing_measurement_changes_nothing_and_is_told_once(
+    tmp_path: Path, fail: str, text: str, options: dict
+) -> None:
+    def failing() -> Net:
+        return Net(fail=fail)
+
+    plain = state(*train(tmp_path / "a", **options))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model, trainer = train(tmp_path / "b", [every(2)], model=lambda: Net(fail=fail))
+        model, trainer = train(tmp_path / "b", [every(2)], model=failing, **options)
     assert_bitwise(plain, state(model, trainer))
     assert [text in str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)] == [True]
-    assert [m.step for m in history(trainer)] == ([0, 2] if fail == "raise" else [0, 2, 6, 8])
-    with pytest.raises((OSError, gfs.MeasurementError), match=text.split(": ")[-1]):
-        train(tmp_path / "c", [every(2, strict=True)], model=lambda: Net(fail=fail))
+    due = list(range(0, trainer.global_step, 2))
+    assert [m.step for m in history(trainer)] == ([s for s in due if s != 4] if fail == "nan" else [0, 2])
+    with pytest.raises((OSError, gfs.MeasurementError, torch.OutOfMemoryError)):
+        train(tmp_path / "c", [every(2, strict=True)], model=failing, **options)
 
 
 class Linear(L.LightningModule):
@@ -276,27 +302,46 @@ class Deterministic(Linear):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path) -> None:
-    whole = train(tmp_path / "a", [every(2)], model=Deterministic, batch=160, shuffle=False, max_epochs=40)[1]
-    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
-    train(tmp_path / "b", [every(2), saver], model=Deterministic, batch=160, shuffle=False, max_epochs=21)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=40,
-        callbacks=[every(2)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=TensorBoardLogger(tmp_path / "c", name="tb", version=""),
-    )
-    trainer.fit(Deterministic(), DataLoader(digits(), batch_size=160), ckpt_path=tmp_path / "last.ckpt")
+@pytest.mark.parametrize("probe", ["batch", "fixed"])
+def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path, probe: str) -> None:
+    def callback() -> GFSCallback:
+        return every(2, probe=probe, probe_size=None if probe == "batch" else 100)
+
+    def fit(folder: str, epochs: int, *more, checkpoint: Path | None = None) -> L.Trainer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gfs.GFSWarning)  # that a small fixed probe misleads
+            trainer = L.Trainer(
+                accelerator="cpu",
+                max_epochs=epochs,
+                callbacks=[callback(), *more],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                logger=TensorBoardLogger(tmp_path / folder, name="tb", version=""),
+            )
+            L.seed_everything(0, verbose=False)
+            model = Deterministic()
+            if checkpoint is not None:  # other data first: the probe must be the saved one
+                model.w.weight.data.zero_()
+            data = digits()
+            if probe == "fixed" and checkpoint is not None:
+                data = TensorDataset(data.tensors[0].flip(0), data.tensors[1].flip(0))
+            trainer.fit(model, DataLoader(data, batch_size=160), ckpt_path=checkpoint)
+        return trainer
+
+    def numbers(of: L.Trainer) -> list:
+        return [dataclasses.replace(m, seconds=None, overhead=None) for m in history(of)]
+
+    whole = fit("a", 40)
+    fit("b", 21, ModelCheckpoint(dirpath=tmp_path, save_last=True))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["GFSCallback"]
     assert saved[""]["measured"] == 11
-
-    def numbers(of) -> list:
-        return [dataclasses.replace(m, seconds=None, overhead=None) for m in history(of) if m.step >= 22]
-
-    assert len(numbers(trainer)) == 9
-    assert numbers(trainer) == numbers(whole)
+    resumed = fit("b", 40, checkpoint=tmp_path / "last.ckpt")  # in the same folder: the history goes on
+    assert [m.step for m in numbers(resumed)] == list(range(0, 40, 2))
+    if probe == "batch":
+        assert numbers(resumed) == numbers(whole)
+    else:  # trained on the data in another order, so the weights differ in their last bits
+        ours, theirs = ([m.sharpness for m in numbers(t)] for t in (resumed, whole))
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 NOT_DEFAULT = {

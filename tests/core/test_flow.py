@@ -30,7 +30,7 @@ def fixed_steps(model: Quadratic, h: float, steps: int, s: int) -> None:
     params = [p.detach() for p in objective.params]
     state = flow.start()
     for _ in range(steps):
-        loss, field, _, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
+        loss, field, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
         state.field, state.loss = field, loss
 
 
@@ -65,7 +65,7 @@ def test_a_stiff_linear_flow_against_its_exact_solution(rtol: float) -> None:
     state = flow.advance(flow.start(), 1.0)
     assert state.reason is gfs.Reason.OK
     assert state.time == 1.0
-    assert (model.w - torch.exp(-model.h)).norm().item() < 5 * rtol * state.path  # the measure of the error control
+    assert (model.w - torch.exp(-model.h)).norm().item() < 2 * rtol * model.w.norm().item()
     assert flow.grad_evals < 1000 / 2.8 * 4  # RK4 at its stability limit
 
 

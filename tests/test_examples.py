@@ -1,0 +1,43 @@
+"""Every example runs as its first lines say, in an empty folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gfs_core as gfs
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(folder: Path, script: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_loop(tmp_path: Path) -> None:
+    lines = run(tmp_path, "plain_loop.py").splitlines()
+    history = gfs.read_history(tmp_path / "plain-history.jsonl")
+    assert [m.step for m in history] == list(range(0, 200, 20))
+    assert len(lines) == 10
+    assert all(m.threshold == 2 * 1.9 / 0.5 and 0 < m.stability_ratio < 1.5 for m in history)
+    assert f"stability ratio {history[-1].stability_ratio:.2f}" in lines[-1]
+
+
+def test_lightning(tmp_path: Path) -> None:
+    run(tmp_path, "lightning/digits.py")
+    [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
+    history = gfs.read_history(path)
+    assert history[0].step == 0
+    assert history[0].threshold is None  # Adam has no second moments before its first step
+    assert all(0.01 < m.stability_ratio < 10 for m in history[1:])
+
+
+def test_lightning_from_yaml(tmp_path: Path) -> None:
+    config = str(EXAMPLES / "lightning" / "digits.yaml")
+    run(tmp_path, "lightning/cli.py", "fit", "--config", config, "--trainer.callbacks.max_overhead=null")
+    [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
+    assert [m.step for m in gfs.read_history(path)] == list(range(0, 8 * 29, 20))

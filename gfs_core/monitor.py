@@ -107,7 +107,8 @@ class StabilityMonitor:
             if self.config.strict:
                 raise
             self._failed(error)
-        self._clock.measured(began, time.perf_counter())
+        early = self.measured == 0 and self._before_second_moments()
+        self._clock.measured(began, time.perf_counter(), another_free=early)
         self.measured += 1
         if measurement is None:
             return None
@@ -190,6 +191,10 @@ class StabilityMonitor:
             self._method = "gradients"  # settled: no need to fail again
         return measurement
 
+    def _before_second_moments(self) -> bool:
+        stability = stability_of(self.optimizer, parameters_of(self.optimizer))
+        return stability.adaptive and stability.threshold is None
+
     def _mix(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for vector in (self._warm.raw, self._warm.preconditioned):
@@ -224,40 +229,43 @@ class StabilityMonitor:
 class _Clock:
     """Wall time of training and of measuring.
 
-    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. From its end
-    on, measuring (the one to come included, at the price of the last) may take the budgeted fraction.
+    The first measurement is on the house: it is cold, and holds one-time costs of the libraries; so is the second
+    where the first came before an adaptive optimizer's first step and has no threshold. From then on, measuring (the
+    one to come included, at the price of the last) may take the budgeted fraction.
     """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.before = 0.0  # seconds of earlier runs that this one resumes
-        self.first = 0.0  # price of the first measurement
+        self.free = True
+        self.first = 0.0  # price of the free measurements
         self.spent = 0.0  # price of all the others
         self.last: float | None = None
-        self.since = 0.0  # run time at which the first measurement ended
+        self.since = 0.0  # run time at which the last free measurement ended
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
 
     def affords(self, budget: float | None) -> bool:
-        if budget is None or self.last is None:
+        if budget is None or self.free:
             return True
-        price = self.last if self.spent else 0.5 * self.first
+        price = self.last if self.spent and self.last is not None else 0.5 * self.first
         return self.spent + price <= budget * (self.elapsed() - self.since + price)
 
-    def measured(self, began: float, ended: float) -> None:
-        if self.last is None:
-            self.first, self.since = ended - began, self.elapsed()
-        else:
-            self.spent += ended - began
+    def measured(self, began: float, ended: float, another_free: bool = False) -> None:
         self.last = ended - began
+        if self.free:
+            self.first, self.since, self.free = self.first + self.last, self.elapsed(), another_free
+        else:
+            self.spent += self.last
 
     def overhead(self) -> float:
         return (self.first + self.spent) / max(self.elapsed(), 1e-9)
 
-    def state(self) -> dict[str, float | None]:
+    def state(self) -> dict[str, float | bool | None]:
         return {
             "elapsed": self.elapsed(),
+            "free": self.free,
             "first": self.first,
             "spent": self.spent,
             "last": self.last,
@@ -269,6 +277,7 @@ class _Clock:
         self.first, self.spent = float(state.get("first", 0.0)), float(state.get("spent", 0.0))
         self.since = float(state.get("since", 0.0))
         self.last = state.get("last")
+        self.free = bool(state.get("free", True))
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -13,7 +13,8 @@ AdamW, decoupled weight decay λ     (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
 RMSprop, momentum β                 (2 + 2β) / η
 ==================================  ==========================================
 
-S = P^-1/2 with P = √v̂ + ε for Adam and AdamW (v̂ bias-corrected), P = √v + ε for RMSprop, and 1 for SGD.
+S = P^-1/2 with P = √v̂ + ε for Adam and AdamW (v̂ bias-corrected), P = √v + ε for RMSprop, and 1 for SGD. A parameter
+without second moments has had no gradient so far; the optimizer does not move it, and its entry of S is 0.
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
 S is scaled by √(threshold of the reference group / threshold of the group), the reference being the group with
 the lowest threshold. With equal momentum in all groups that is exact; with different ones it is an approximation.
@@ -54,6 +55,8 @@ class Diagonal:
         for p, group, relative in self.params:
             if self.optimizer is None:
                 yield relative**self.power
+            elif not self.optimizer.state.get(p):
+                yield 0.0
             else:
                 yield _root_preconditioner(self.optimizer, group, p).mul_(relative).pow_(self.power)
 
@@ -132,8 +135,8 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     if problem:
         return Stability(name, rate, None, reason=problem)
     adaptive = isinstance(inner, (Adam, RMSprop))
-    if adaptive and not all(inner.state.get(p) for p in params):
-        reason = f"{name} has no second moments yet for every parameter: they come with its first step"
+    if adaptive and not any(inner.state.get(p) for p in params):
+        reason = f"{name} has no second moments yet: they come with its first step"
         return Stability(name, rate, None, adaptive=True, reason=reason)
     thresholds = [_threshold(inner, g) for g in groups]
     reference = min(thresholds)

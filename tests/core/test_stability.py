@@ -106,6 +106,18 @@ def test_what_is_not_known_is_said() -> None:
     assert "come with its first step" in early.reason
 
 
+def test_a_parameter_that_never_had_a_gradient_is_left_out() -> None:
+    used, unused = weight(), weight()
+    optimizer = torch.optim.Adam(used + unused, 0.1)
+    (used[0] ** 2).sum().backward()
+    optimizer.step()
+    stability = gfs.stability_of(optimizer, used + unused)
+    assert stability.threshold == pytest.approx(2 * 1.9 / (0.1 * 0.1))
+    first, second = stability.scale
+    assert first.tolist() == pytest.approx([2**-0.5] * 3)  # v̂ = g², g = 2
+    assert second == 0.0
+
+
 def test_tensor_rates_and_wrappers() -> None:
     class Wrapper:
         def __init__(self, optimizer: object) -> None:

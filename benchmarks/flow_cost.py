@@ -194,8 +194,8 @@ def table(rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> str:
             ratios, errors = [r["rk4"] / r["rkc2"] for r in some], [r["rkc2_error"] for r in some]
             least = min(r["dopri5"] / r["rkc2"] for r in some)
             lines.append(
-                f"| {activation} | {k} | {initial['rk4'] / initial['rkc2']:.1f} | {min(ratios):.1f}, {median(ratios):.1f} "
-                f"| {least:.1f} | {median(errors):.0e}, {max(errors):.0e} |"
+                f"| {activation} | {k} | {initial['rk4'] / initial['rkc2']:.1f} "
+                f"| {min(ratios):.1f}, {median(ratios):.1f} | {least:.1f} | {median(errors):.0e}, {max(errors):.0e} |"
             )
     lines += [
         "",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
-from bokeh.models import ColumnDataSource, HoverTool, Span
+from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Span
 from bokeh.plotting import figure
 
 from gfs_core import Measurement
@@ -79,12 +80,12 @@ def _figure(
         outline_line_alpha=0.2,
     )
     plot.toolbar.logo = None
-    drawn = False
+    seen: list[float] = []
     for name, value, colour, kind in series:
         points = [(m.step, v) for m in history if (v := value(m)) is not None and (v > 0 or not log)]
         if not points:
             continue
-        drawn = True
+        seen += [p[1] for p in points]
         source = ColumnDataSource({"step": [p[0] for p in points], "value": [p[1] for p in points]})
         if kind == "points":
             plot.line("step", "value", source=source, color=colour, line_width=1, line_dash="dotted")
@@ -95,8 +96,10 @@ def _figure(
                 "step", "value", source=source, color=colour, line_width=1.5, line_dash=dash, legend_label=name
             )
         plot.add_tools(HoverTool(renderers=[glyph], tooltips=[("step", "@step"), (name, "@value{0.0000}")]))
-    if not drawn:
+    if not seen:
         return None
+    if log:
+        plot.yaxis.ticker = _log_ticks(min(seen), max(seen))
     if isinstance(edge, float):
         plot.add_layout(Span(location=edge, dimension="width", line_color=RED, line_dash="dashed", line_width=1.5))
     plot.legend.location = "top_left"
@@ -106,3 +109,10 @@ def _figure(
     plot.legend.border_line_alpha = 0
     plot.add_layout(plot.legend[0], "above")
     return plot
+
+
+def _log_ticks(low: float, high: float) -> FixedTicker:
+    """1, 2, 5 over a few decades, powers of ten over many: Bokeh's own ticker prints its labels over each other."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    mantissas = (1, 2, 5) if last - first <= 4 else (1,)
+    return FixedTicker(ticks=[m * 10.0**e for e in range(first, last + 1) for m in mantissas])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,18 @@ def first_examples(batch: Any, count: int) -> Any:
     if size is None or size <= count:
         return batch
     return _map(batch, lambda t: t[:count] if t.ndim and t.shape[0] == size else t)
+
+
+def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
+    """The first ``count`` examples of several batches together; ``None``: all of them."""
+    out: list[Any] = []
+    for batch in batches:
+        if count is None:
+            out.append(batch)
+        elif count > 0:
+            out.append(first_examples(batch, count))
+            count -= batch_size(batch) or count
+    return out
 
 
 def copied(batch: Any) -> Any:

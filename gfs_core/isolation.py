@@ -53,8 +53,9 @@ class Isolation:
         self._grads = [p.grad for p in self.parameters]
         self._requires_grad = [p.requires_grad for p in self.parameters]
         self._hooks = [p._backward_hooks for p in self.parameters]
-        self._state = _PythonState(self.model, skip=self.parameters)
-        self._rng = _RandomState(self.parameters)
+        named = [(name or "model", m) for name, m in self.model.named_modules()]
+        self._state = PythonState(named, skip=self.parameters)
+        self._rng = RandomState(self.parameters)
         for p in self.parameters:
             p.grad = None
             if p._backward_hooks:
@@ -92,7 +93,7 @@ class Isolation:
         return self._state.leaks()
 
 
-class _RandomState:
+class RandomState:
     """The random states of Python, NumPy (if it is loaded) and torch on the devices of ``tensors``."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -104,6 +105,7 @@ class _RandomState:
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
 
     def restore(self) -> None:
+        """Put the random states back."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -112,16 +114,21 @@ class _RandomState:
             torch.cuda.set_rng_state(state, device)
 
 
-class _PythonState:
-    """Shallow copies of every dictionary, list, set and tensor that the module's attributes lead to."""
+class PythonState:
+    """Shallow copies of every dictionary, list, set and tensor that the roots lead to.
 
-    def __init__(self, model: nn.Module, skip: Iterable[Tensor]) -> None:
+    Args:
+        roots: names and objects to start from.
+        skip: objects that are neither copied nor entered.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any]) -> None:
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.sequences: list[tuple[Any, list[Any]]] = []
         self.tensors: list[tuple[Tensor, Tensor]] = []
         self.watched: list[tuple[str, Tensor, int]] = []
         seen = {id(p) for p in skip}
-        todo: list[tuple[str, Any]] = [(name or "model", m) for name, m in model.named_modules()]
+        todo = list(roots)
         while todo and len(seen) < _MAX_NODES:
             name, node = todo.pop()
             if isinstance(node, _ATOMS) or id(node) in seen:
@@ -166,6 +173,7 @@ class _PythonState:
             self.tensors.append((node, node.detach().clone()))
 
     def restore(self) -> None:
+        """Put everything back that has changed."""
         for node, held in self.dicts:
             for key in [k for k in node if k not in held]:
                 del node[key]
@@ -183,6 +191,7 @@ class _PythonState:
             tensor.data.copy_(value)  # .data: a kept autograd graph must not see a new version of a buffer
 
     def leaks(self) -> list[str]:
+        """Tensors too large to copy that have changed in place, by name."""
         return [name for name, tensor, version in self.watched if tensor._version != version]
 
 

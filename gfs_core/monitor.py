@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import history
-from gfs_core.batches import copied, first_examples
+from gfs_core.batches import copied, first_of_all
 from gfs_core.config import GFSConfig
 from gfs_core.curvature import HvpMethod
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
@@ -75,13 +75,16 @@ class StabilityMonitor:
         if problem.reason and not problem.adaptive:
             self._tell(problem.reason)
 
-    def step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int | None = None) -> Measurement | None:
+    def step(
+        self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int | None = None, *, micro_batches: bool = False
+    ) -> Measurement | None:
         """Measure, if a measurement is due at this step.
 
         Args:
             loss_fn: ``loss_fn(batch)``, a 0-dim tensor, the mean over the batch; called several times.
             batch: the current batch; read only.
             step: optimizer steps taken so far; ``None``: counted by the calls.
+            micro_batches: ``batch`` is a list of micro-batches; what is measured is the mean of their losses.
 
         Returns:
             The measurement, or ``None`` where none was due or it failed.
@@ -92,13 +95,18 @@ class StabilityMonitor:
         if step is None:
             step = self.count
             self.count += 1
+        if not self.wants(step):
+            return None
+        batches = first_of_all(batch if micro_batches else [batch], self.config.probe_size)
         if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
-            self._probe.append(copied(self._cut(batch)))
+            missing = self.config.probe_batches - len(self._probe)
+            self._probe += [copied(b) for b in batches[:missing]]
             if len(self._probe) < self.config.probe_batches:
                 return None
         if not self.due(step):
             return None
-        batches = self._probe if self.config.probe == "fixed" else [self._cut(batch)]
+        if self.config.probe == "fixed":
+            batches = self._probe
         began = time.perf_counter()
         measurement = None
         try:
@@ -128,6 +136,10 @@ class StabilityMonitor:
                 self._tell(f"the history cannot be written ({error}); training goes on without it")
                 self.history = None
         return measurement
+
+    def wants(self, step: int) -> bool:
+        """Whether :meth:`step` would do anything with a batch at this step."""
+        return self.due(step) or (self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches)
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due: every ``every`` steps, and only while the budget allows one."""
@@ -218,9 +230,6 @@ class StabilityMonitor:
             self._told.add(reason)
             where = f" of {self.name}" if self.name else ""
             warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)
-
-    def _cut(self, batch: Any) -> Any:
-        return batch if self.config.probe_size is None else first_examples(batch, self.config.probe_size)
 
     def _label(self, measurement: Measurement) -> str:
         return self.name or measurement.optimizer_name

@@ -1,0 +1,211 @@
+"""The Trainer callback: finds the micro-batches and the loss, and logs what the monitor measures."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from gfs_core import ConfigError, GFSConfig, GFSWarning, MeasurementError, StabilityMonitor, log_keys
+from gfs_core.stability import parameters_of
+from hf_gfs.publish import Publisher
+from hf_gfs.replay import ModelReplay, Reference, Replay, TrainerReplay, disagreement
+
+STATE_FILE = "gfs_state.pt"
+_SET_TRAINER = "use `GFSCallback(...).set_trainer(trainer)` in place of `trainer.add_callback(GFSCallback(...))`"
+_measured: weakref.WeakKeyDictionary[nn.Module, tuple[int, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+class GFSCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs how close the optimizer is to instability.
+
+    Just before an optimizer step that is due, the loss of that step is evaluated again on its own micro-batches, with
+    the same dropout masks, in isolation: training goes on bitwise as without the callback. Added with
+    ``trainer.add_callback(GFSCallback())``, the loss is the one that the model returns; the first measurement compares its
+    gradient with the trainer's, and refuses where they differ (label smoothing, ``compute_loss_func``, an overridden
+    ``compute_loss``). ``GFSCallback().set_trainer(trainer)`` replays the trainer's own ``compute_loss`` instead.
+
+    Args:
+        config: all options at once, from :class:`~hf_gfs.GFSArguments` for instance.
+        **options: those of :class:`~gfs_core.GFSConfig`, by name:
+            {options}
+
+    Logs, under the optimizer steps taken so far:
+        {keys}
+
+    Raises:
+        ConfigError: an option is unknown or out of its range; at the start of training, nothing can be measured.
+
+    Example:
+        >>> from hf_gfs import GFSCallback
+        >>> GFSCallback(every=50, tier="sharpness").config.every
+        50
+    """
+
+    def __init__(self, config: GFSConfig | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise ConfigError(f"give either a config or options by name, not both ({', '.join(options)})")
+        if config is not None and not isinstance(config, GFSConfig):
+            raise ConfigError(f"`config` must be a GFSConfig, got {type(config).__name__}; see GFSArguments.config()")
+        self.config = GFSConfig.from_options(**options) if config is None else config
+        self.monitor: StabilityMonitor | None = None
+        self._trainer: weakref.ref[Any] | None = None
+        self._replay: Replay | None = None
+        self._reference: Reference | None = None
+        self._publisher: Publisher | None = None
+        self._verified = False
+
+    def set_trainer(self, trainer: Any) -> GFSCallback:
+        """Measure the trainer's own loss; adds this callback to the trainer where it is not there yet.
+
+        Raises:
+            ConfigError: ``trainer`` is not a trainer of transformers.
+        """
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is None or not hasattr(trainer, "compute_loss"):
+            raise ConfigError(f"`set_trainer` needs a transformers Trainer, got {type(trainer).__name__}")
+        self._trainer = weakref.ref(trainer)
+        if not any(c is self for c in handler.callbacks):
+            trainer.add_callback(self)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Build the monitor, and resume where a checkpoint holds its state."""
+        self._close()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        step, other = _measured.get(model, (0, None))
+        if other is not None and other() not in (None, self) and step == id(state):
+            warnings.warn(
+                "gfs: there is a second GFSCallback on this trainer; it does nothing", GFSWarning, stacklevel=2
+            )
+            return
+        _measured[model] = (id(state), weakref.ref(self))
+        trainer = self._trainer() if self._trainer is not None else None
+        self.monitor = StabilityMonitor(model, optimizer, self.config)
+        if self.monitor.history is None and state.is_world_process_zero:
+            self.monitor.history = Path(args.output_dir) / "history.jsonl"
+        self._publisher = Publisher(args, trainer)
+        self._replay = ModelReplay(model) if trainer is None else TrainerReplay(trainer, model)
+        self._verified = False
+        if state.global_step > 0:
+            self._resume(args, state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep this step's micro-batches where a measurement is due."""
+        if self.monitor is None or self._replay is None or not self.monitor.wants(state.global_step):
+            return
+        self._replay.start()
+        if not self._verified and not getattr(args, "fp16", False):
+            self._reference = Reference(parameters_of(kwargs["optimizer"]))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure: the weights are still those of the step, its micro-batches are all known."""
+        if self.monitor is None or self._replay is None or not self._replay_started():
+            return
+        self._replay.stop()
+        try:
+            if not self._verified and not self._verify(kwargs["model"], kwargs["optimizer"]):
+                return
+            loss = functools.partial(self._replay.loss)
+            measurement = self.monitor.step(loss, self._replay.inputs, state.global_step, micro_batches=True)
+        finally:
+            if self._replay is not None:
+                self._replay.clear()
+        if measurement is not None and self._publisher is not None:
+            self._publisher.publish(measurement.as_log_dict(), state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the monitor's state beside the trainer's own checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.monitor is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        held = {"step": state.global_step, "verified": self._verified, "monitor": self.monitor.state_dict()}
+        part = folder / f"{STATE_FILE}.part"
+        try:
+            torch.save(held, part)
+            os.replace(part, folder / STATE_FILE)
+        except OSError as error:
+            _warn(f"its state cannot be written to {folder} ({error}); a resumed run will start cold")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take all hooks away."""
+        self._close()
+
+    def _replay_started(self) -> bool:
+        return bool(self._replay is not None and getattr(self._replay, "_keeping", False))
+
+    def _verify(self, model: nn.Module, optimizer: Any) -> bool:
+        """Whether the replayed loss is the trainer's; measuring ends here where it is not."""
+        assert self._replay is not None
+        exact = isinstance(self._replay, TrainerReplay)
+        try:
+            if not self._replay.inputs:
+                raise MeasurementError("no forward pass of the model was seen during the step")
+            problem = disagreement(self._replay, model, parameters_of(optimizer), self._reference)
+        except Exception as error:
+            if self.config.strict:
+                raise
+            problem = str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+        finally:
+            if self._reference is not None:
+                self._reference.close()
+                self._reference = None
+        if not problem:
+            self._verified = True
+            return True
+        mend = "the trainer's loss does not repeat itself and cannot be measured" if exact else _SET_TRAINER
+        text = f"the loss of the training step could not be evaluated again ({problem}); {mend}"
+        if self.config.strict:
+            raise MeasurementError(text)
+        _warn(f"{text}. Nothing is measured in this run")
+        self._close()
+        return False
+
+    def _resume(self, args: Any, state: Any) -> None:
+        given = getattr(args, "resume_from_checkpoint", None)
+        folders = [Path(given)] if isinstance(given, str) else []
+        folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        path = next((f / STATE_FILE for f in folders if (f / STATE_FILE).is_file()), None)
+        assert self.monitor is not None
+        if path is None:
+            _warn(f"no {STATE_FILE} in the checkpoint of step {state.global_step}; measuring starts cold")
+            return
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            if held["step"] != state.global_step:
+                raise ValueError(f"it belongs to step {held['step']}")
+            self.monitor.load_state_dict(held["monitor"])
+            self._verified = bool(held["verified"])
+        except Exception as error:
+            _warn(f"{path} cannot be used ({type(error).__name__}: {error}); measuring starts cold")
+
+    def _close(self) -> None:
+        if self._replay is not None:
+            self._replay.close()
+        if self._reference is not None:
+            self._reference.close()
+        if self._publisher is not None:
+            self._publisher.close()
+        self.monitor = self._replay = self._reference = self._publisher = None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"gfs: {text}", GFSWarning, stacklevel=3)
+
+
+def _document() -> None:
+    gap = "\n            "
+    GFSCallback.__doc__ = (GFSCallback.__doc__ or "").format(
+        options=gap.join(f"{name}: {text}" for name, text in GFSConfig.help().items()),
+        keys="\n        ".join(f"``{key}``: {text}" for key, text in log_keys().items()),
+    )
+
+
+_document()

@@ -1,0 +1,89 @@
+"""Where the values go: everything in ``report_to``, the trainer's log history, without touching its own logging."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_EVENTS = "events.out.tfevents"
+
+
+class Publisher:
+    """Writes values under their own keys, at the trainer's step.
+
+    Trainers rewrite the keys of what goes through their ``log`` and drop their own next record, so that road is not
+    taken: values go to the TensorBoard folder and to the active W&B run directly, to ``state.log_history``, and, where
+    the trainer is known, to its other reporting callbacks.
+
+    Args:
+        args: the training arguments.
+        trainer: the trainer, where it is known.
+    """
+
+    def __init__(self, args: Any, trainer: Any = None) -> None:
+        self.args, self.trainer = args, trainer
+        self._writer: Any = None
+        self._own_writer = False
+
+    def publish(self, values: dict[str, float], state: Any, control: Any) -> None:
+        """Log ``values`` at ``state.global_step``."""
+        state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+        if not state.is_world_process_zero:
+            return
+        targets = self.args.report_to or []
+        if "tensorboard" in targets:
+            self._tensorboard(values, state.global_step)
+        wandb = sys.modules.get("wandb")
+        if "wandb" in targets and wandb is not None and wandb.run is not None:
+            wandb.run.log({**values, "train/global_step": state.global_step})
+        for callback in self._others():
+            callback.on_log(self.args, state, control, logs=dict(values), model=None)
+
+    def close(self) -> None:
+        """Close the event file, where it is ours."""
+        if self._own_writer and self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def _tensorboard(self, values: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+
+    def _open(self) -> Any:
+        for callback in self._callbacks():
+            if type(callback).__name__ == "TensorBoardCallback" and getattr(callback, "tb_writer", None) is not None:
+                return callback.tb_writer
+        folder = self._folder()
+        if folder is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._own_writer = True
+        return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def _folder(self) -> Path | None:
+        """The trainer's TensorBoard folder: its callback ran before this one and has just made an event file there."""
+        named = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        if named:
+            return Path(named).expanduser()
+        files = list(Path(self.args.output_dir, "runs").glob(f"*/**/{_EVENTS}*"))
+        files += Path(self.args.output_dir, "runs").glob(f"*/{_EVENTS}*")
+        return max(files, key=lambda f: f.stat().st_mtime).parent if files else None
+
+    def _callbacks(self) -> list[Any]:
+        return list(self.trainer.callback_handler.callbacks) if self.trainer is not None else []
+
+    def _others(self) -> list[Any]:
+        """Reporting callbacks of the trainer other than TensorBoard's and W&B's."""
+        ours = ("TensorBoardCallback", "WandbCallback")
+        return [
+            c
+            for c in self._callbacks()
+            if type(c).__module__.startswith("transformers.integrations") and type(c).__name__ not in ours
+        ]

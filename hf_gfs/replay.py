@@ -1,0 +1,268 @@
+"""The loss of a training step, kept so that it can be evaluated again.
+
+Two ways to it. :class:`TrainerReplay` wraps the trainer's ``compute_loss`` and calls it again on the same prepared
+inputs: exact for every trainer whose ``training_step`` uses it. :class:`ModelReplay` sees the model's inputs
+through a forward hook and takes the loss that the model returns; that is the trainer's own loss unless something
+changes it behind the model's back, which :func:`disagreement` finds out from the gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core import Isolation, MeasurementError, Objective
+from gfs_core.isolation import PythonState, RandomState
+from gfs_core.objective import LossFn
+from gfs_core.vectors import Vector, dots
+
+_COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
+_LENGTH = 1e-3
+
+
+@dataclass
+class _Seen:
+    """What belongs to one micro-batch beside its inputs."""
+
+    random: RandomState
+    items: Any  # num_items_in_batch
+    weight: float  # of this micro-batch's loss, so that the mean over micro-batches is the trainer's objective
+
+
+class Replay(Protocol):
+    """A source of micro-batches and of their loss."""
+
+    inputs: list[dict[str, Any]]
+
+    def start(self) -> None:
+        """Keep the micro-batches of the step that begins."""
+
+    def stop(self) -> None:
+        """Keep no more; those kept stay until :meth:`clear`."""
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+
+    def close(self) -> None:
+        """Take all hooks away."""
+
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss of one micro-batch, evaluated again."""
+        ...
+
+
+class TrainerReplay:
+    """Calls the trainer's own ``compute_loss`` again.
+
+    Args:
+        trainer: any trainer of transformers or built upon it; its ``compute_loss`` is wrapped until :meth:`close`.
+        model: the module that is trained.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        self.trainer, self.model = trainer, model
+        self.inputs: list[dict[str, Any]] = []
+        self._seen: dict[int, _Seen] = {}
+        self._keeping = False
+        self._module: Any = model
+        self._own = vars(trainer).get("compute_loss")  # an instance attribute of the user's, put back at the end
+        self._compute_loss = trainer.compute_loss
+
+        @functools.wraps(trainer.compute_loss)
+        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._keeping:
+                self._keep(model, inputs, kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None))
+            return self._compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = watched
+
+    def start(self) -> None:
+        """Keep the micro-batches of the step that begins."""
+        self.clear()
+        self._keeping = True
+
+    def stop(self) -> None:
+        """Keep no more."""
+        self._keeping = False
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self.inputs, self._seen = [], {}
+
+    def close(self) -> None:
+        """Give the trainer its ``compute_loss`` back."""
+        self.clear()
+        if self._own is None:
+            vars(self.trainer).pop("compute_loss", None)
+        else:
+            self.trainer.compute_loss = self._own
+
+    def _keep(self, model: Any, inputs: Any, items: Any) -> None:
+        kept = dict(inputs)  # the trainer takes the labels out of its own
+        self._module = model
+        scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            takes_items = getattr(self.trainer, "model_accepts_loss_kwargs", False) and items is not None
+            scaled = takes_items or getattr(self.trainer, "compute_loss_func", None) is not None
+        count = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
+        self.inputs.append(kept)
+        parameters = [next(self.model.parameters())]
+        self._seen[id(kept)] = _Seen(RandomState(parameters), items, float(count) if scaled else 1.0)
+
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
+        seen = self._seen.get(id(inputs))
+        if seen is not None:
+            seen.random.restore()
+        with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager():
+            loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=seen and seen.items)
+        if isinstance(loss, Tensor) and loss.ndim:
+            loss = loss.mean()
+        return loss if seen is None or seen.weight == 1.0 else loss * seen.weight  # type: ignore[no-any-return]
+
+
+class ModelReplay:
+    """Calls the model again and takes the loss it returns.
+
+    Args:
+        model: the module that is trained; it carries a forward pre-hook until :meth:`close`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inputs: list[dict[str, Any]] = []
+        self._seen: dict[int, _Seen] = {}
+        self._keeping = False
+        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._hook), with_kwargs=True)
+
+    def start(self) -> None:
+        """Keep the micro-batches of the step that begins."""
+        self.clear()
+        self._keeping = True
+
+    def stop(self) -> None:
+        """Keep no more."""
+        self._keeping = False
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self.inputs, self._seen = [], {}
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self.clear()
+        self._handle.remove()
+
+    def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._keeping and module.training and torch.is_grad_enabled():
+            kept = {**kwargs, **({_ARGS: list(args)} if args else {})}
+            items = kept.pop("num_items_in_batch", None)
+            self.inputs.append(kept)
+            self._seen[id(kept)] = _Seen(RandomState([next(module.parameters())]), items, 1.0)
+
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss that the model returns.
+
+        Raises:
+            MeasurementError: it returns none.
+        """
+        seen = self._seen.get(id(inputs))
+        keywords = dict(inputs)
+        args = keywords.pop(_ARGS, [])
+        if seen is not None:
+            seen.random.restore()
+            if seen.items is not None:
+                keywords["num_items_in_batch"] = seen.items
+        out = self.model(*args, **keywords)
+        loss = out.get("loss") if isinstance(out, dict) else out[0] if isinstance(out, (tuple, list)) else out
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise MeasurementError("the model returns no loss")
+        if seen is not None and seen.items is not None:
+            loss = loss * len(self.inputs)  # each micro-batch's share is a sum over the items of the whole step
+        return loss
+
+
+_ARGS = "__positional__"
+
+
+def disagreement(replay: Replay, model: nn.Module, params: Sequence[Tensor], reference: Reference | None) -> str:
+    """Whether the replayed loss is what the trainer differentiated: a description of the difference, empty if none.
+
+    The replayed gradient is compared with the ``.grad`` fields in direction (they may have been clipped), and with
+    ``reference`` in length. Where the same evaluation twice does not give the same gradient, that noise is allowed for.
+
+    Raises:
+        MeasurementError: the replayed loss has no gradient or is not finite.
+    """
+    pairs = [(p, p.grad) for p in params if p.grad is not None]
+    if not pairs:
+        return ""
+    true = [g for _, g in pairs]
+    params = [p for p, _ in pairs]
+    loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
+    with Isolation(model, params) as isolation:
+        objective = Objective(model, loss_fn, replay.inputs, params, isolation)
+        loss, again = objective.gradient()
+        apart = _apart(again, true)
+        noise = _apart(objective.gradient()[1], again) if apart > _COSINE else 0.0
+    if apart > _COSINE + 10 * noise:
+        return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
+    if reference is not None and (length := reference.length()):
+        [replayed] = [g for g, p in zip(again, params, strict=True) if p is reference.param] or [None]
+        if replayed is not None and abs(float(replayed.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
+            return f"the gradient is {float(replayed.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
+    return ""
+
+
+def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """1 − cosine of the angle between two vectors."""
+    first: Vector = [t.detach().double() for t in a]
+    second: Vector = [t.detach().double() for t in b]
+    ab, aa, bb = dots([(first, second), (first, first), (second, second)])
+    if aa == 0.0 or bb == 0.0:
+        return 0.0 if aa == bb else 1.0
+    return 1 - ab / math.sqrt(aa * bb)
+
+
+class Reference:
+    """The gradient of one parameter before clipping, as a measure of the loss's scale."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.param = params[-1]
+        self._grad: Tensor | None = None
+        self._handle = self.param.register_post_accumulate_grad_hook(self._hook)
+
+    def _hook(self, param: Tensor) -> None:
+        self._grad = None if param.grad is None else param.grad.detach().clone()
+
+    def length(self) -> float:
+        """Norm of the gradient; 0 where there was none."""
+        return 0.0 if self._grad is None else float(self._grad.norm())
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._handle.remove()
+        self._grad = None
+
+
+@contextlib.contextmanager
+def _kept(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Counters, metric lists and loss modules of the trainer are as before when this is left."""
+    entered = (int, float, str, bool, dict, list, deque, set, Tensor, nn.Module, type(None))
+    skip = [v for k, v in vars(trainer).items() if "dataset" in k or not isinstance(v, entered)]
+    modules = {id(m) for m in model.modules()}
+    skip += [v for v in vars(trainer).values() if isinstance(v, nn.Module) and id(v) in modules]
+    wrapped = getattr(trainer, "model_wrapped", None)
+    state = PythonState([("trainer", vars(trainer))], skip=[*skip, *model.parameters(), wrapped])
+    try:
+        yield
+    finally:
+        state.restore()

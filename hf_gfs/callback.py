@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 import weakref
@@ -28,9 +27,10 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     Just before an optimizer step that is due, the loss of that step is evaluated again on its own micro-batches, with
     the same dropout masks, in isolation: training goes on bitwise as without the callback. Added with
-    ``trainer.add_callback(GFSCallback())``, the loss is the one that the model returns; the first measurement compares its
-    gradient with the trainer's, and refuses where they differ (label smoothing, ``compute_loss_func``, an overridden
-    ``compute_loss``). ``GFSCallback().set_trainer(trainer)`` replays the trainer's own ``compute_loss`` instead.
+    ``trainer.add_callback(GFSCallback())``, the loss is the one that the model returns; the first measurement compares
+    its gradient with the trainer's, and refuses where they differ (label smoothing, ``compute_loss_func``, an
+    overridden ``compute_loss``). ``GFSCallback().set_trainer(trainer)`` replays the trainer's own ``compute_loss``
+    instead.
 
     Args:
         config: all options at once, from :class:`~hf_gfs.GFSArguments` for instance.
@@ -107,14 +107,15 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure: the weights are still those of the step, its micro-batches are all known."""
-        if self.monitor is None or self._replay is None or not self._replay_started():
+        if self.monitor is None or self._replay is None or not self._replay.keeping:
             return
-        self._replay.stop()
+        self._replay.keeping = False
         try:
             if not self._verified and not self._verify(kwargs["model"], kwargs["optimizer"]):
                 return
-            loss = functools.partial(self._replay.loss)
-            measurement = self.monitor.step(loss, self._replay.inputs, state.global_step, micro_batches=True)
+            measurement = self.monitor.step(
+                self._replay.loss, self._replay.inputs, state.global_step, micro_batches=True
+            )
         finally:
             if self._replay is not None:
                 self._replay.clear()
@@ -137,9 +138,6 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take all hooks away."""
         self._close()
-
-    def _replay_started(self) -> bool:
-        return bool(self._replay is not None and getattr(self._replay, "_keeping", False))
 
     def _verify(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether the replayed loss is the trainer's; measuring ends here where it is not."""

@@ -65,7 +65,7 @@ class Publisher:
         from torch.utils.tensorboard import SummaryWriter
 
         self._own_writer = True
-        return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(folder))
 
     def _folder(self) -> Path | None:
         """The trainer's TensorBoard folder: its callback ran before this one and has just made an event file there."""

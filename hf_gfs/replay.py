@@ -38,15 +38,13 @@ class _Seen:
 
 
 class Replay(Protocol):
-    """A source of micro-batches and of their loss."""
+    """A source of micro-batches and of their loss; keeps them while ``keeping``."""
 
     inputs: list[dict[str, Any]]
+    keeping: bool
 
     def start(self) -> None:
         """Keep the micro-batches of the step that begins."""
-
-    def stop(self) -> None:
-        """Keep no more; those kept stay until :meth:`clear`."""
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -71,14 +69,14 @@ class TrainerReplay:
         self.trainer, self.model = trainer, model
         self.inputs: list[dict[str, Any]] = []
         self._seen: dict[int, _Seen] = {}
-        self._keeping = False
+        self.keeping = False
         self._module: Any = model
         self._own = vars(trainer).get("compute_loss")  # an instance attribute of the user's, put back at the end
         self._compute_loss = trainer.compute_loss
 
         @functools.wraps(trainer.compute_loss)
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._keeping:
+            if self.keeping:
                 self._keep(model, inputs, kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None))
             return self._compute_loss(model, inputs, *args, **kwargs)
 
@@ -87,11 +85,7 @@ class TrainerReplay:
     def start(self) -> None:
         """Keep the micro-batches of the step that begins."""
         self.clear()
-        self._keeping = True
-
-    def stop(self) -> None:
-        """Keep no more."""
-        self._keeping = False
+        self.keeping = True
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -140,17 +134,13 @@ class ModelReplay:
         self.model = model
         self.inputs: list[dict[str, Any]] = []
         self._seen: dict[int, _Seen] = {}
-        self._keeping = False
-        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._hook), with_kwargs=True)
+        self.keeping = False
+        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._hook), with_kwargs=True)  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
         """Keep the micro-batches of the step that begins."""
         self.clear()
-        self._keeping = True
-
-    def stop(self) -> None:
-        """Keep no more."""
-        self._keeping = False
+        self.keeping = True
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -162,7 +152,7 @@ class ModelReplay:
         self._handle.remove()
 
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self._keeping and module.training and torch.is_grad_enabled():
+        if self.keeping and module.training and torch.is_grad_enabled():
             kept = {**kwargs, **({_ARGS: list(args)} if args else {})}
             items = kept.pop("num_items_in_batch", None)
             self.inputs.append(kept)
@@ -216,9 +206,9 @@ def disagreement(replay: Replay, model: nn.Module, params: Sequence[Tensor], ref
     if apart > _COSINE + 10 * noise:
         return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
     if reference is not None and (length := reference.length()):
-        [replayed] = [g for g, p in zip(again, params, strict=True) if p is reference.param] or [None]
-        if replayed is not None and abs(float(replayed.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
-            return f"the gradient is {float(replayed.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
+        for g, p in zip(again, params, strict=True):
+            if p is reference.param and abs(float(g.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
+                return f"its gradient is {float(g.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
     return ""
 
 
@@ -238,7 +228,7 @@ class Reference:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.param = params[-1]
         self._grad: Tensor | None = None
-        self._handle = self.param.register_post_accumulate_grad_hook(self._hook)
+        self._handle: Any = self.param.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
 
     def _hook(self, param: Tensor) -> None:
         self._grad = None if param.grad is None else param.grad.detach().clone()

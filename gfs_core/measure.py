@@ -20,6 +20,7 @@ from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, clone
 
 LOG_PREFIX = "gfs/"
+SHORT_FLOW_GRADS = 500  # a short-horizon value that needs more is not worth its price, and left out
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 
@@ -374,12 +375,15 @@ def measure(
         if probe.hessian.reason:
             reasons.append(probe.hessian.reason)
         if tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
-            flow = flow_for(probe.flow(top, stability, rtol, max_grads), horizon * stability.learning_rate)
+            short = min(max_grads, SHORT_FLOW_GRADS)
+            flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
             if flow.converged:
                 values["gfs_sharpness"] = flow.sharpness
                 values["gfs_stability_ratio"] = flow.sharpness / stability.threshold
             else:
-                reasons.append(f"short-horizon GFS sharpness: {flow.reason}")
+                dear = flow.reason is Reason.MAX_GRADIENTS
+                why = f"it needs more than {short} gradients here" if dear else flow.reason
+                reasons.append(f"short-horizon GFS sharpness left out: {why}")
         if tier == "gfs_full" and stability.learning_rate:
             isolation.restore_weights()
             again = probe.top(start=clone(warm.raw))

@@ -13,8 +13,9 @@ AdamW, decoupled weight decay λ     (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
 RMSprop, momentum β                 (2 + 2β) / η
 ==================================  ==========================================
 
-S = P^-1/2 with P = √v̂ + ε for Adam and AdamW (v̂ bias-corrected), P = √v + ε for RMSprop, and 1 for SGD. A parameter
-without second moments has had no gradient so far; the optimizer does not move it, and its entry of S is 0.
+S = P^-1/2 with P = √v̂ + ε for Adam and AdamW (v̂ bias-corrected), P = √v + ε for RMSprop, and 1 for SGD. An entry
+whose second moment is zero (a token not seen yet, a unit that is off) has had no gradient so far: the optimizer has not
+moved it, its P is about to change by orders of magnitude, and its entry of S is 0.
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
 S is scaled by √(threshold of the reference group / threshold of the group), the reference being the group with
 the lowest threshold. With equal momentum in all groups that is exact; with different ones it is an approximation.
@@ -189,15 +190,15 @@ def _threshold(inner: Optimizer, group: dict[str, Any]) -> float:
 
 
 def _root_preconditioner(inner: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
-    """P^-1/2 of one parameter."""
+    """P^-1/2 of one parameter; 0 where there has been no gradient so far."""
     state = inner.state[p]
+    rms = isinstance(inner, RMSprop)
+    held: Tensor = state["square_avg"] if rms else state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     second: Tensor
-    if isinstance(inner, RMSprop):
-        second = state["square_avg"]
-        if group["centered"]:
-            second = (second - state["grad_avg"] ** 2).clamp_(min=0)
+    if not rms:
+        second = held / (1 - float(group["betas"][1]) ** float(state["step"]))
+    elif group["centered"]:
+        second = (held - state["grad_avg"] ** 2).clamp_(min=0)
     else:
-        second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-        second = second / (1 - float(group["betas"][1]) ** float(state["step"]))
-        return second.sqrt_().add_(group["eps"]).rsqrt_().to(p.dtype)
-    return second.sqrt().add_(group["eps"]).rsqrt_().to(p.dtype)
+        second = held.clone()
+    return second.sqrt_().add_(group["eps"]).rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)

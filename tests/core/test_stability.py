@@ -118,6 +118,17 @@ def test_a_parameter_that_never_had_a_gradient_is_left_out() -> None:
     assert second == 0.0
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop])
+def test_an_entry_that_never_had_a_gradient_is_left_out(kind: type[torch.optim.Optimizer]) -> None:
+    [w] = weight()
+    optimizer = kind([w], 0.1)
+    (w[:2] ** 2).sum().backward()
+    optimizer.step()
+    [scale] = gfs.stability_of(optimizer, [w]).scale
+    assert (scale[:2] > 0.5).all()
+    assert scale[2] == 0.0
+
+
 def test_tensor_rates_and_wrappers() -> None:
     class Wrapper:
         def __init__(self, optimizer: object) -> None:

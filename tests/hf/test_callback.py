@@ -17,8 +17,8 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 import gfs_core as gfs
 from hf_gfs import GFSArguments, GFSCallback
-from tests.hf.clients import ALPHABET, WIDTH, Characters, arguments, gpt2, train
-from tests.lightning.test_callback import NOT_DEFAULT
+from tests.core.options import NOT_DEFAULT
+from tests.hf.clients import ALPHABET, Characters, arguments, gpt2, train
 
 
 def language(folder: Path, **options: Any) -> Trainer:
@@ -271,7 +271,6 @@ def test_a_frozen_model_is_refused_before_training(tmp_path: Path) -> None:
 def test_part_of_a_batch(tmp_path: Path) -> None:
     trainer = train(lambda: language(tmp_path), every(2, probe_size=2).set_trainer)
     assert [row["step"] for row in rows(trainer)] == [0, 2, 4]
-    assert WIDTH > 0
 
 
 def test_differences_of_gradients_agree_with_exact_products(tmp_path: Path) -> None:

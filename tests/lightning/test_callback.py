@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
+from tests.core.options import NOT_DEFAULT
 
 
 def digits(count: int = 160) -> TensorDataset:
@@ -344,26 +345,6 @@ def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path, probe: str) -> N
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-NOT_DEFAULT = {
-    "tier": "sharpness",
-    "every": 7,
-    "max_overhead": 0.5,
-    "full_every": 3,
-    "horizon": 2.5,
-    "probe": "fixed",
-    "probe_batches": 2,
-    "probe_size": 300,
-    "hvp": "gradients",
-    "tol": 0.05,
-    "rtol": 0.002,
-    "max_hvps": 33,
-    "max_grads": 44,
-    "history": "somewhere.jsonl",
-    "strict": True,
-    "seed": 5,
-}
-
-
 def test_options_are_those_of_the_config() -> None:
     hints = get_type_hints(gfs.GFSConfig)
     parameters = inspect.signature(GFSCallback).parameters
@@ -418,6 +399,7 @@ PYTORCH_LIGHTNING = """
 import sys, warnings
 import pytorch_lightning as pl, torch
 from lightning_gfs import GFSCallback
+from tests.core.options import NOT_DEFAULT
 from pytorch_lightning.demos.boring_classes import BoringModel
 assert isinstance(GFSCallback(), pl.Callback)
 class Model(BoringModel):

@@ -1,0 +1,20 @@
+"""A value for every option that is not its default: both adapters must bring each one through."""
+
+NOT_DEFAULT = {
+    "tier": "sharpness",
+    "every": 7,
+    "max_overhead": 0.5,
+    "full_every": 3,
+    "horizon": 2.5,
+    "probe": "fixed",
+    "probe_batches": 2,
+    "probe_size": 300,
+    "hvp": "gradients",
+    "tol": 0.05,
+    "rtol": 0.002,
+    "max_hvps": 33,
+    "max_grads": 44,
+    "history": "somewhere.jsonl",
+    "strict": True,
+    "seed": 5,
+}

@@ -21,7 +21,7 @@ from gfs_core.vectors import Vector, clone
 
 LOG_PREFIX = "gfs/"
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
-SHORT_FLOW_GRADS = 500  # a short-horizon value that needs more is not worth its price, and left out
+SHORT_FLOW_GRADS = 100  # a short-horizon value that needs more is not worth its price, and left out
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 

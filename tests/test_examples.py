@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gfs_core as gfs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,3 +43,18 @@ def test_lightning_from_yaml(tmp_path: Path) -> None:
     run(tmp_path, "lightning/cli.py", "fit", "--config", config, "--trainer.callbacks.max_overhead=null")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
     assert [m.step for m in gfs.read_history(path)] == list(range(0, 8 * 29, 20))
+
+
+def test_language_model(tmp_path: Path) -> None:
+    flags = ["--max_steps", "21", "--gfs_every", "10", "--gfs_max_overhead", "1.0", "--gfs_tier", "sharpness"]
+    run(tmp_path, "huggingface/language_model.py", *flags)
+    history = gfs.read_history(tmp_path / "language-model" / "history.jsonl")
+    assert [m.step for m in history][:2] == [0, 10]
+    assert history[1].threshold == pytest.approx(3.8 / (0.1 * 2e-3 * (1 - 10 / 21)))  # the rate decays linearly
+
+
+def test_sentence_embeddings(tmp_path: Path) -> None:
+    run(tmp_path, "huggingface/sentence_embeddings.py")
+    history = gfs.read_history(tmp_path / "sentence-embeddings" / "history.jsonl")
+    assert [m.step for m in history] == [0, 5]
+    assert all(100 < m.sharpness < 5000 for m in history)

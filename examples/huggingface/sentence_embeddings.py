@@ -29,7 +29,7 @@ def main() -> None:
     pairs = Dataset.from_dict({"anchor": sentences[:400:2], "positive": sentences[1:400:2]})  # neighbours
     arguments = SentenceTransformerTrainingArguments(
         output_dir="sentence-embeddings",
-        max_steps=10,
+        max_steps=8,
         per_device_train_batch_size=8,
         learning_rate=2e-5,
         logging_steps=2,
@@ -40,7 +40,7 @@ def main() -> None:
     trainer = SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=pairs, loss=losses.MultipleNegativesRankingLoss(model)
     )
-    GFSCallback(every=5, tier="sharpness", tol=0.05, max_overhead=None).set_trainer(trainer)  # the one line
+    GFSCallback(every=5, tier="sharpness", tol=0.1, max_overhead=None).set_trainer(trainer)  # the one line
     trainer.train()
 
 

@@ -58,3 +58,19 @@ def test_sentence_embeddings(tmp_path: Path) -> None:
     history = gfs.read_history(tmp_path / "sentence-embeddings" / "history.jsonl")
     assert [m.step for m in history] == [0, 5]
     assert all(100 < m.sharpness < 5000 for m in history)
+
+
+def test_lightning_language_model(tmp_path: Path) -> None:
+    run(tmp_path, "lightning/language_model.py")
+    [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
+    history = gfs.read_history(path)
+    assert [m.step for m in history][:2] == [0, 10]
+    assert all(m.stability_ratio > 0 for m in history[1:])
+
+
+def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
+    run(tmp_path, "lightning/sentence_embeddings.py")
+    [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
+    history = gfs.read_history(path)
+    assert [m.step for m in history] == [0, 5]
+    assert all(100 < m.sharpness < 5000 for m in history)

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = SentenceTransformerTrainingArguments(
         output_dir="sentence-embeddings",
         max_steps=8,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         learning_rate=2e-5,
         logging_steps=2,
         save_strategy="no",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+from gfs_core import GFSWarning
 
 _EVENTS = "events.out.tfevents"
 
@@ -14,8 +17,8 @@ class Publisher:
     """Writes values under their own keys, at the trainer's step.
 
     Trainers rewrite the keys of what goes through their ``log`` and drop their own next record, so that road is not
-    taken: values go to the TensorBoard folder and to the active W&B run directly, to ``state.log_history``, and, where
-    the trainer is known, to its other reporting callbacks.
+    taken: values go to the TensorBoard folder and to the active W&B or MLflow run directly, to ``state.log_history``,
+    and, where the trainer is known, to its other reporting callbacks.
 
     Args:
         args: the training arguments.
@@ -25,6 +28,14 @@ class Publisher:
     def __init__(self, args: Any, trainer: Any = None) -> None:
         self.args, self.trainer = args, trainer
         self._writer: Any = None
+        unreached = [t for t in args.report_to or [] if t not in ("tensorboard", "wandb", "mlflow")]
+        if trainer is None and unreached:
+            warnings.warn(
+                f"gfs: `add_callback` alone cannot reach {', '.join(unreached)}; use "
+                "`GFSCallback(...).set_trainer(trainer)` for that. The values are in the history file all the same",
+                GFSWarning,
+                stacklevel=4,
+            )
         self._own_writer = False
 
     def publish(self, values: dict[str, float], state: Any, control: Any) -> None:
@@ -38,8 +49,13 @@ class Publisher:
         wandb = sys.modules.get("wandb")
         if "wandb" in targets and wandb is not None and wandb.run is not None:
             wandb.run.log({**values, "train/global_step": state.global_step})
-        for callback in self._others():
-            callback.on_log(self.args, state, control, logs=dict(values), model=None)
+        if self.trainer is not None:
+            for callback in self._others():
+                callback.on_log(self.args, state, control, logs=dict(values), model=None)
+            return
+        mlflow = sys.modules.get("mlflow")
+        if "mlflow" in targets and mlflow is not None and mlflow.active_run() is not None:
+            mlflow.log_metrics(values, step=state.global_step)
 
     def close(self) -> None:
         """Close the event file, where it is ours."""

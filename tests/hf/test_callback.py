@@ -73,6 +73,21 @@ def test_wandb_gets_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert written.count(b"gfs/sharpness") >= 3
 
 
+def test_a_target_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
+    class Reporting(Trainer):
+        """As if this machine had the package that ``report_to`` names."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.args.report_to = ["clearml"]
+
+    def make() -> Trainer:
+        return Reporting(model=gpt2(), args=arguments(tmp_path), train_dataset=Characters())
+
+    with pytest.warns(gfs.GFSWarning, match="`add_callback` alone cannot reach clearml; use `GFSCallback"):
+        train(make, lambda t: t.add_callback(every(2)))
+
+
 class Recorder(TrainerCallback):
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []

@@ -44,7 +44,9 @@ class GFSConfig:
     tol: float = _option(1e-2, "Relative residual at which an eigenvalue counts as converged.")
     rtol: float = _option(1e-2, "Relative error of the sharpness that the flow aims at.")
     max_hvps: int = _option(100, "Hessian-vector products allowed per eigenvalue.")
-    max_grads: int = _option(20_000, "Gradients allowed per full gradient flow solution; a short-horizon one has 100.")
+    max_grads: int = _option(
+        20_000, "Gradients allowed per full gradient flow solution; a short-horizon one has 100 at rtol 1e-2."
+    )
     history: str | None = _option(
         None, "Path of the JSON-lines history; null: beside the framework's own logs, where there are any."
     )

@@ -21,7 +21,9 @@ from gfs_core.vectors import Vector, clone
 
 LOG_PREFIX = "gfs/"
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
-SHORT_FLOW_GRADS = 100  # a short-horizon value that needs more is not worth its price, and left out
+# A short-horizon value that needs more gradients is not worth its price, and left out. At rtol 1e-2; a method of second
+# order needs rtol^-1/2 times as many.
+SHORT_FLOW_GRADS = 100
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 
@@ -380,7 +382,7 @@ def measure(
         if probe.hessian.reason:
             reasons.append(probe.hessian.reason)
         if usable and tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
-            short = min(max_grads, SHORT_FLOW_GRADS)
+            short = min(max_grads, int(SHORT_FLOW_GRADS * max(1.0, (1e-2 / rtol) ** 0.5)))
             flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
             if flow.converged:
                 values["gfs_sharpness"] = flow.sharpness

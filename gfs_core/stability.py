@@ -10,10 +10,16 @@ SGD, momentum β, dampening τ        (2 + 2β) / (η(1 − τ)), τ = 0 where �
 SGD, Nesterov β                     (2 + 2β) / (η(1 + 2β))
 Adam                                (2 + 2β₁) / ((1 − β₁)η)
 AdamW, decoupled weight decay λ     (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
+NAdam, decay λ if decoupled         (2 − ηλ) / (η(1 − μ + μ′(1 − β₁)/(1 + β₁)))
+RAdam, decay λ if decoupled         (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
 RMSprop, momentum β                 (2 + 2β) / η
+Adagrad                             2 / η_t
 ==================================  ==========================================
 
-S = P^-1/2 with P = √v̂ + ε for Adam and AdamW (v̂ bias-corrected), P = √v + ε for RMSprop, and 1 for SGD. An entry
+μ and μ′ are NAdam's momenta of the coming step and the one after; η_t is Adagrad's decayed rate.
+S = P^-1/2 with P = √v̂ + ε for Adam, AdamW and NAdam (v̂ bias-corrected), P = √v + ε for RMSprop and Adagrad (v its sum
+of squares), P = (√v + ε)/(r√(1 − β₂^t)) for RAdam with its rectification r (1 while it does not rectify), and 1 for
+SGD. Coefficients that still move in the first steps (β₁^t, NAdam's product of momenta) are taken as settled. An entry
 whose second moment is zero (a token not seen yet, a unit that is off) has had no gradient so far: the optimizer has not
 moved it, its P is about to change by orders of magnitude, and its entry of S is 0.
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
@@ -28,8 +34,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+_KNOWN = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad)
+_ADAPTIVE = (Adam, NAdam, RAdam, RMSprop, Adagrad)
 
 
 class Diagonal:
@@ -124,7 +134,8 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     """Learning rate, operator and threshold of ``optimizer`` as it stands now.
 
     Args:
-        optimizer: SGD, Adam, AdamW or RMSprop, or a wrapper of one. Of any other the threshold is not known.
+        optimizer: SGD, Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, or a wrapper of one. Of any other the
+            threshold is not known.
         params: the parameters measured, in order.
     """
     inner = unwrap(optimizer)
@@ -135,7 +146,7 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     problem = _problem(inner, groups, rates)
     if problem:
         return Stability(name, rate, None, reason=problem)
-    adaptive = isinstance(inner, (Adam, RMSprop))
+    adaptive = isinstance(inner, _ADAPTIVE)
     if adaptive and not any(inner.state.get(p) for p in params):
         reason = f"{name} has no second moments yet: they come with its first step"
         return Stability(name, rate, None, adaptive=True, reason=reason)
@@ -157,7 +168,7 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
 
 
 def _problem(inner: Optimizer, groups: list[dict[str, Any]], rates: list[float]) -> str:
-    if type(inner) not in (SGD, Adam, AdamW, RMSprop):
+    if type(inner) not in _KNOWN:
         return f"the threshold of {type(inner).__name__} is not known; raw sharpness is measured without it"
     if not groups:
         return "the optimizer holds no trainable parameter"
@@ -176,10 +187,19 @@ def _threshold(inner: Optimizer, group: dict[str, Any]) -> float:
     rate = float(group["lr"])
     if rate == 0.0:
         return math.inf
-    if isinstance(inner, Adam):
+    if isinstance(inner, Adagrad):
+        return 2 * (1 + _steps(inner, group) * float(group["lr_decay"])) / rate
+    if isinstance(inner, (Adam, NAdam, RAdam)):
         beta = float(group["betas"][0])
         shrink = rate * float(group["weight_decay"]) if _decoupled(inner, group) else 0.0
-        return (2 - shrink) * (1 + beta) / ((1 - beta) * rate)
+        weight = (1 - beta) / (1 + beta)  # of the gradient in the step, at z = −1
+        if isinstance(inner, NAdam):
+            now, later = (
+                beta * (1 - 0.5 * 0.96 ** ((_steps(inner, group) + ahead) * float(group["momentum_decay"])))
+                for ahead in (1, 2)
+            )
+            weight = 1 - now + later * weight
+        return (2 - shrink) / (weight * rate)
     beta = float(group["momentum"])
     if isinstance(inner, RMSprop):
         return (2 + 2 * beta) / rate
@@ -189,16 +209,37 @@ def _threshold(inner: Optimizer, group: dict[str, Any]) -> float:
     return (2 + 2 * beta) / (rate * (1 - dampening)) if dampening < 1 else math.inf
 
 
+def _steps(inner: Optimizer, group: dict[str, Any]) -> float:
+    """Steps taken so far, of the group's first parameter that was stepped."""
+    return next((float(inner.state[p]["step"]) for p in group["params"] if inner.state.get(p)), 0.0)
+
+
 def _root_preconditioner(inner: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """P^-1/2 of one parameter; 0 where there has been no gradient so far."""
     state = inner.state[p]
-    rms = isinstance(inner, RMSprop)
-    held: Tensor = state["square_avg"] if rms else state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    second: Tensor
-    if not rms:
-        second = held / (1 - float(group["betas"][1]) ** float(state["step"]))
-    elif group["centered"]:
-        second = (held - state["grad_avg"] ** 2).clamp_(min=0)
+    if isinstance(inner, Adagrad):
+        held: Tensor = state["sum"]
+        root = held.sqrt()
+    elif isinstance(inner, RMSprop):
+        held = state["square_avg"]
+        root = (held - state["grad_avg"] ** 2).clamp_(min=0).sqrt_() if group["centered"] else held.sqrt()
     else:
-        second = held.clone()
-    return second.sqrt_().add_(group["eps"]).rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)
+        held = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+        second, step = float(group["betas"][1]), float(state["step"])
+        if isinstance(inner, RAdam):
+            rectified = _rectification(second, step)
+            if rectified is None:
+                return torch.ones_like(held).masked_fill_(held == 0, 0.0).to(p.dtype)
+            root = held.sqrt().add_(group["eps"]).div_(rectified * math.sqrt(1 - second**step))
+            return root.rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)
+        root = (held / (1 - second**step)).sqrt_()
+    return root.add_(group["eps"]).rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)
+
+
+def _rectification(beta: float, step: float) -> float | None:
+    """RAdam's factor (Liu et al. 2020, eq. 5); ``None`` while it does not rectify and steps like momentum SGD."""
+    longest = 2 / (1 - beta) - 1
+    length = longest - 2 * step * beta**step / (1 - beta**step)
+    if length <= 5:
+        return None
+    return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))

@@ -71,8 +71,8 @@ class Net(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        if self.kind == "adagrad":
-            return torch.optim.Adagrad(self.parameters(), lr=0.01)
+        if self.kind == "adamax":
+            return torch.optim.Adamax(self.parameters(), lr=0.01)
         if self.kind == "groups":
             first, last = [p for n, p in self.named_parameters() if "4" not in n], list(self.net[4].parameters())
             return torch.optim.AdamW([{"params": first, "lr": 1e-3}, {"params": last, "lr": 3e-3}])
@@ -235,8 +235,8 @@ def test_csv_wandb_and_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_optimizer_that_is_not_analysed_gets_raw_sharpness_and_one_warning(tmp_path: Path) -> None:
-    with pytest.warns(gfs.GFSWarning, match="threshold of Adagrad is not known") as caught:
-        _, trainer = train(tmp_path, [every(4)], model=lambda: Net("adagrad"))
+    with pytest.warns(gfs.GFSWarning, match="threshold of Adamax is not known") as caught:
+        _, trainer = train(tmp_path, [every(4)], model=lambda: Net("adamax"))
     assert len([w for w in caught if w.category is gfs.GFSWarning]) == 1
     assert all(m.sharpness and m.threshold is None and m.stability_ratio is None for m in history(trainer))
 

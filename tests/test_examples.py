@@ -74,3 +74,12 @@ def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
     history = gfs.read_history(path)
     assert [m.step for m in history] == [0, 5]
     assert all(100 < m.sharpness < 5000 for m in history)
+
+
+@pytest.mark.parametrize("kind", ["fabric", "accelerate"])
+def test_other_loops(tmp_path: Path, kind: str) -> None:
+    lines = run(tmp_path, f"{kind}_loop.py").splitlines()
+    history = gfs.read_history(tmp_path / f"{kind}-history.jsonl")
+    assert [m.step for m in history] == list(range(0, 4 * 29, 20))
+    assert all(m.threshold == pytest.approx(3.8 / (0.1 * 3e-3), rel=1e-3) for m in history[1:])
+    assert lines == [f"step {m.step:3d}  stability ratio {m.stability_ratio:.3f}" for m in history[1:]]

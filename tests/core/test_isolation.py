@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from tests.bitwise import assert_same
 
 
 class Meter:
@@ -57,23 +58,6 @@ def everything(model: Messy) -> tuple:
         [list(model.outs), model.calls, {k: list(v) for k, v in model.by_phase.items()}],
         (model.meter.total, list(model.meter.values), model.running.clone(), id(model.running)),
     )
-
-
-def assert_same(a: object, b: object) -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, np.ndarray):
-        assert np.array_equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def batch() -> tuple[Tensor, Tensor]:

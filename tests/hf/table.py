@@ -7,7 +7,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.hf.clients import assert_same, outcome
+from tests.bitwise import assert_same
+from tests.hf.clients import outcome
 from tests.hf.test_clients import CASES, run
 
 TARGET = Path(__file__).parents[2] / "docs" / "trainers.md"

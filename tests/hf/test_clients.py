@@ -15,10 +15,10 @@ from transformers import Trainer
 
 import gfs_core as gfs
 from hf_gfs import GFSCallback
+from tests.bitwise import assert_same
 from tests.hf.clients import (
     Characters,
     arguments,
-    assert_same,
     bert,
     gpt2,
     outcome,

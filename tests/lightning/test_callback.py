@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
+from tests.bitwise import assert_same
 from tests.core.options import NOT_DEFAULT
 
 
@@ -113,19 +114,6 @@ def state(model, trainer) -> list:
     ]
 
 
-def assert_bitwise(a, b) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        [assert_bitwise(a[k], b[k]) for k in a]
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        [assert_bitwise(x, y) for x, y in zip(a, b, strict=True)]
-    else:
-        assert a == b
-
-
 def every(n: int, **options) -> GFSCallback:
     return GFSCallback(every=n, max_overhead=None, **options)
 
@@ -149,7 +137,7 @@ def test_training_is_bitwise_the_same(tmp_path: Path, options: dict) -> None:
     plain = state(*train(tmp_path / "a", model=lambda: Net(kind), **options))
     model, trainer = train(tmp_path / "b", [every(1)], model=lambda: Net(kind), **options)
     assert len(history(trainer)) == trainer.global_step
-    assert_bitwise(plain, state(model, trainer))
+    assert_same(plain, state(model, trainer))
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2, "accumulate_grad_batches": 2}], ids=["", "workers-accumulate"])
@@ -172,7 +160,7 @@ def test_a_failing_measurement_changes_nothing_and_is_told_once(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, trainer = train(tmp_path / "b", [every(2)], model=failing, **options)
-    assert_bitwise(plain, state(model, trainer))
+    assert_same(plain, state(model, trainer))
     assert [text in str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)] == [True]
     due = list(range(0, trainer.global_step, 2))
     assert [m.step for m in history(trainer)] == ([s for s in due if s != 4] if fail == "nan" else [0, 2])
@@ -273,7 +261,7 @@ def test_several_optimizers_are_measured_by_name(tmp_path: Path) -> None:
     assert logged["gfs/gen/threshold"] == pytest.approx(20)
     assert logged["gfs/disc/threshold"] == pytest.approx(10)
     assert [m.step for m in gfs.read_history(Path(trainer.log_dir) / "history-gen.jsonl")] == [0, 2, 4, 6, 8]
-    assert_bitwise(plain, state(model, trainer))
+    assert_same(plain, state(model, trainer))
 
 
 @pytest.mark.parametrize(
@@ -399,6 +387,7 @@ PYTORCH_LIGHTNING = """
 import sys, warnings
 import pytorch_lightning as pl, torch
 from lightning_gfs import GFSCallback
+from tests.bitwise import assert_same
 from tests.core.options import NOT_DEFAULT
 from pytorch_lightning.demos.boring_classes import BoringModel
 assert isinstance(GFSCallback(), pl.Callback)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gfs_core import ConfigError, GFSConfig, GFSWarning, MeasurementError, StabilityMonitor, log_keys
+from gfs_core import ConfigError, GFSConfig, GFSWarning, MeasurementError, StabilityMonitor
+from gfs_core.help import filled_in
 from gfs_core.stability import parameters_of
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import ModelReplay, Reference, Replay, TrainerReplay, disagreement
@@ -82,9 +83,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         step, other = _measured.get(model, (0, None))
         if other is not None and other() not in (None, self) and step == id(state):
-            warnings.warn(
-                "gfs: there is a second GFSCallback on this trainer; it does nothing", GFSWarning, stacklevel=2
-            )
+            _warn("there is a second GFSCallback on this trainer; it does nothing")
             return
         _measured[model] = (id(state), weakref.ref(self))
         trainer = self._trainer() if self._trainer is not None else None
@@ -199,12 +198,4 @@ def _warn(text: str) -> None:
     warnings.warn(f"gfs: {text}", GFSWarning, stacklevel=3)
 
 
-def _document() -> None:
-    gap = "\n            "
-    GFSCallback.__doc__ = (GFSCallback.__doc__ or "").format(
-        options=gap.join(f"{name}: {text}" for name, text in GFSConfig.help().items()),
-        keys="\n        ".join(f"``{key}``: {text}" for key, text in log_keys().items()),
-    )
-
-
-_document()
+GFSCallback.__doc__ = filled_in(GFSCallback.__doc__)

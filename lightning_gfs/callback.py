@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
-from gfs_core import ConfigError, GFSConfig, Measurement, StabilityMonitor, log_keys
+from gfs_core import ConfigError, GFSConfig, Measurement, StabilityMonitor
+from gfs_core.help import filled_in
 from lightning_gfs import _compat
 
 if TYPE_CHECKING:
@@ -169,11 +170,7 @@ def _declare_options() -> None:
     own = [p.replace(annotation=_OWN.get(p.name, p.annotation)) for p in own]
     init.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     init.__annotations__ = {p.name: p.annotation for p in [*own[1:], *options]} | {"return": None}
-    separator = "\n        "
-    GFSCallback.__doc__ = (GFSCallback.__doc__ or "").format(
-        options=separator.join(f"{name}: {text}" for name, text in GFSConfig.help().items()),
-        keys=separator.join(f"``{key}``: {text}" for key, text in log_keys().items()),
-    )
+    GFSCallback.__doc__ = filled_in(GFSCallback.__doc__)
 
 
 _OWN: dict[str, Any] = {"loss_fn": LossFn | Mapping[str, LossFn] | None, "progress_bar": bool}

@@ -207,9 +207,10 @@ class Hessian:
             minus = self.objective.gradient()[1]
         finally:
             copy(held, params)
-        self._slope = 0.5 * (norm(plus) + norm(minus))
+        after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
+        self._slope = 0.5 * (after + before)
         # What rounding of the two gradients alone can make of their difference, with room to spare.
-        self._noise = 100 * torch.finfo(params[0].dtype).eps * norm(plus) / eps
+        self._noise = 100 * torch.finfo(params[0].dtype).eps * after / eps
         axpy(-1.0, minus, plus)
         torch._foreach_div_(plus, 2 * eps)
         return plus

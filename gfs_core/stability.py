@@ -71,9 +71,6 @@ class Diagonal:
             else:
                 yield _root_preconditioner(self.optimizer, group, p).mul_(relative).pow_(self.power)
 
-    def __len__(self) -> int:
-        return len(self.params)
-
     def squared(self) -> Diagonal:
         """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
         return Diagonal(self.optimizer, self.params, 2 * self.power)

@@ -89,7 +89,6 @@ class Publisher:
         if named:
             return Path(named).expanduser()
         files = list(Path(self.args.output_dir, "runs").glob(f"*/**/{_EVENTS}*"))
-        files += Path(self.args.output_dir, "runs").glob(f"*/{_EVENTS}*")
         return max(files, key=lambda f: f.stat().st_mtime).parent if files else None
 
     def _callbacks(self) -> list[Any]:

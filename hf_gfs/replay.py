@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,27 +37,38 @@ class _Seen:
     weight: float  # of this micro-batch's loss, so that the mean over micro-batches is the trainer's objective
 
 
-class Replay(Protocol):
-    """A source of micro-batches and of their loss; keeps them while ``keeping``."""
+class Replay:
+    """The micro-batches of a step, kept while ``keeping``; the two ways to their loss build upon it."""
 
-    inputs: list[dict[str, Any]]
-    keeping: bool
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inputs: list[dict[str, Any]] = []
+        self.keeping = False
+        self._seen: dict[int, _Seen] = {}
 
     def start(self) -> None:
         """Keep the micro-batches of the step that begins."""
+        self.clear()
+        self.keeping = True
 
     def clear(self) -> None:
         """Forget what was kept."""
+        self.inputs, self._seen = [], {}
 
     def close(self) -> None:
         """Take all hooks away."""
+        raise NotImplementedError
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch, evaluated again."""
-        ...
+        raise NotImplementedError
+
+    def _remember(self, inputs: dict[str, Any], items: Any, weight: float = 1.0) -> None:
+        self.inputs.append(inputs)
+        self._seen[id(inputs)] = _Seen(RandomState([next(self.model.parameters())]), items, weight)
 
 
-class TrainerReplay:
+class TrainerReplay(Replay):
     """Calls the trainer's own ``compute_loss`` again.
 
     Args:
@@ -66,10 +77,8 @@ class TrainerReplay:
     """
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        self.trainer, self.model = trainer, model
-        self.inputs: list[dict[str, Any]] = []
-        self._seen: dict[int, _Seen] = {}
-        self.keeping = False
+        super().__init__(model)
+        self.trainer = trainer
         self._module: Any = model
         self._own = vars(trainer).get("compute_loss")  # an instance attribute of the user's, put back at the end
         self._compute_loss = trainer.compute_loss
@@ -81,15 +90,6 @@ class TrainerReplay:
             return self._compute_loss(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = watched
-
-    def start(self) -> None:
-        """Keep the micro-batches of the step that begins."""
-        self.clear()
-        self.keeping = True
-
-    def clear(self) -> None:
-        """Forget what was kept."""
-        self.inputs, self._seen = [], {}
 
     def close(self) -> None:
         """Give the trainer its ``compute_loss`` back."""
@@ -107,9 +107,7 @@ class TrainerReplay:
             takes_items = getattr(self.trainer, "model_accepts_loss_kwargs", False) and items is not None
             scaled = takes_items or getattr(self.trainer, "compute_loss_func", None) is not None
         count = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
-        self.inputs.append(kept)
-        parameters = [next(self.model.parameters())]
-        self._seen[id(kept)] = _Seen(RandomState(parameters), items, float(count) if scaled else 1.0)
+        self._remember(kept, items, float(count) if scaled else 1.0)
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
@@ -123,7 +121,7 @@ class TrainerReplay:
         return loss if seen is None or seen.weight == 1.0 else loss * seen.weight  # type: ignore[no-any-return]
 
 
-class ModelReplay:
+class ModelReplay(Replay):
     """Calls the model again and takes the loss it returns.
 
     Args:
@@ -131,20 +129,8 @@ class ModelReplay:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.inputs: list[dict[str, Any]] = []
-        self._seen: dict[int, _Seen] = {}
-        self.keeping = False
+        super().__init__(model)
         self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._hook), with_kwargs=True)  # type: ignore[no-untyped-call]
-
-    def start(self) -> None:
-        """Keep the micro-batches of the step that begins."""
-        self.clear()
-        self.keeping = True
-
-    def clear(self) -> None:
-        """Forget what was kept."""
-        self.inputs, self._seen = [], {}
 
     def close(self) -> None:
         """Take the hook away."""
@@ -154,9 +140,7 @@ class ModelReplay:
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.keeping and module.training and torch.is_grad_enabled():
             kept = {**kwargs, **({_ARGS: list(args)} if args else {})}
-            items = kept.pop("num_items_in_batch", None)
-            self.inputs.append(kept)
-            self._seen[id(kept)] = _Seen(RandomState([next(module.parameters())]), items, 1.0)
+            self._remember(kept, kept.pop("num_items_in_batch", None))
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss that the model returns.

@@ -39,7 +39,7 @@ def attached(callback: GFSCallback, mode: str):
 
 @pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
 def test_tensorboard_has_the_values_beside_the_trainers_own(tmp_path: Path, mode: str) -> None:
-    plain = train(lambda: language(tmp_path / "plain", report_to=["tensorboard"]))
+    train(lambda: language(tmp_path / "plain", report_to=["tensorboard"]))
     trainer = train(lambda: language(tmp_path / "run", report_to=["tensorboard"]), attached(every(2), mode))
 
     def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -58,7 +58,6 @@ def test_tensorboard_has_the_values_beside_the_trainers_own(tmp_path: Path, mode
     assert [value for _, value in with_callback["gfs/sharpness"]] == pytest.approx(expected, rel=1e-6)
     assert with_callback.keys() - own.keys() <= gfs.log_keys().keys()
     assert [m.step for m in gfs.read_history(tmp_path / "run" / "history.jsonl")] == [0, 2, 4]
-    del plain
 
 
 def test_wandb_gets_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

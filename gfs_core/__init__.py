@@ -13,7 +13,7 @@ from gfs_core.isolation import Isolation
 from gfs_core.measure import FlowResult, Measurement, gfs_sharpness, log_keys, sharpness, stability
 from gfs_core.monitor import StabilityMonitor
 from gfs_core.objective import Objective
-from gfs_core.stability import Stability, stability_of
+from gfs_core.stability import Stability, register_optimizer, stability_of
 
 __all__ = [
     "ConfigError",
@@ -35,6 +35,7 @@ __all__ = [
     "largest_eigenvalues",
     "log_keys",
     "read_history",
+    "register_optimizer",
     "sharpness",
     "stability",
     "stability_of",

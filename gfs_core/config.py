@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from gfs_core.errors import ConfigError
+
+Tier: TypeAlias = Literal["directional", "sharpness", "gfs", "gfs_full"]
+TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
+_EVERY: dict[Tier, str] = {
+    "directional": "directional_every",
+    "sharpness": "sharpness_every",
+    "gfs": "gfs_every",
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,16 +30,30 @@ class GFSConfig:
         ConfigError: an option is out of its range.
     """
 
-    tier: Literal["sharpness", "gfs", "gfs_full"] = _option(
+    tier: Literal["directional", "sharpness", "gfs", "gfs_full"] = _option(
         "gfs",
-        "Dearest quantity measured: sharpness; gfs adds the short-horizon GFS sharpness; gfs_full adds the full "
-        "gradient flow solution (small models only).",
+        "Dearest quantity measured: directional, the curvature along the last step; sharpness; gfs adds the "
+        "short-horizon GFS sharpness; gfs_full adds the full gradient flow solution (small models only).",
     )
-    every: int = _option(10, "Optimizer steps between measurements; the budget may lengthen it, never shorten.")
+    every: int = _option(
+        10, "Optimizer steps between measurements of that tier; the budget may lengthen it, never shorten."
+    )
+    directional_every: int | None = _option(
+        None, "Steps between directional measurements beside a dearer tier; null: none."
+    )
+    sharpness_every: int | None = _option(
+        None, "Steps between measurements of the sharpness alone, beside a dearer tier; null: none."
+    )
+    gfs_every: int | None = _option(
+        None, "Steps between measurements of the short-horizon GFS sharpness, beside tier gfs_full; null: none."
+    )
+    directional: Literal["product", "losses"] = _option(
+        "product",
+        "How the directional tier measures: by a Hessian-vector product and a gradient, or by forward passes only.",
+    )
     max_overhead: float | None = _option(
         0.05, "Fraction of wall time that measuring may take after the first measurement; null: no budget."
     )
-    full_every: int = _option(20, "Tier gfs_full: a full solution at every so many-th measurement, the first included.")
     horizon: float = _option(4.0, "Flow time of the short-horizon GFS sharpness, in units of the learning rate.")
     probe: Literal["batch", "fixed"] = _option(
         "batch", "Measure on the current batch, or on a fixed probe of the first batches."
@@ -59,7 +81,9 @@ class GFSConfig:
             self._check_type(f.name, hints[f.name], getattr(self, f.name))
         for name, low in (
             ("every", 1),
-            ("full_every", 1),
+            ("directional_every", 1),
+            ("sharpness_every", 1),
+            ("gfs_every", 1),
             ("probe_batches", 1),
             ("probe_size", 1),
             ("max_hvps", 1),
@@ -74,6 +98,18 @@ class GFSConfig:
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
+
+        for tier in TIERS[TIERS.index(self.tier) :]:
+            if tier in _EVERY and getattr(self, _EVERY[tier]) is not None:
+                raise ConfigError(
+                    f"`{_EVERY[tier]}` is for tiers dearer than {tier!r}, and `tier` is {self.tier!r}; use `every`"
+                )
+
+    def cadence(self) -> dict[Tier, int]:
+        """Steps between measurements of each tier that is on, cheapest first."""
+        steps: dict[Tier, int | None] = {tier: getattr(self, name) for tier, name in _EVERY.items()}
+        steps[self.tier] = self.every
+        return {tier: every for tier in TIERS if (every := steps.get(tier)) is not None}
 
     @staticmethod
     def _check_type(name: str, hint: Any, value: Any) -> None:

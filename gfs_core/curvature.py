@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"|don't support automatic differentiation|donated buffers",
     re.DOTALL,
 )
+
+
+class _Graph(NamedTuple):
+    """A differentiable gradient: its tensors that depend on the weights, their places, and all of them."""
+
+    live: list[Tensor]
+    places: list[int]
+    gradient: Sequence[Tensor | None]
 
 
 class Hessian:
@@ -71,7 +79,7 @@ class Hessian:
         self.hvps = 0
         self.error = 0.0
         self.reason = ""
-        self._graph: tuple[list[Tensor], list[int]] | None = None
+        self._graph: _Graph | None = None
         self._plain_kernels = False
         self._noise = 0.0
         self._slope = 0.0  # length of the gradient
@@ -103,6 +111,13 @@ class Hessian:
         doubt = max(max(0.1, 10 * self.error) * size, self._noise)
         if self.objective.needs_backward or apart > doubt:
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
+
+    def slope_along(self, vector: Vector) -> float:
+        """∇L·v at the present weights; free where the graph of an exact product is kept."""
+        if self._graph is None:
+            return dots([(self.objective.gradient()[1], vector)])[0]
+        held = [(g.detach(), v) for g, v in zip(self._graph.gradient, vector, strict=True) if g is not None]
+        return dots([([g for g, _ in held], [v for _, v in held])])[0]
 
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""
@@ -145,17 +160,16 @@ class Hessian:
             torch._foreach_div_(total, float(len(batches)))
             return total
 
-    def _differentiate(self, batch: object) -> tuple[list[Tensor], list[int]]:
-        """The gradient's tensors that depend on the weights, and their places."""
+    def _differentiate(self, batch: object) -> _Graph:
         loss = self.objective.forward(batch)
         finite(float(loss.detach()))
         grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
         self.objective.grad_evals += 1
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        return [grads[i] for i in live], live
+        return _Graph([grads[i] for i in live], live, grads)
 
-    def _second(self, graph: tuple[list[Tensor], list[int]], vector: Vector, keep: bool) -> Vector:
-        grads, live = graph
+    def _second(self, graph: _Graph, vector: Vector, keep: bool) -> Vector:
+        grads, live, _ = graph
         params = self.objective.params
         if not live:  # the loss is linear in every weight
             return [torch.zeros_like(p) for p in params]

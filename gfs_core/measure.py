@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gfs_core.config import Tier
 from gfs_core.curvature import Hessian, HvpMethod, Preconditioned
+from gfs_core.directional import Directional, along_by_losses, along_by_product
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.errors import MeasurementError, Reason
 from gfs_core.flow import Flow, FlowState
 from gfs_core.isolation import Isolation
 from gfs_core.objective import LossFn, Objective
 from gfs_core.stability import Stability, parameters_of, stability_of
-from gfs_core.vectors import Vector, clone
+from gfs_core.vectors import Vector, axpy, clone, norm, scale
 
 LOG_PREFIX = "gfs/"
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
@@ -73,12 +77,17 @@ class Measurement:
         "largest eigenvalue in the optimizer's own coordinates; adaptive optimizers, weight decay, several rates"
     )
     threshold: float | None = _key("the (preconditioned) sharpness at which the optimizer stops being stable")
-    stability_ratio: float | None = _key("(preconditioned) sharpness / threshold; 1 is the edge of stability")
+    stability_ratio: float | None = _key(
+        "(preconditioned) sharpness / threshold; 1 is the edge of stability. Of an optimizer whose threshold is not "
+        "known: learning rate / critical_lr"
+    )
     gfs_sharpness: float | None = _key(
         "the same eigenvalue after gradient flow for `horizon` learning rates: raw sharpness without its oscillation"
     )
     gfs_stability_ratio: float | None = _key("gfs_sharpness / threshold")
     gfs_sharpness_full: float | None = _key("sharpness of the full gradient flow solution, the paper's quantity")
+    directional_sharpness: float | None = _key("curvature uᵀHu/‖u‖² along the last step u really taken")
+    critical_lr: float | None = _key("learning rate at which a step in that direction would stop lowering the loss")
     loss_probe: float | None = _key("loss on the probe")
     learning_rate: float | None = _key("rate of the optimizer's reference group")
     overhead: float | None = _key("fraction of the run's wall time spent measuring so far")
@@ -337,7 +346,9 @@ def measure(
     optimizer: Any,
     *,
     params: Sequence[Tensor] | None = None,
-    tier: str = "gfs",
+    tiers: Collection[Tier],
+    before: Vector | None = None,
+    directional: str = "product",
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
     trusted: bool = False,
@@ -348,65 +359,106 @@ def measure(
     seed: int = 0,
     step: int = 0,
     warm: WarmStart | None = None,
-) -> tuple[Measurement, Hessian]:
-    """One measurement of the chosen tier, in isolation; ``warm`` is read and renewed.
+) -> tuple[Measurement, Hessian, dict[Tier, float]]:
+    """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
-    Returns the measurement and the Hessian used, whose ``method`` and ``trusted`` the next measurement may
-    start from.
+    ``tiers`` names what is measured, ``before`` the weights before the last optimizer step (consumed; without them
+    nothing directional is measured), and ``directional`` how: ``"product"``, or ``"losses"`` for forward passes only.
+    All else is as in :class:`~gfs_core.GFSConfig`.
+
+    Returns:
+        The measurement, the Hessian used, whose ``method`` and ``trusted`` the next measurement may start from, and the
+        seconds that each tier's own part took.
 
     Raises:
-        MeasurementError: not even the sharpness could be had.
+        MeasurementError: nothing could be had.
     """
     warm = WarmStart() if warm is None else warm
     params = parameters_of(optimizer) if params is None else params
     stability = stability_of(optimizer, params)
     reasons = [stability.reason] if stability.reason else []
     values: dict[str, Any] = {"threshold": stability.threshold, "learning_rate": stability.learning_rate}
+    seconds: dict[Tier, float] = {}
     with Isolation(model, params) as isolation:
         objective = Objective(model, loss_fn, batches, params, isolation)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         values["loss_probe"] = objective.loss()
-        top = probe.top(start=warm.raw)
-        usable = _usable(top, reasons)
-        warm.raw = top.vector if usable else None
-        if usable:
-            values["sharpness"], values["residual"] = top.value, top.error_bound
-        if stability.threshold is not None and not stability.plain:
-            top = probe.top(stability, start=warm.preconditioned)
-            usable = _usable(top, reasons)
-            warm.preconditioned = top.vector if usable else None
-            if usable:
-                values["preconditioned_sharpness"] = top.value
-        if usable and stability.threshold is not None:
-            values["stability_ratio"] = top.value / stability.threshold
+        if before is not None and "directional" in tiers:
+            with _timed(seconds, "directional"):
+                along = _along_the_step(probe, before, directional)
+                values["directional_sharpness"] = along.sharpness
+                if along.critical is not None:
+                    if stability.learning_rate is not None:
+                        values["critical_lr"] = stability.learning_rate * along.critical
+                    if stability.empirical:
+                        values["stability_ratio"] = 1 / along.critical
+        usable = False
+        if any(tier != "directional" for tier in tiers):
+            with _timed(seconds, "sharpness"):
+                top = probe.top(start=warm.raw)
+                usable = _usable(top, reasons)
+                warm.raw = top.vector if usable else None
+                if usable:
+                    values["sharpness"], values["residual"] = top.value, top.error_bound
+                if stability.threshold is not None and not stability.plain:
+                    top = probe.top(stability, start=warm.preconditioned)
+                    usable = _usable(top, reasons)
+                    warm.preconditioned = top.vector if usable else None
+                    if usable:
+                        values["preconditioned_sharpness"] = top.value
+                if usable and stability.threshold is not None:
+                    values["stability_ratio"] = top.value / stability.threshold
         if probe.hessian.reason:
             reasons.append(probe.hessian.reason)
-        if usable and tier != "sharpness" and stability.threshold is not None and stability.learning_rate is not None:
-            short = min(max_grads, int(SHORT_FLOW_GRADS * max(1.0, (1e-2 / rtol) ** 0.5)))
-            flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
-            if flow.converged:
-                values["gfs_sharpness"] = flow.sharpness
-                values["gfs_stability_ratio"] = flow.sharpness / stability.threshold
-            else:
-                dear = flow.reason is Reason.MAX_GRADIENTS
-                why = f"it needs more than {short} gradients here" if dear else flow.reason
-                reasons.append(f"short-horizon GFS sharpness left out: {why}")
-        if tier == "gfs_full" and stability.learning_rate:
-            isolation.restore_weights()
-            again = probe.top(start=None if warm.raw is None else clone(warm.raw))
-            flow = flow_to_the_end(probe.flow(again, None, rtol, max_grads), 64 * stability.learning_rate)
-            if flow.converged:
-                values["gfs_sharpness_full"] = flow.sharpness
-            else:
-                reasons.append(f"full GFS sharpness: {flow.reason}")
+        dear = "gfs" in tiers or "gfs_full" in tiers
+        if usable and dear and stability.threshold is not None and stability.learning_rate is not None:
+            with _timed(seconds, "gfs"):
+                short = min(max_grads, int(SHORT_FLOW_GRADS * max(1.0, (1e-2 / rtol) ** 0.5)))
+                flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
+                if flow.converged:
+                    values["gfs_sharpness"] = flow.sharpness
+                    values["gfs_stability_ratio"] = flow.sharpness / stability.threshold
+                else:
+                    too_long = flow.reason is Reason.MAX_GRADIENTS
+                    why = f"it needs more than {short} gradients here" if too_long else flow.reason
+                    reasons.append(f"short-horizon GFS sharpness left out: {why}")
+        if "gfs_full" in tiers and stability.learning_rate:
+            with _timed(seconds, "gfs_full"):
+                isolation.restore_weights()
+                again = probe.top(start=None if warm.raw is None else clone(warm.raw))
+                flow = flow_to_the_end(probe.flow(again, None, rtol, max_grads), 64 * stability.learning_rate)
+                if flow.converged:
+                    values["gfs_sharpness_full"] = flow.sharpness
+                else:
+                    reasons.append(f"full GFS sharpness: {flow.reason}")
         reasons += [f"the loss changed `{name}` in place, too large to be put back" for name in isolation.leaks]
         values["hvps"] = probe.hessian.hvps
         values["grad_evals"] = objective.grad_evals
         probe.hessian.release()
-    return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian
+    return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian, seconds
 
 
-def stability(model: nn.Module, loss_fn: LossFn, batches: Any, optimizer: Any, **options: Any) -> Measurement:
+def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
+    """Curvature along the step from ``before``, which is consumed, to the present weights."""
+    scale(-1.0, before)
+    axpy(1.0, [p.detach() for p in probe.objective.params], before)
+    if norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
+        return Directional(None, None)
+    if how == "losses":
+        return along_by_losses(probe.objective, before)
+    return along_by_product(probe.hessian, before)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[Tier, float], tier: Tier) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[tier] = time.perf_counter() - began
+
+
+def stability(
+    model: nn.Module, loss_fn: LossFn, batches: Any, optimizer: Any, *, tier: Tier = "gfs", **options: Any
+) -> Measurement:
     """Sharpness, GFS sharpness and the optimizer's threshold, once; nothing is left changed.
 
     Args:
@@ -414,12 +466,15 @@ def stability(model: nn.Module, loss_fn: LossFn, batches: Any, optimizer: Any, *
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
         batches: one batch, or a list of them.
         optimizer: a torch optimizer over (some of) the model's parameters.
-        **options: ``tier``, ``horizon``, ``hvp``, ``tol``, ``rtol``, ``seed`` as in :class:`~gfs_core.GFSConfig`.
+        tier: ``"sharpness"``, ``"gfs"`` or ``"gfs_full"``; with ``before=``, a copy of the weights before the last
+            optimizer step, also ``"directional"``.
+        **options: ``before``; ``directional``, ``horizon``, ``hvp``, ``tol``, ``rtol``, ``seed`` as in
+            :class:`~gfs_core.GFSConfig`.
 
     Raises:
         MeasurementError: not even the sharpness could be had.
     """
-    return measure(model, loss_fn, _as_list(batches), optimizer, **options)[0]
+    return measure(model, loss_fn, _as_list(batches), optimizer, tiers=(tier,), **options)[0]
 
 
 def _usable(top: EigenResult, reasons: list[str]) -> bool:

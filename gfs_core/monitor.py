@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.batches import copied, first_of_all
-from gfs_core.config import GFSConfig
+from gfs_core.config import TIERS, GFSConfig, Tier
 from gfs_core.curvature import HvpMethod
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
 from gfs_core.measure import Measurement, WarmStart, measure
 from gfs_core.stability import parameters_of, stability_of
-from gfs_core.vectors import combine, norm, random_like, scale
+from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
@@ -66,15 +66,22 @@ class StabilityMonitor:
         self._trusted = False
         self._probe: list[Any] = []
         self._told: set[str] = set()
+        self._before: Vector | None = None  # the weights before the last step, …
+        self._before_step = -1  # … for a measurement at this one
         self._clock = _Clock()
         if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
             self._tell(
                 f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
                 "trend of its sharpness has come out reversed; use probe='batch', or a larger fixed probe"
             )
-        problem = stability_of(optimizer, params)
-        if problem.reason and not problem.adaptive:
-            self._tell(problem.reason)
+        stability = stability_of(optimizer, params)
+        self._cadence = self.config.cadence()
+        if stability.empirical:
+            self._cadence = {
+                tier: self._cadence.get(tier, self.config.every) for tier in ("directional", *self._cadence)
+            }
+        if stability.reason and not stability.adaptive:
+            self._tell(stability.reason)
 
     def step(
         self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int | None = None, *, micro_batches: bool = False
@@ -98,6 +105,13 @@ class StabilityMonitor:
             self.count += 1
         if not self.wants(step):
             return None
+        try:
+            return self._step(loss_fn, batch, step, micro_batches)
+        finally:
+            if self._keeps(step + 1):
+                self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
+
+    def _step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int, micro_batches: bool) -> Measurement | None:
         batches = first_of_all(batch if micro_batches else [batch], self.config.probe_size)
         if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
             missing = self.config.probe_batches - len(self._probe)
@@ -110,14 +124,17 @@ class StabilityMonitor:
             batches = self._probe
         began = time.perf_counter()
         measurement = None
+        tiers, before = self._due(step), self._before if self._before_step == step else None
+        seconds: dict[Tier, float] = {}
+        self._before = None
         try:
-            measurement = self._measure(lambda _model, b: loss_fn(b), batches, step)
+            measurement, seconds = self._measure(lambda _model, b: loss_fn(b), batches, step, tiers, before)
         except Exception as error:
             if self.config.strict:
                 raise
             self._failed(error)
         early = self.measured == 0 and self._before_second_moments()
-        self._clock.measured(began, time.perf_counter(), another_free=early)
+        self._clock.measured(began, time.perf_counter(), tiers, seconds, another_free=early)
         self.measured += 1
         if measurement is None:
             return None
@@ -140,11 +157,36 @@ class StabilityMonitor:
 
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` would do anything with a batch at this step."""
-        return self.due(step) or (self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches)
+        filling = self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches
+        return filling or self.due(step) or self._keeps(step + 1)
 
     def due(self, step: int) -> bool:
-        """Whether a measurement is due: every ``every`` steps, and only while the budget allows one."""
-        return step % self.config.every == 0 and self._clock.affords(self.config.max_overhead)
+        """Whether a measurement is due: at the cadence of a tier, and only while the budget allows one."""
+        return bool(self._due(step))
+
+    def _due(self, step: int) -> list[Tier]:
+        """The tiers to be measured at this step, cheapest first.
+
+        What comes to be due together is afforded together, from the cheapest on.
+        """
+        due: list[Tier] = []
+        for tier, every in self._cadence.items():
+            possible = tier != "directional" or self._before_step == step  # otherwise its last step was not seen
+            if possible and step % every == 0 and self._affords([*due, tier]):
+                due.append(tier)
+        return due
+
+    def _keeps(self, step: int) -> bool:
+        """Whether the weights before this step's predecessor are needed for a measurement at this step."""
+        if "directional" not in self._cadence:
+            return False
+        return any(step % every == 0 and self._affords([tier]) for tier, every in self._cadence.items())
+
+    def _affords(self, tiers: list[Tier]) -> bool:
+        # A cheap tier has its equal share of the budget, so that a dear one comes to its turn; the dearest may have all
+        # that is left.
+        share = 1.0 if self.config.tier in tiers else 1 / len(self._cadence)
+        return self._clock.affords(tiers, self.config.max_overhead, share)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next measurement depends on; loadable with ``weights_only=True``."""
@@ -155,6 +197,7 @@ class StabilityMonitor:
             "trusted": self._trusted,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe,
+            "before": [self._before_step, self._before],
             "clock": self._clock.state(),
         }
 
@@ -175,19 +218,27 @@ class StabilityMonitor:
         self._warm = WarmStart(raw, preconditioned)
         device = params[0].device
         self._probe = [_to(b, device) for b in state.get("probe", [])] if self.config.probe == "fixed" else []
+        self._before_step, before = state.get("before", [-1, None])
+        self._before = fitted(before)
         self._clock.load(state.get("clock", {}))
 
-    def _measure(self, loss_fn: Any, batches: list[Any], step: int) -> Measurement:
+    def _measure(
+        self, loss_fn: Any, batches: list[Any], step: int, tiers: list[Tier], before: Vector | None
+    ) -> tuple[Measurement, dict[Tier, float]]:
         config = self.config
         seed = config.seed + self.measured  # the same at a resumed step as in the uninterrupted run
         if self.measured % _MIX_EVERY == _MIX_EVERY - 1:
             self._mix(seed)
-        measurement, hessian = measure(
+        if before is not None and [t.shape for t in before] != [p.shape for p in parameters_of(self.optimizer)]:
+            before = None  # weights were frozen or added since
+        measurement, hessian, seconds = measure(
             self.model,
             loss_fn,
             batches,
             self.optimizer,
-            tier="gfs" if config.tier == "gfs_full" and self.measured % config.full_every else config.tier,
+            tiers=tiers,
+            before=before,
+            directional=config.directional,
             horizon=config.horizon,
             hvp=self._method,
             trusted=self._trusted,
@@ -202,7 +253,7 @@ class StabilityMonitor:
         self._trusted = hessian.trusted
         if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
-        return measurement
+        return measurement, seconds
 
     def _before_second_moments(self) -> bool:
         stability = stability_of(self.optimizer, parameters_of(self.optimizer))
@@ -250,43 +301,58 @@ class _Clock:
         self.before = 0.0  # seconds of earlier runs that this one resumes
         self.free = True
         self.first = 0.0  # price of the free measurements
-        self.spent = 0.0  # price of all the others
+        self.spent: dict[str, float] = {}  # price of all the others, by the dearest tier of each
+        self.prices: dict[str, float] = {}  # what each tier's own part costs; "": what all measurements cost
         self.last: float | None = None
         self.since = 0.0  # run time at which the last free measurement ended
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
 
-    def affords(self, budget: float | None) -> bool:
+    def affords(self, tiers: Sequence[Tier], budget: float | None, share: float = 1.0) -> bool:
         if budget is None or self.free:
             return True
-        price = self.last if self.spent and self.last is not None else 0.5 * self.first
-        return self.spent + price <= budget * (self.elapsed() - self.since + price)
+        price = self._price(tiers)
+        allowed = budget * (self.elapsed() - self.since + price)
+        spent = self.spent.get(tiers[-1], 0.0)
+        return sum(self.spent.values()) + price <= allowed and spent + price <= share * allowed
 
-    def measured(self, began: float, ended: float, another_free: bool = False) -> None:
+    def _price(self, tiers: Sequence[Tier]) -> float:
+        dearest = TIERS.index(tiers[-1])
+        parts = {*tiers, *TIERS[1 : dearest + 1]}  # a dear tier holds the cheaper ones, but for the directional
+        return self.prices.get("", 0.0) + sum(self.prices.get(t, 0.0) for t in parts)
+
+    def measured(
+        self, began: float, ended: float, tiers: Sequence[Tier], seconds: dict[Tier, float], another_free: bool = False
+    ) -> None:
         self.last = ended - began
+        # What was measured cold costs less from then on.
+        scale = 0.5 if self.free else 1.0
+        self.prices |= {tier: scale * price for tier, price in seconds.items()}
+        self.prices[""] = scale * max(self.last - sum(seconds.values()), 0.0)
         if self.free:
             self.first, self.since, self.free = self.first + self.last, self.elapsed(), another_free
         else:
-            self.spent += self.last
+            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last
 
     def overhead(self) -> float:
-        return (self.first + self.spent) / max(self.elapsed(), 1e-9)
+        return (self.first + sum(self.spent.values())) / max(self.elapsed(), 1e-9)
 
-    def state(self) -> dict[str, float | bool | None]:
+    def state(self) -> dict[str, Any]:
         return {
             "elapsed": self.elapsed(),
             "free": self.free,
             "first": self.first,
-            "spent": self.spent,
+            "spent": dict(self.spent),
+            "prices": dict(self.prices),
             "last": self.last,
             "since": self.since,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.before, self.began = float(state.get("elapsed", 0.0)), time.perf_counter()
-        self.first, self.spent = float(state.get("first", 0.0)), float(state.get("spent", 0.0))
-        self.since = float(state.get("since", 0.0))
+        self.first, self.since = float(state.get("first", 0.0)), float(state.get("since", 0.0))
+        self.spent, self.prices = dict(state.get("spent", {})), dict(state.get("prices", {}))
         self.last = state.get("last")
         self.free = bool(state.get("free", True))
 

@@ -54,6 +54,7 @@ class Objective:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
         self.grad_evals = 0
+        self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = False  # gradients only arrive through .backward(), as under re-entrant checkpointing
         self._unused_are_unused = False
 
@@ -72,6 +73,7 @@ class Objective:
             raise MeasurementError(f"the loss function must return a 0-dim tensor, got {got}")
         if not loss.requires_grad:
             raise MeasurementError("the loss does not depend on any trainable parameter (no graph)")
+        self.loss_eps = torch.finfo(loss.dtype).eps
         return loss.reshape(())
 
     def gradient(self) -> tuple[float, Vector]:

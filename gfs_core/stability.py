@@ -30,16 +30,60 @@ the lowest threshold. With equal momentum in all groups that is exact; with diff
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-_KNOWN = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad)
-_ADAPTIVE = (Adam, NAdam, RAdam, RMSprop, Adagrad)
+Group: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How the threshold of one class of optimizer is computed."""
+
+    threshold: Callable[[Any, Group], float]
+    preconditioner: Callable[[Any, Group, Tensor], Tensor] | None = None
+    decoupled: bool = False
+
+
+def register_optimizer(
+    optimizer: type[Optimizer],
+    threshold: Callable[[Any, Group], float],
+    preconditioner: Callable[[Any, Group, Tensor], Tensor] | None = None,
+    *,
+    decoupled_weight_decay: bool = False,
+) -> None:
+    """Make the threshold of a class of optimizer known; without it the stability ratio is empirical.
+
+    Args:
+        optimizer: the class; its subclasses are not meant.
+        threshold: ``threshold(optimizer, group)``, the largest eigenvalue of S·(H + shift)·S at which a step on a
+            quadratic stops being stable at the group's present rate; infinite where the group does not move.
+        preconditioner: ``preconditioner(optimizer, group, parameter)``, the diagonal P of S = P^-1/2, a new tensor of
+            the parameter's shape, > 0; infinite where the weight has had no gradient so far. Asked for only once
+            ``optimizer.state`` holds something for the parameter. ``None``: no preconditioner.
+        decoupled_weight_decay: whether the group's ``weight_decay`` stays out of the gradient; otherwise it is added
+            to the diagonal of H.
+
+    Raises:
+        TypeError: ``optimizer`` is not a class of ``torch.optim.Optimizer``.
+
+    Example:
+        >>> import torch, gfs_core as gfs
+        >>> class HalfSGD(torch.optim.SGD):  # a step half as long: twice as much curvature is stable
+        ...     pass
+        >>> gfs.register_optimizer(HalfSGD, threshold=lambda optimizer, group: 4 / group["lr"])
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> gfs.stability_of(HalfSGD([weight], lr=0.5), [weight]).threshold
+        8.0
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise TypeError(f"expected a class of torch.optim.Optimizer, got {optimizer!r}")
+    _RULES[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay)
 
 
 class Diagonal:
@@ -57,7 +101,7 @@ class Diagonal:
     def __init__(
         self,
         optimizer: Optimizer | None,
-        params: Sequence[tuple[Tensor, dict[str, Any], float]],
+        params: Sequence[tuple[Tensor, Group, float]],
         power: int = 1,
     ) -> None:
         self.optimizer, self.params, self.power = optimizer, params, power
@@ -69,7 +113,10 @@ class Diagonal:
             elif not self.optimizer.state.get(p):
                 yield 0.0
             else:
-                yield _root_preconditioner(self.optimizer, group, p).mul_(relative).pow_(self.power)
+                preconditioner = _RULES[type(self.optimizer)].preconditioner
+                assert preconditioner is not None
+                diagonal = preconditioner(self.optimizer, group, p).rsqrt_().to(p.dtype)
+                yield diagonal.mul_(relative).pow_(self.power)
 
     def squared(self) -> Diagonal:
         """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
@@ -87,6 +134,7 @@ class Stability:
         scale: diagonal of S, per parameter; ``None``: the identity.
         shift: coupled weight decay, per parameter; ``None``: none.
         adaptive: whether S comes from the optimizer's second moments.
+        empirical: whether the optimizer is not known, so that only its real steps tell how stable it is.
         reason: why the threshold is not known; empty where it is.
     """
 
@@ -96,6 +144,7 @@ class Stability:
     scale: Diagonal | None = None
     shift: list[float] | None = None
     adaptive: bool = False
+    empirical: bool = False
     reason: str = ""
 
     @property
@@ -131,8 +180,8 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     """Learning rate, operator and threshold of ``optimizer`` as it stands now.
 
     Args:
-        optimizer: SGD, Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, or a wrapper of one. Of any other the
-            threshold is not known.
+        optimizer: SGD, Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, one of :func:`register_optimizer`, or a wrapper
+            of one. Of any other the threshold is not known.
         params: the parameters measured, in order.
     """
     inner = unwrap(optimizer)
@@ -140,33 +189,35 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     groups = [g for g in inner.param_groups if any(p.requires_grad for p in g["params"])]
     rates = [float(g["lr"]) for g in groups if "lr" in g]
     rate = max(rates, default=None)
-    problem = _problem(inner, groups, rates)
+    rule = _RULES.get(type(inner))
+    problem = _problem(groups, rates)
     if problem:
         return Stability(name, rate, None, reason=problem)
-    adaptive = isinstance(inner, _ADAPTIVE)
+    if rule is None:
+        reason = f"the threshold of {name} is not known; its stability ratio is empirical, along the steps it takes"
+        return Stability(name, rate, None, empirical=True, reason=reason)
+    adaptive = rule.preconditioner is not None
     if adaptive and not any(inner.state.get(p) for p in params):
         reason = f"{name} has no second moments yet: they come with its first step"
         return Stability(name, rate, None, adaptive=True, reason=reason)
-    thresholds = [_threshold(inner, g) for g in groups]
+    thresholds = [rule.threshold(inner, g) if float(g["lr"]) else math.inf for g in groups]
     reference = min(thresholds)
     if not math.isfinite(reference):
         return Stability(name, rate, None, adaptive=adaptive, reason="the learning rate is 0: no step, no threshold")
     where = {id(p): (g, t) for g, t in zip(groups, thresholds, strict=True) for p in g["params"]}
-    entries: list[tuple[Tensor, dict[str, Any], float]] = []
+    entries: list[tuple[Tensor, Group, float]] = []
     shift: list[float] = []
     for p in params:
         group, threshold = where[id(p)]
         entries.append((p, group, math.sqrt(reference / threshold)))
-        shift.append(0.0 if _decoupled(inner, group) else float(group.get("weight_decay", 0.0)))
+        shift.append(0.0 if _decoupled(rule, group) else float(group.get("weight_decay", 0.0)))
     identity = not adaptive and all(relative == 1.0 for _, _, relative in entries)
     scale = None if identity else Diagonal(inner if adaptive else None, entries)
     lead = float(groups[thresholds.index(reference)]["lr"])
     return Stability(name, lead, reference, scale, shift if any(shift) else None, adaptive=adaptive)
 
 
-def _problem(inner: Optimizer, groups: list[dict[str, Any]], rates: list[float]) -> str:
-    if type(inner) not in _KNOWN:
-        return f"the threshold of {type(inner).__name__} is not known; raw sharpness is measured without it"
+def _problem(groups: list[Group], rates: list[float]) -> str:
     if not groups:
         return "the optimizer holds no trainable parameter"
     if any(g.get("maximize") for g in groups):
@@ -176,61 +227,84 @@ def _problem(inner: Optimizer, groups: list[dict[str, Any]], rates: list[float])
     return ""
 
 
-def _decoupled(inner: Optimizer, group: dict[str, Any]) -> bool:
-    return isinstance(inner, AdamW) or bool(group.get("decoupled_weight_decay"))
+def _decoupled(rule: _Rule, group: Group) -> bool:
+    return rule.decoupled or bool(group.get("decoupled_weight_decay"))
 
 
-def _threshold(inner: Optimizer, group: dict[str, Any]) -> float:
-    rate = float(group["lr"])
-    if rate == 0.0:
-        return math.inf
-    if isinstance(inner, Adagrad):
-        return 2 * (1 + _steps(inner, group) * float(group["lr_decay"])) / rate
-    if isinstance(inner, (Adam, NAdam, RAdam)):
-        beta = float(group["betas"][0])
-        shrink = rate * float(group["weight_decay"]) if _decoupled(inner, group) else 0.0
-        weight = (1 - beta) / (1 + beta)  # of the gradient in the step, at z = −1
-        if isinstance(inner, NAdam):
-            now, later = (
-                beta * (1 - 0.5 * 0.96 ** ((_steps(inner, group) + ahead) * float(group["momentum_decay"])))
-                for ahead in (1, 2)
-            )
-            weight = 1 - now + later * weight
-        return (2 - shrink) / (weight * rate)
-    beta = float(group["momentum"])
-    if isinstance(inner, RMSprop):
-        return (2 + 2 * beta) / rate
+def _sgd(inner: SGD, group: Group) -> float:
+    rate, beta = float(group["lr"]), float(group["momentum"])
     if group["nesterov"]:
         return (2 + 2 * beta) / (rate * (1 + 2 * beta))
     dampening = float(group["dampening"]) if beta else 0.0
     return (2 + 2 * beta) / (rate * (1 - dampening)) if dampening < 1 else math.inf
 
 
-def _steps(inner: Optimizer, group: dict[str, Any]) -> float:
+def _rmsprop(inner: RMSprop, group: Group) -> float:
+    return (2 + 2 * float(group["momentum"])) / float(group["lr"])
+
+
+def _adagrad(inner: Adagrad, group: Group) -> float:
+    return 2 * (1 + _steps(inner, group) * float(group["lr_decay"])) / float(group["lr"])
+
+
+def _adam(inner: Adam | RAdam, group: Group) -> float:
+    return _shrunk(inner, group) / (_gradient_weight(float(group["betas"][0])) * float(group["lr"]))
+
+
+def _nadam(inner: NAdam, group: Group) -> float:
+    beta = float(group["betas"][0])
+    now, later = (
+        beta * (1 - 0.5 * 0.96 ** ((_steps(inner, group) + ahead) * float(group["momentum_decay"]))) for ahead in (1, 2)
+    )
+    weight = 1 - now + later * _gradient_weight(beta)
+    return _shrunk(inner, group) / (float(weight) * float(group["lr"]))
+
+
+def _gradient_weight(beta: float) -> float:
+    """Weight of the gradient in a step with exponential averaging, at z = −1."""
+    return (1 - beta) / (1 + beta)
+
+
+def _shrunk(inner: Optimizer, group: Group) -> float:
+    """2 − ηλ with decoupled weight decay λ, 2 without."""
+    decoupled = _decoupled(_RULES[type(inner)], group)
+    return 2 - (float(group["lr"]) * float(group["weight_decay"]) if decoupled else 0.0)
+
+
+def _steps(inner: Optimizer, group: Group) -> float:
     """Steps taken so far, of the group's first parameter that was stepped."""
     return next((float(inner.state[p]["step"]) for p in group["params"] if inner.state.get(p)), 0.0)
 
 
-def _root_preconditioner(inner: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
-    """P^-1/2 of one parameter; 0 where there has been no gradient so far."""
-    state = inner.state[p]
-    if isinstance(inner, Adagrad):
-        held: Tensor = state["sum"]
-        root = held.sqrt()
-    elif isinstance(inner, RMSprop):
-        held = state["square_avg"]
-        root = (held - state["grad_avg"] ** 2).clamp_(min=0).sqrt_() if group["centered"] else held.sqrt()
-    else:
-        held = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-        second, step = float(group["betas"][1]), float(state["step"])
-        if isinstance(inner, RAdam):
-            rectified = _rectification(second, step)
-            if rectified is None:
-                return torch.ones_like(held).masked_fill_(held == 0, 0.0).to(p.dtype)
-            root = held.sqrt().add_(group["eps"]).div_(rectified * math.sqrt(1 - second**step))
-            return root.rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)
-        root = (held / (1 - second**step)).sqrt_()
-    return root.add_(group["eps"]).rsqrt_().masked_fill_(held == 0, 0.0).to(p.dtype)
+def _adam_preconditioner(inner: Adam, group: Group, p: Tensor) -> Tensor:
+    held = inner.state[p]["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    correction = 1 - float(group["betas"][1]) ** float(inner.state[p]["step"])
+    return _with_eps((held / correction).sqrt_(), held, group)
+
+
+def _radam_preconditioner(inner: RAdam, group: Group, p: Tensor) -> Tensor:
+    held = inner.state[p]["exp_avg_sq"]
+    second, step = float(group["betas"][1]), float(inner.state[p]["step"])
+    rectified = _rectification(second, step)
+    if rectified is None:
+        return torch.ones_like(held).masked_fill_(held == 0, math.inf)
+    return _with_eps(held.sqrt(), held, group).div_(rectified * math.sqrt(1 - second**step))
+
+
+def _rmsprop_preconditioner(inner: RMSprop, group: Group, p: Tensor) -> Tensor:
+    held = inner.state[p]["square_avg"]
+    if not group["centered"]:
+        return _with_eps(held.sqrt(), held, group)
+    return _with_eps((held - inner.state[p]["grad_avg"] ** 2).clamp_(min=0).sqrt_(), held, group)
+
+
+def _adagrad_preconditioner(inner: Adagrad, group: Group, p: Tensor) -> Tensor:
+    return _with_eps(inner.state[p]["sum"].sqrt(), inner.state[p]["sum"], group)
+
+
+def _with_eps(root: Tensor, second_moment: Tensor, group: Group) -> Tensor:
+    """√v + ε; infinite where v is 0: no gradient so far."""
+    return root.add_(group["eps"]).masked_fill_(second_moment == 0, math.inf)
 
 
 def _rectification(beta: float, step: float) -> float | None:
@@ -240,3 +314,14 @@ def _rectification(beta: float, step: float) -> float | None:
     if length <= 5:
         return None
     return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+
+
+_RULES: dict[type[Optimizer], _Rule] = {
+    SGD: _Rule(_sgd),
+    Adam: _Rule(_adam, _adam_preconditioner),
+    AdamW: _Rule(_adam, _adam_preconditioner, decoupled=True),
+    NAdam: _Rule(_nadam, _adam_preconditioner),
+    RAdam: _Rule(_adam, _radam_preconditioner),
+    RMSprop: _Rule(_rmsprop, _rmsprop_preconditioner),
+    Adagrad: _Rule(_adagrad, _adagrad_preconditioner),
+}

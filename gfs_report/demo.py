@@ -39,8 +39,8 @@ class Scale:
     full_every: int
 
 
-FULL = Scale(steps=1000, every=5, full_every=40)
-QUICK = Scale(steps=60, every=10, full_every=100)
+FULL = Scale(steps=1000, every=5, full_every=200)
+QUICK = Scale(steps=60, every=10, full_every=1000)
 
 
 class Classifier(LightningModule):
@@ -134,8 +134,8 @@ def _train(out: Path, scale: Scale, console: Console) -> float:
                 callbacks=[
                     GFSCallback(
                         tier="gfs_full",
-                        every=scale.every,
-                        full_every=scale.full_every,
+                        every=scale.full_every,
+                        gfs_every=scale.every,
                         max_overhead=None,
                         rtol=1e-3,
                         tol=1e-3,

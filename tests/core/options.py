@@ -1,10 +1,13 @@
 """A value for every option that is not its default: both adapters must bring each one through."""
 
 NOT_DEFAULT = {
-    "tier": "sharpness",
+    "tier": "gfs_full",
     "every": 7,
     "max_overhead": 0.5,
-    "full_every": 3,
+    "directional_every": 3,
+    "sharpness_every": 6,
+    "gfs_every": 9,
+    "directional": "losses",
     "horizon": 2.5,
     "probe": "fixed",
     "probe_batches": 2,

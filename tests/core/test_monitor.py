@@ -84,9 +84,10 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None
     def loss_fn(x):
         return model(x).square().mean()
 
-    def slow(*args, **kwargs):
+    def slow(*args, tiers, **kwargs):
         now[0] += price
-        return original(*args, **kwargs)
+        measurement, hessian, _ = original(*args, tiers=tiers, **kwargs)
+        return measurement, hessian, {"sharpness": 0.2 * price, "gfs": 0.8 * price}
 
     original = monitor_module.measure
     monkeypatch.setattr(monitor_module, "measure", slow)
@@ -181,12 +182,12 @@ def test_probes() -> None:
         ("horizon", 0.0, "`horizon` must be a finite number > 0, got 0.0"),
         ("horizon", -1, "`horizon` must be a finite number > 0, got -1"),
         ("max_overhead", 1.5, "`max_overhead` must be in (0, 1]"),
-        ("tier", "all", "`tier` must be one of 'sharpness', 'gfs', 'gfs_full'; got 'all'"),
+        ("tier", "all", "`tier` must be one of 'directional', 'sharpness', 'gfs', 'gfs_full'; got 'all'"),
         ("hvp", None, "`hvp` must be one of"),
         ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),
         ("tol", "x", "`tol` must be float, got 'x'"),
         ("history", 3, "`history` must be str or None, got 3"),
-        ("horizons", 3, "unknown option `horizons`; the options are every, "),
+        ("horizons", 3, "unknown option `horizons`; the options are directional, "),
     ],
 )
 def test_wrong_options_are_named(name: str, value: object, text: str) -> None:

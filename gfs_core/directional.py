@@ -1,0 +1,107 @@
+"""Curvature along the step really taken: the cheapest measurement, for every optimizer and at every size.
+
+With u the last step and w the weights before it, on a quadratic L(w + s·u) = L(w) + s·gᵀu + s²/2·uᵀHu. The loss stops
+falling at the *critical multiple* s_c = −2gᵀu / uᵀHu of the step; the critical learning rate is s_c times the present
+one. 1/s_c is the *empirical stability ratio*: an optimizer that oscillates with period two comes back to the same loss,
+so it is 1 at the edge of stability whatever the optimizer; away from the edge it only sees the direction taken, and is
+smaller than the ratio of the sharpest direction. (Critical sharpness: arXiv 2601.16979.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gfs_core.curvature import Hessian
+from gfs_core.objective import Objective
+from gfs_core.vectors import Vector, axpy, clone, copy, dots
+
+_MAX_FORWARDS = 6
+_FAR = 16.0  # steps; the line through two points near the start is all there is beyond
+_SETTLED = 0.02  # the critical multiple changed by less than this, relative
+_LOST = 8  # a second difference below this many roundings of the loss is noise
+
+
+@dataclass(frozen=True)
+class Directional:
+    """Curvature along one step.
+
+    Attributes:
+        sharpness: uᵀHu / ‖u‖² at the present weights; ``None``: lost in rounding.
+        critical: multiple of the step, from where it began, at which the loss is back where it was; ``None``: the step
+            did not go downhill, or the loss does not rise again along it.
+    """
+
+    sharpness: float | None
+    critical: float | None
+
+
+def along_by_product(hessian: Hessian, step: Vector) -> Directional:
+    """With one Hessian-vector product and one gradient at the present weights, the end of ``step``.
+
+    Args:
+        hessian: of the probe, at the present weights.
+        step: the change of the weights by the last optimizer step, ‖u‖ > 0.
+    """
+    product = hessian(step)
+    slope = hessian.slope_along(step)
+    curvature, square = dots([(step, product), (step, step)])
+    return Directional(curvature / square, _root(slope - curvature, curvature))
+
+
+def along_by_losses(objective: Objective, step: Vector) -> Directional:
+    """With three to six forward passes and nothing else; the weights are put back.
+
+    The critical multiple is the root of φ(s) = (L(w + s·u) − L(w))/s by secants: exact after three losses on a
+    quadratic, refined by up to three more otherwise.
+
+    Args:
+        objective: the loss on the probe; the weights stand at the end of ``step``.
+        step: the change of the weights by the last optimizer step, ‖u‖ > 0.
+    """
+    params = [p.detach() for p in objective.params]
+    held = clone(params)
+
+    def loss(multiple: float) -> float:
+        axpy(multiple - 1.0, step, params)
+        try:
+            return objective.loss()
+        finally:
+            copy(held, params)
+
+    start, end, beyond = loss(0.0), loss(1.0), loss(2.0)
+    second = beyond - 2 * end + start
+    rounding = max(abs(x) for x in (start, end, beyond)) * objective.loss_eps
+    if abs(second) <= _LOST * rounding:
+        return Directional(None, None)
+    sharpness = second / dots([(step, step)])[0]
+    a, at_a, b, at_b = 1.0, end - start, 2.0, (beyond - start) / 2
+    forwards = 3
+    if at_a > 0:  # the loss rose already: what lies beyond tells little of where it began to
+        a, at_a, b, at_b = 0.5, (loss(0.5) - start) / 0.5, a, at_a
+        forwards += 1
+    while True:
+        critical = _secant(a, at_a, b, at_b)
+        done = critical is not None and (critical > _FAR or abs(critical - b) <= _SETTLED * critical)
+        higher = at_a > 0 and at_b > 0
+        if done or forwards == _MAX_FORWARDS or (critical is None and not higher):
+            return Directional(sharpness, critical)
+        following = min(a, b) / 4 if critical is None else critical
+        a, at_a, b, at_b = b, at_b, following, (loss(following) - start) / following
+        forwards += 1
+
+
+def _secant(a: float, at_a: float, b: float, at_b: float) -> float | None:
+    """Root of the rising line through two points, where it is positive."""
+    if (at_b - at_a) * (b - a) <= 0:
+        return None
+    root = b - at_b * (b - a) / (at_b - at_a)
+    return root if 0 < root < math.inf else None
+
+
+def _root(slope: float, curvature: float) -> float | None:
+    """−2·slope/curvature where it is a positive finite number: downhill first, uphill later."""
+    if not (slope < 0 < curvature):
+        return None
+    root = -2 * slope / curvature
+    return root if math.isfinite(root) else None

@@ -16,7 +16,7 @@ from gfs_core.curvature import Hessian
 from gfs_core.objective import Objective
 from gfs_core.vectors import Vector, axpy, clone, copy, dots
 
-_MAX_FORWARDS = 6
+_MAX_FORWARDS = 8
 _FAR = 16.0  # steps; the line through two points near the start is all there is beyond
 _SETTLED = 0.02  # the critical multiple changed by less than this, relative
 _LOST = 8  # a second difference below this many roundings of the loss is noise
@@ -50,10 +50,10 @@ def along_by_product(hessian: Hessian, step: Vector) -> Directional:
 
 
 def along_by_losses(objective: Objective, step: Vector) -> Directional:
-    """With three to six forward passes and nothing else; the weights are put back.
+    """With three to eight forward passes and nothing else; the weights are put back.
 
     The critical multiple is the root of φ(s) = (L(w + s·u) − L(w))/s by secants: exact after three losses on a
-    quadratic, refined by up to three more otherwise.
+    quadratic, refined by up to five more otherwise.
 
     Args:
         objective: the loss on the probe; the weights stand at the end of ``step``.

@@ -75,27 +75,27 @@ def along_by_losses(objective: Objective, step: Vector) -> Directional:
     if abs(second) <= _LOST * rounding:
         return Directional(None, None)
     sharpness = second / dots([(step, step)])[0]
-    a, at_a, b, at_b = 1.0, end - start, 2.0, (beyond - start) / 2
-    forwards = 3
-    if at_a > 0:  # the loss rose already: what lies beyond tells little of where it began to
-        a, at_a, b, at_b = 0.5, (loss(0.5) - start) / 0.5, a, at_a
-        forwards += 1
+    mean = {1.0: end - start, 2.0: (beyond - start) / 2}  # φ, the mean slope from the start on
+    if mean[1.0] > 0:  # the loss rose already: what lies beyond tells little of where it began to
+        mean[0.5] = (loss(0.5) - start) / 0.5
     while True:
-        critical = _secant(a, at_a, b, at_b)
-        done = critical is not None and (critical > _FAR or abs(critical - b) <= _SETTLED * critical)
-        higher = at_a > 0 and at_b > 0
-        if done or forwards == _MAX_FORWARDS or (critical is None and not higher):
+        critical = _crossing(mean)
+        following = min(mean) / 4 if critical is None and min(mean.values()) > 0 else critical
+        settled = critical is not None and any(abs(critical - s) <= _SETTLED * critical for s in mean)
+        if following is None or following > _FAR or settled or len(mean) + 1 >= _MAX_FORWARDS:
             return Directional(sharpness, critical)
-        following = min(a, b) / 4 if critical is None else critical
-        a, at_a, b, at_b = b, at_b, following, (loss(following) - start) / following
-        forwards += 1
+        mean[following] = (loss(following) - start) / following
 
 
-def _secant(a: float, at_a: float, b: float, at_b: float) -> float | None:
-    """Root of the rising line through two points, where it is positive."""
-    if (at_b - at_a) * (b - a) <= 0:
+def _crossing(mean: dict[float, float]) -> float | None:
+    """Root of the line through the two points around it, or next to it; ``None`` where the line does not rise."""
+    below = [s for s in sorted(mean) if mean[s] <= 0]
+    above = [s for s in sorted(mean) if mean[s] > 0]
+    a, b = (below[-1], above[0]) if below and above else (below[-2:] or above[:2])
+    rise = (mean[b] - mean[a]) / (b - a)
+    if rise <= 0:
         return None
-    root = b - at_b * (b - a) / (at_b - at_a)
+    root = a - mean[a] / rise
     return root if 0 < root < math.inf else None
 
 

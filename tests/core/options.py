@@ -21,3 +21,6 @@ NOT_DEFAULT = {
     "strict": True,
     "seed": 5,
 }
+
+# What an option needs beside it to be accepted.
+BESIDE: dict[str, dict[str, object]] = {"gfs_every": {"tier": "gfs_full"}}

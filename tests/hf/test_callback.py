@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 import gfs_core as gfs
 from hf_gfs import GFSArguments, GFSCallback
-from tests.core.options import NOT_DEFAULT
+from tests.core.options import BESIDE, NOT_DEFAULT
 from tests.hf.clients import ALPHABET, Characters, arguments, gpt2, train
 from tests.wandb_files import logged
 
@@ -152,7 +152,8 @@ def test_options_are_those_of_the_config() -> None:
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_every_option_arrives_from_a_flag(name: str, tmp_path: Path) -> None:
     parser = HfArgumentParser((TrainingArguments, GFSArguments))
-    flags = [f"--gfs_{name}", str(NOT_DEFAULT[name])]
+    options = {**BESIDE.get(name, {}), name: NOT_DEFAULT[name]}
+    flags = [text for option, value in options.items() for text in (f"--gfs_{option}", str(value))]
     _, arguments = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *flags])
     callback = GFSCallback(arguments.config())
     assert getattr(callback.config, name) == NOT_DEFAULT[name]

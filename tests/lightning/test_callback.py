@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
-from tests.core.options import NOT_DEFAULT
+from tests.core.options import BESIDE, NOT_DEFAULT
 from tests.wandb_files import logged
 
 
@@ -352,11 +352,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> LightningC
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_every_option_arrives_from_yaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     value = NOT_DEFAULT[name]
-    text = str(value).lower() if isinstance(value, bool) else value
+    options = {**BESIDE.get(name, {}), name: str(value).lower() if isinstance(value, bool) else value}
     path = tmp_path / "run.yaml"
     path.write_text(
-        "trainer:\n  callbacks:\n    - class_path: lightning_gfs.GFSCallback\n"
-        f"      init_args:\n        {name}: {text}\n"
+        "trainer:\n  callbacks:\n    - class_path: lightning_gfs.GFSCallback\n      init_args:\n"
+        + "".join(f"        {option}: {text}\n" for option, text in options.items())
     )
     callback = next(
         c for c in cli(monkeypatch, tmp_path, f"--config={path}").trainer.callbacks if isinstance(c, GFSCallback)
@@ -387,9 +387,6 @@ PYTORCH_LIGHTNING = """
 import sys, warnings
 import pytorch_lightning as pl, torch
 from lightning_gfs import GFSCallback
-from tests.bitwise import assert_same
-from tests.core.options import NOT_DEFAULT
-from tests.wandb_files import logged
 from pytorch_lightning.demos.boring_classes import BoringModel
 assert isinstance(GFSCallback(), pl.Callback)
 class Model(BoringModel):

@@ -168,7 +168,8 @@ class PythonState:
         if node.requires_grad and not node.is_leaf:
             return  # a stored output of an earlier graph: rebinding the attribute is enough
         if node.numel() > _MAX_TENSOR:
-            self.watched.append((name, node, node._version))
+            if not node.is_inference():  # those have no version, and cannot be changed outside of inference mode
+                self.watched.append((name, node, node._version))
         else:
             self.tensors.append((node, node.detach().clone()))
 

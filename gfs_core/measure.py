@@ -424,6 +424,7 @@ def measure(
                     reasons.append(f"short-horizon GFS sharpness left out: {why}")
         if "gfs_full" in tiers and stability.learning_rate:
             with _timed(seconds, "gfs_full"):
+                probe.hessian.release()
                 isolation.restore_weights()
                 again = probe.top(start=None if warm.raw is None else clone(warm.raw))
                 flow = flow_to_the_end(probe.flow(again, None, rtol, max_grads), 64 * stability.learning_rate)

@@ -29,6 +29,16 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert f"stability ratio {history[-1].stability_ratio:.2f}" in lines[-1]
 
 
+def test_torchmetrics_loop(tmp_path: Path) -> None:
+    lines = run(tmp_path, "torchmetrics_loop.py").splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"epoch {epoch}" for epoch in range(8)]
+    values = [dict(part.rsplit(" ", 1) for part in line.split("  ")[1:]) for line in lines]
+    assert all(v.keys() == {"accuracy", "sharpness", "stability ratio"} for v in values)
+    assert float(values[-1]["accuracy"]) > 0.85
+    for v in values:  # the threshold is 2·1.9/0.5
+        assert float(v["stability ratio"]) == pytest.approx(float(v["sharpness"]) / 7.6, abs=0.006)
+
+
 def test_lightning(tmp_path: Path) -> None:
     run(tmp_path, "lightning/digits.py")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")

@@ -54,3 +54,16 @@ def test_the_short_flow_goes_at_the_rate_of_each_group() -> None:
     assert found.sharpness == pytest.approx(13.5)
     assert found.preconditioned_sharpness == pytest.approx(12.0)
     assert found.gfs_sharpness == pytest.approx(model.top_after(p, 6 * 0.02), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Rprop])
+def test_the_full_solution_needs_no_threshold(kind: type[torch.optim.Optimizer]) -> None:
+    """L = ½(w₀w₁ − 1)²: the flow conserves w₀² − w₁² = 3, and ends at sharpness √(3² + 4)."""
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.tensor([[2.0, 1.0]], dtype=torch.float64)
+    optimizer = kind(model.parameters(), lr=0.01)
+    found = gfs.stability(
+        model, lambda m, _: 0.5 * (m.weight.prod() - 1) ** 2, torch.zeros(1), optimizer, tier="gfs_full", rtol=1e-4
+    )
+    assert found.threshold is None
+    assert found.gfs_sharpness_full == pytest.approx(13**0.5, rel=1e-4)

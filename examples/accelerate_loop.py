@@ -1,4 +1,4 @@
-"""Three lines in a Accelerate loop.
+"""Three lines in an Accelerate loop.
 
 Run: python examples/accelerate_loop.py
 """
@@ -34,10 +34,11 @@ def main() -> None:
             loss = loss_of(batch)
             optimizer.zero_grad()
             accelerator.backward(loss)
-            measurement = monitor.step(loss_of, batch)  # None on most steps
+            measurement = monitor.step(loss_of, batch, loss=loss)  # None on most steps
             optimizer.step()
-            if measurement is not None and measurement.stability_ratio is not None:
-                print(f"step {measurement.step:3d}  stability ratio {measurement.stability_ratio:.3f}")
+            if measurement is not None:
+                ratios = {k: v for k, v in measurement.as_log_dict().items() if k.endswith("stability_ratio")}
+                print(f"step {measurement.step:3d}", *(f"{key} {value:.3f}" for key, value in ratios.items()), sep="  ")
 
 
 if __name__ == "__main__":

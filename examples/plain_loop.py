@@ -30,13 +30,11 @@ def main() -> None:
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
-        measurement = monitor.step(loss_of, batch)  # None on most steps
+        measurement = monitor.step(loss_of, batch, loss=loss)  # None on most steps
         optimizer.step()
         if measurement is not None:
-            print(
-                f"step {measurement.step:3d}  loss {loss.item():.3f}  sharpness {measurement.sharpness:6.2f}  "
-                f"threshold {measurement.threshold:.1f}  stability ratio {measurement.stability_ratio:.2f}"
-            )
+            ratios = {k: v for k, v in measurement.as_log_dict().items() if k.endswith("stability_ratio")}
+            print(f"step {measurement.step:3d}", *(f"{key} {value:.3f}" for key, value in ratios.items()), sep="  ")
 
 
 if __name__ == "__main__":

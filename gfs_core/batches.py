@@ -24,6 +24,15 @@ def first_examples(batch: Any, count: int) -> Any:
     return _map(batch, lambda t: t[:count] if t.ndim and t.shape[0] == size else t)
 
 
+def rotating_part(batch: Any, parts: int, turn: int) -> Any:
+    """One of ``parts`` runs of examples, another at each ``turn``; at least two examples, and all of less than four."""
+    size = batch_size(batch)
+    if size is None or (parts := min(parts, size // 2)) < 2:
+        return batch
+    low, high = (size * (turn % parts + i) // parts for i in (0, 1))
+    return _map(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
+
+
 def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
     """The first ``count`` examples of several batches together; ``None``: all of them."""
     out: list[Any] = []

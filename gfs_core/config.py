@@ -7,13 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from gfs_core.errors import ConfigError
 
-Tier: TypeAlias = Literal["directional", "sharpness", "gfs", "gfs_full"]
+Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
-_EVERY: dict[Tier, str] = {
-    "directional": "directional_every",
-    "sharpness": "sharpness_every",
-    "gfs": "gfs_every",
-}
+_EVERY: dict[Tier, str] = {tier: f"{tier}_every" for tier in TIERS[:-1]}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -30,16 +26,27 @@ class GFSConfig:
         ConfigError: an option is out of its range.
     """
 
-    tier: Literal["directional", "sharpness", "gfs", "gfs_full"] = _option(
+    tier: Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"] = _option(
         "gfs",
-        "Dearest quantity measured: directional, the curvature along the last step; sharpness; gfs adds the "
-        "short-horizon GFS sharpness; gfs_full adds the full gradient flow solution (small models only).",
+        "Dearest quantity measured: directional, the curvature along the last step; running, an average of single "
+        "products on parts of batches; batch_sharpness, the curvature along the gradients of single "
+        "batches; sharpness, solved for on the probe; gfs adds the short-horizon GFS sharpness; gfs_full adds "
+        "the full gradient flow solution (small models only).",
     )
     every: int = _option(
         10, "Optimizer steps between measurements of that tier; the budget may lengthen it, never shorten."
     )
     directional_every: int | None = _option(
         None, "Steps between directional measurements beside a dearer tier; null: none."
+    )
+    running_every: int | None = _option(
+        5, "Steps between products for the running estimate beside a dearer tier; null: none."
+    )
+    running_parts: int = _option(
+        16, "Parts that a batch is cut into for the running estimate; each product is computed on one of them."
+    )
+    batch_sharpness_every: int | None = _option(
+        None, "Steps between measurements of the batch sharpness beside a dearer tier; null: none."
     )
     sharpness_every: int | None = _option(
         None, "Steps between measurements of the sharpness alone, beside a dearer tier; null: none."
@@ -79,37 +86,29 @@ class GFSConfig:
         hints = get_type_hints(type(self))
         for f in fields(self):
             self._check_type(f.name, hints[f.name], getattr(self, f.name))
-        for name, low in (
-            ("every", 1),
-            ("directional_every", 1),
-            ("sharpness_every", 1),
-            ("gfs_every", 1),
-            ("probe_batches", 1),
-            ("probe_size", 1),
-            ("max_hvps", 1),
-            ("max_grads", 1),
-        ):
+        counts = ("every", "running_parts", "probe_batches", "probe_size", "max_hvps", "max_grads", *_EVERY.values())
+        for name in counts:
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"`{name}` must be ≥ {low}, got {value}")
+            if value is not None and value < 1:
+                raise ConfigError(f"`{name}` must be ≥ 1, got {value}")
         for name in ("horizon", "tol", "rtol"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
-
-        for tier in TIERS[TIERS.index(self.tier) :]:
-            if tier in _EVERY and getattr(self, _EVERY[tier]) is not None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for tier in TIERS[TIERS.index(self.tier) : -1]:
+            if getattr(self, _EVERY[tier]) != defaults[_EVERY[tier]]:
                 raise ConfigError(
                     f"`{_EVERY[tier]}` is for tiers dearer than {tier!r}, and `tier` is {self.tier!r}; use `every`"
                 )
 
     def cadence(self) -> dict[Tier, int]:
         """Steps between measurements of each tier that is on, cheapest first."""
-        steps: dict[Tier, int | None] = {tier: getattr(self, name) for tier, name in _EVERY.items()}
-        steps[self.tier] = self.every
-        return {tier: every for tier in TIERS if (every := steps.get(tier)) is not None}
+        cheaper = TIERS[: TIERS.index(self.tier)]
+        steps: dict[Tier, int | None] = {tier: getattr(self, _EVERY[tier]) for tier in cheaper}
+        return {tier: every for tier, every in (steps | {self.tier: self.every}).items() if every is not None}
 
     @staticmethod
     def _check_type(name: str, hint: Any, value: Any) -> None:

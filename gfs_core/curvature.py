@@ -43,11 +43,12 @@ _NO_SECOND_DERIVATIVE = re.compile(
 
 
 class _Graph(NamedTuple):
-    """A differentiable gradient: its tensors that depend on the weights, their places, and all of them."""
+    """A differentiable gradient: its tensors that depend on the weights, their places, and all of them; the loss."""
 
     live: list[Tensor]
     places: list[int]
     gradient: Sequence[Tensor | None]
+    loss: float
 
 
 class Hessian:
@@ -64,6 +65,7 @@ class Hessian:
         hvps: products computed so far.
         method: how products are computed now; ``"auto"`` until the first product has settled it.
         reason: why the products are not the plain exact ones; empty where they are.
+        loss: the loss at the last product.
         error: relative error of a product from gradients, as the difference of two step lengths; 0 where exact.
 
     Raises:
@@ -77,6 +79,7 @@ class Hessian:
         self.method: HvpMethod = method
         self.trusted = trusted
         self.hvps = 0
+        self.loss = 0.0
         self.error = 0.0
         self.reason = ""
         self._graph: _Graph | None = None
@@ -149,10 +152,14 @@ class Hessian:
             if len(batches) == 1:
                 if self._graph is None:
                     self._graph = self._differentiate(batches[0])
+                self.loss = self._graph.loss
                 return self._second(self._graph, vector, keep=True)
             total: Vector = []
+            self.loss = 0.0
             for batch in batches:
-                product = self._second(self._differentiate(batch), vector, keep=False)
+                graph = self._differentiate(batch)
+                self.loss += graph.loss / len(batches)
+                product = self._second(graph, vector, keep=False)
                 if total:
                     axpy(1.0, product, total)
                 else:
@@ -162,14 +169,14 @@ class Hessian:
 
     def _differentiate(self, batch: object) -> _Graph:
         loss = self.objective.forward(batch)
-        finite(float(loss.detach()))
+        value = finite(float(loss.detach()))
         grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
         self.objective.grad_evals += 1
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        return _Graph([grads[i] for i in live], live, grads)
+        return _Graph([grads[i] for i in live], live, grads, value)
 
     def _second(self, graph: _Graph, vector: Vector, keep: bool) -> Vector:
-        grads, live, _ = graph
+        grads, live, _, _ = graph
         params = self.objective.params
         if not live:  # the loss is linear in every weight
             return [torch.zeros_like(p) for p in params]
@@ -215,12 +222,13 @@ class Hessian:
         held = clone(params)
         try:
             axpy(eps, vector, params)
-            plus = self.objective.gradient()[1]
+            ahead, plus = self.objective.gradient()
             copy(held, params)
             axpy(-eps, vector, params)
-            minus = self.objective.gradient()[1]
+            behind, minus = self.objective.gradient()
         finally:
             copy(held, params)
+        self.loss = 0.5 * (ahead + behind)
         after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
         self._slope = 0.5 * (after + before)
         # What rounding of the two gradients alone can make of their difference, with room to spare.

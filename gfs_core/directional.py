@@ -1,5 +1,7 @@
 """Curvature along the step really taken: the cheapest measurement, for every optimizer and at every size.
 
+And along the gradient of a mini-batch, :func:`along_the_gradient`.
+
 With u the last step and w the weights before it, on a quadratic L(w + s·u) = L(w) + s·gᵀu + s²/2·uᵀHu. The loss stops
 falling at the *critical multiple* s_c = −2gᵀu / uᵀHu of the step; the critical learning rate is s_c times the present
 one. 1/s_c is the *empirical stability ratio*: an optimizer that oscillates with period two comes back to the same loss,
@@ -10,7 +12,10 @@ smaller than the ratio of the sharpest direction. (Critical sharpness: arXiv 260
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from gfs_core.curvature import Hessian
 from gfs_core.objective import Objective
@@ -85,6 +90,26 @@ def along_by_losses(objective: Objective, step: Vector) -> Directional:
         if following is None or following > _FAR or settled or len(mean) + 1 >= _MAX_FORWARDS:
             return Directional(sharpness, critical)
         mean[following] = (loss(following) - start) / following
+
+
+def along_the_gradient(hessian: Hessian, inverse: Iterable[Tensor | float] | None) -> float | None:
+    """Batch sharpness of one mini-batch: the curvature of its own loss along its own step.
+
+    gᵀP⁻¹HP⁻¹g / gᵀP⁻¹g with the gradient g and the Hessian H of the batch; without a preconditioner gᵀHg / ‖g‖², whose
+    mean over batches settles near 2/η in SGD (Andreyev & Beneventano, arXiv:2412.20553; not in our runs with small
+    batches, `benchmarks/edge.md`). One product and one gradient.
+
+    Args:
+        hessian: of the loss on the batch.
+        inverse: diagonal of P⁻¹ per parameter; ``None``: the identity.
+
+    Returns:
+        The quotient; ``None`` where the gradient is zero.
+    """
+    gradient = hessian.objective.gradient()[1]
+    step = gradient if inverse is None else [g * s for g, s in zip(gradient, inverse, strict=True)]
+    length = dots([(gradient, step)])[0]
+    return dots([(step, hessian(step))])[0] / length if length > 0 else None
 
 
 def _crossing(mean: dict[float, float]) -> float | None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.config import Tier
-from gfs_core.curvature import Hessian, HvpMethod, Preconditioned
-from gfs_core.directional import Directional, along_by_losses, along_by_product
+from gfs_core.curvature import Hessian, HvpMethod, Operator, Preconditioned
+from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.errors import MeasurementError, Reason
 from gfs_core.flow import Flow, FlowState
 from gfs_core.isolation import Isolation
 from gfs_core.objective import LossFn, Objective
+from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, norm, scale
 
@@ -29,6 +30,7 @@ WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain 
 # order needs rtol^-1/2 times as many.
 SHORT_FLOW_GRADS = 100
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
+SOLVED = ("sharpness", "gfs", "gfs_full")  # the tiers that solve for the eigenvalue on the probe
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 
 
@@ -86,6 +88,14 @@ class Measurement:
     )
     gfs_stability_ratio: float | None = _key("gfs_sharpness / threshold")
     gfs_sharpness_full: float | None = _key("sharpness of the full gradient flow solution, the paper's quantity")
+    running_sharpness: float | None = _key(
+        "running estimate of the (preconditioned) sharpness of the training loss, by single products on parts of "
+        "batches: noisy, and mostly somewhat low"
+    )
+    running_stability_ratio: float | None = _key("running_sharpness / threshold: often and cheap")
+    batch_sharpness: float | None = _key(
+        "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"
+    )
     directional_sharpness: float | None = _key("curvature uᵀHu/‖u‖² along the last step u really taken")
     critical_lr: float | None = _key("learning rate at which a step in that direction would stop lowering the loss")
     loss_probe: float | None = _key("loss on the probe")
@@ -133,6 +143,23 @@ class Probe:
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 
+    def operator(self, stability: Stability | None) -> Operator:
+        """H, or the optimizer's operator."""
+        if stability is None or stability.plain:
+            return self.hessian
+        return Preconditioned(self.hessian, stability.scale, stability.shift)
+
+    @contextlib.contextmanager
+    def on(self, batches: Sequence[Any]) -> Iterator[None]:
+        """Measure on other batches for a while."""
+        held, self.objective.batches = self.objective.batches, batches
+        self.hessian.release()
+        try:
+            yield
+        finally:
+            self.objective.batches = held
+            self.hessian.release()
+
     def top(
         self,
         stability: Stability | None = None,
@@ -140,9 +167,8 @@ class Probe:
         tol: float | None = None,
     ) -> EigenResult:
         """Largest eigenvalue at the present weights, of H or of the optimizer's operator."""
-        operator = self.hessian if stability is None else Preconditioned(self.hessian, stability.scale, stability.shift)
         return largest_eigenvalues(
-            operator,
+            self.operator(stability),
             self.objective.params,
             tol=self.tol if tol is None else tol,
             max_hvps=self.max_hvps,
@@ -339,6 +365,21 @@ class WarmStart:
     preconditioned: Vector | None = None
 
 
+@dataclass
+class Running:
+    """What the running estimate needs for one measurement.
+
+    Attributes:
+        estimate: renewed by it.
+        part: the part of the current batch that is its turn.
+        mean_loss: mean loss of training; ``None``: not known.
+    """
+
+    estimate: RunningSharpness
+    part: Any
+    mean_loss: float | None = None
+
+
 def measure(
     model: nn.Module,
     loss_fn: LossFn,
@@ -348,6 +389,8 @@ def measure(
     params: Sequence[Tensor] | None = None,
     tiers: Collection[Tier],
     before: Vector | None = None,
+    running: Running | None = None,
+    current: Sequence[Any] | None = None,
     directional: str = "product",
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
@@ -364,6 +407,8 @@ def measure(
 
     ``tiers`` names what is measured, ``before`` the weights before the last optimizer step (consumed; without them
     nothing directional is measured), and ``directional`` how: ``"product"``, or ``"losses"`` for forward passes only.
+    ``running`` is the running estimate, renewed (without it nothing running is measured), and ``current`` the batch
+    whose batch sharpness is measured, by default ``batches``.
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
@@ -382,9 +427,16 @@ def measure(
     with Isolation(model, params) as isolation:
         objective = Objective(model, loss_fn, batches, params, isolation)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
-        values["loss_probe"] = objective.loss()
+        if running is not None and "running" in tiers:
+            with _timed(seconds, "running"), probe.on([running.part]):
+                values |= _running(probe, running, stability)
+        if "batch_sharpness" in tiers and not _too_early(stability):
+            with _timed(seconds, "batch_sharpness"), probe.on(batches if current is None else current):
+                inverse = None if stability.scale is None else stability.scale.squared()
+                values["batch_sharpness"] = along_the_gradient(probe.hessian, inverse)
         if before is not None and "directional" in tiers:
             with _timed(seconds, "directional"):
+                values["loss_probe"] = objective.loss()
                 along = _along_the_step(probe, before, directional)
                 values["directional_sharpness"] = along.sharpness
                 if along.critical is not None:
@@ -393,8 +445,10 @@ def measure(
                     if stability.empirical:
                         values["stability_ratio"] = 1 / along.critical
         usable = False
-        if any(tier != "directional" for tier in tiers):
+        if any(tier in SOLVED for tier in tiers):
             with _timed(seconds, "sharpness"):
+                if "loss_probe" not in values:
+                    values["loss_probe"] = objective.loss()
                 top = probe.top(start=warm.raw)
                 usable = _usable(top, reasons)
                 warm.raw = top.vector if usable else None
@@ -450,6 +504,23 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
     return along_by_product(probe.hessian, before)
 
 
+def _too_early(stability: Stability) -> bool:
+    """Whether the optimizer's operator is not known yet: before an adaptive optimizer's first step, or at rate 0."""
+    return stability.threshold is None and not stability.empirical
+
+
+def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, Any]:
+    """The running estimate after one more product on its part of the data."""
+    if _too_early(stability):
+        return {}
+    quotient = running.estimate.update(probe.operator(stability), probe.objective.params)
+    loss, mean = probe.hessian.loss, running.mean_loss
+    known = mean is not None and mean > 0 and loss > 0
+    value = running.estimate.average(quotient, loss / mean if known and mean else None)
+    ratio = None if value is None or stability.threshold is None else value / stability.threshold
+    return {"running_sharpness": value, "running_stability_ratio": ratio}
+
+
 @contextlib.contextmanager
 def _timed(seconds: dict[Tier, float], tier: Tier) -> Iterator[None]:
     began = time.perf_counter()
@@ -467,8 +538,8 @@ def stability(
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
         batches: one batch, or a list of them.
         optimizer: a torch optimizer over (some of) the model's parameters.
-        tier: ``"sharpness"``, ``"gfs"`` or ``"gfs_full"``; with ``before=``, a copy of the weights before the last
-            optimizer step, also ``"directional"``.
+        tier: ``"batch_sharpness"``, ``"sharpness"``, ``"gfs"`` or ``"gfs_full"``; with ``before=``, a copy of the
+            weights before the last optimizer step, also ``"directional"``.
         **options: ``before``; ``directional``, ``horizon``, ``hvp``, ``tol``, ``rtol``, ``seed`` as in
             :class:`~gfs_core.GFSConfig`.
 

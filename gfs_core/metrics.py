@@ -104,7 +104,8 @@ class _Measured(Metric):
     def __init__(self, model: nn.Module, loss_fn: LossFn, optimizer: Any, **options: Any) -> None:
         own = {name: options.pop(name) for name in self.own_options if name in options}
         super().__init__(**options)
-        self.subject = _Subject(model, loss_fn, optimizer, GFSConfig(tier=self.tier, every=1, max_overhead=None, **own))
+        config = GFSConfig(tier=self.tier, every=1, running_every=None, max_overhead=None, **own)
+        self.subject = _Subject(model, loss_fn, optimizer, config)
         self.subject.check()
         self.why = ""  # the last measurement's reasons
         # A MetricCollection merges, for good, metrics whose states were equal once: a ratio whose threshold is 1 and a

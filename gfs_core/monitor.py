@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import history
-from gfs_core.batches import copied, first_of_all
+from gfs_core.batches import copied, first_of_all, rotating_part
 from gfs_core.config import TIERS, GFSConfig, Tier
 from gfs_core.curvature import HvpMethod
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
-from gfs_core.measure import Measurement, WarmStart, measure
+from gfs_core.measure import SOLVED, Measurement, Running, WarmStart, measure
+from gfs_core.running import MeanLoss, RunningSharpness
 from gfs_core.stability import parameters_of, stability_of
 from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
+_CHEAP_SHARE = 0.75
+_MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
 
@@ -60,12 +63,17 @@ class StabilityMonitor:
         if not params:
             raise ConfigError("nothing to measure: the optimizer holds no parameter with `requires_grad=True`")
         self.count = 0  # optimizer steps seen, in a plain loop
-        self.measured = 0
+        self.measured = self._solved = 0
         self._warm = WarmStart()
         self._method: HvpMethod = self.config.hvp
         self._trusted = False
         self._probe: list[Any] = []
         self._told: set[str] = set()
+        self._running = RunningSharpness()
+        self._turn = 0  # running measurements so far: whose turn it is among the parts
+        self._parts = self.config.running_parts
+        self._mean_loss = MeanLoss()
+        self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
         self._before_step = -1  # … for a measurement at this one
         self._clock = _Clock()
@@ -84,7 +92,13 @@ class StabilityMonitor:
             self._tell(stability.reason)
 
     def step(
-        self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int | None = None, *, micro_batches: bool = False
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        batch: Any,
+        step: int | None = None,
+        *,
+        micro_batches: bool = False,
+        loss: Tensor | float | None = None,
     ) -> Measurement | None:
         """Measure, if a measurement is due at this step.
 
@@ -93,6 +107,7 @@ class StabilityMonitor:
             batch: the current batch; read only.
             step: optimizer steps taken so far; ``None``: counted by the calls.
             micro_batches: ``batch`` is a list of micro-batches; what is measured is the mean of their losses.
+            loss: the loss of this batch, where training has computed it: makes the running estimate less noisy.
 
         Returns:
             The measurement, or ``None`` where none was due or it failed.
@@ -103,6 +118,8 @@ class StabilityMonitor:
         if step is None:
             step = self.count
             self.count += 1
+        if loss is not None:
+            self.saw(loss)
         if not self.wants(step):
             return None
         try:
@@ -111,8 +128,14 @@ class StabilityMonitor:
             if self._keeps(step + 1):
                 self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
 
+    def saw(self, loss: Tensor | float) -> None:
+        """Take in the loss of a training batch, the mean over it: it costs nothing, and helps the running estimate."""
+        if "running" in self._cadence:
+            self._mean_loss.add(loss)
+
     def _step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int, micro_batches: bool) -> Measurement | None:
-        batches = first_of_all(batch if micro_batches else [batch], self.config.probe_size)
+        current = batch if micro_batches else [batch]
+        batches = first_of_all(current, self.config.probe_size)
         if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
             missing = self.config.probe_batches - len(self._probe)
             self._probe += [copied(b) for b in batches[:missing]]
@@ -120,21 +143,28 @@ class StabilityMonitor:
                 return None
         if not self.due(step):
             return None
-        if self.config.probe == "fixed":
-            batches = self._probe
+        probe = self._probe if self.config.probe == "fixed" else batches
         began = time.perf_counter()
         measurement = None
         tiers, before = self._due(step), self._before if self._before_step == step else None
         seconds: dict[Tier, float] = {}
         self._before = None
+        running = None
+        if "running" in tiers:
+            micro = current[self._turn // self._parts % len(current)]
+            running = Running(self._running, rotating_part(micro, self._parts, self._turn), self._mean_loss.value())
+            self._turn += 1
         try:
-            measurement, seconds = self._measure(lambda _model, b: loss_fn(b), batches, step, tiers, before)
+            measurement, seconds = self._measure(
+                lambda _model, b: loss_fn(b), probe, step, tiers, before=before, running=running, current=batches
+            )
         except Exception as error:
             if self.config.strict:
                 raise
+            self._parts = 1  # it may be that the loss cannot be had on a part of a batch
             self._failed(error)
         early = self.measured == 0 and self._before_second_moments()
-        self._clock.measured(began, time.perf_counter(), tiers, seconds, another_free=early)
+        self._clock.measured(began, time.perf_counter(), tiers, seconds, early)
         self.measured += 1
         if measurement is None:
             return None
@@ -143,6 +173,7 @@ class StabilityMonitor:
             seconds=self._clock.last,
             overhead=self._clock.overhead(),
             optimizer_name=self._label(measurement),
+            batch_sharpness=self._averaged(measurement.batch_sharpness),
         )
         for reason in measurement.reasons:
             if "come with its first step" not in reason:
@@ -183,9 +214,9 @@ class StabilityMonitor:
         return any(step % every == 0 and self._affords([tier]) for tier, every in self._cadence.items())
 
     def _affords(self, tiers: list[Tier]) -> bool:
-        # A cheap tier has its equal share of the budget, so that a dear one comes to its turn; the dearest may have all
-        # that is left.
-        share = 1.0 if self.config.tier in tiers else 1 / len(self._cadence)
+        # The cheap tiers share three quarters of the budget evenly, so that the dearest comes to its turn; it may have
+        # all that is left.
+        share = 1.0 if self.config.tier in tiers else _CHEAP_SHARE / max(len(self._cadence) - 1, 1)
         return self._clock.affords(tiers, self.config.max_overhead, share)
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,17 +224,21 @@ class StabilityMonitor:
         return {
             "count": self.count,
             "measured": self.measured,
+            "solved": self._solved,
             "method": self._method,
             "trusted": self._trusted,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe,
             "before": [self._before_step, self._before],
+            "running": [self._running.state_dict(), self._turn, self._parts, self._mean_loss.value()],
+            "batch_sharpness": self._batch_sharpness,
             "clock": self._clock.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off. A warm start that does not fit the model is dropped."""
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
+        self._solved = int(state.get("solved", 0))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
@@ -220,15 +255,31 @@ class StabilityMonitor:
         self._probe = [_to(b, device) for b in state.get("probe", [])] if self.config.probe == "fixed" else []
         self._before_step, before = state.get("before", [-1, None])
         self._before = fitted(before)
+        if "running" in state:
+            running, self._turn, self._parts, mean_loss = state["running"]
+            if (vector := fitted(running["vector"])) is not None:
+                self._running.load_state_dict({**running, "vector": vector})
+            self._mean_loss.load(mean_loss)
+        self._batch_sharpness = state.get("batch_sharpness")
         self._clock.load(state.get("clock", {}))
 
     def _measure(
-        self, loss_fn: Any, batches: list[Any], step: int, tiers: list[Tier], before: Vector | None
+        self,
+        loss_fn: Any,
+        batches: list[Any],
+        step: int,
+        tiers: list[Tier],
+        *,
+        before: Vector | None,
+        running: Running | None,
+        current: list[Any],
     ) -> tuple[Measurement, dict[Tier, float]]:
         config = self.config
         seed = config.seed + self.measured  # the same at a resumed step as in the uninterrupted run
-        if self.measured % _MIX_EVERY == _MIX_EVERY - 1:
-            self._mix(seed)
+        if tiers[-1] in SOLVED:
+            self._solved += 1
+            if self._solved % _MIX_EVERY == 0:
+                self._mix(seed)
         if before is not None and [t.shape for t in before] != [p.shape for p in parameters_of(self.optimizer)]:
             before = None  # weights were frozen or added since
         measurement, hessian, seconds = measure(
@@ -238,6 +289,8 @@ class StabilityMonitor:
             self.optimizer,
             tiers=tiers,
             before=before,
+            running=running,
+            current=current,
             directional=config.directional,
             horizon=config.horizon,
             hvp=self._method,
@@ -259,6 +312,14 @@ class StabilityMonitor:
         stability = stability_of(self.optimizer, parameters_of(self.optimizer))
         return stability.adaptive and stability.threshold is None
 
+    def _averaged(self, batch_sharpness: float | None) -> float | None:
+        """The mean over batches so far, with the latest one; exponential in time."""
+        if batch_sharpness is None:
+            return None
+        held = self._batch_sharpness
+        self._batch_sharpness = batch_sharpness if held is None else _MEMORY * held + (1 - _MEMORY) * batch_sharpness
+        return self._batch_sharpness
+
     def _mix(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for vector in (self._warm.raw, self._warm.preconditioned):
@@ -268,7 +329,7 @@ class StabilityMonitor:
                 combine(1.0, noise, 1.0, vector)
 
     def _failed(self, error: Exception) -> None:
-        self._warm = WarmStart()  # it may have been in use when the measurement broke off
+        self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             self._tell("a measurement ran out of memory; set `probe_size` to measure on fewer examples")
@@ -291,26 +352,25 @@ class StabilityMonitor:
 class _Clock:
     """Wall time of training and of measuring.
 
-    The first measurement is on the house: it is cold, and holds one-time costs of the libraries; so is the second
-    where the first came before an adaptive optimizer's first step and has no threshold. From then on, measuring (the
-    one to come included, at the price of the last) may take the budgeted fraction.
+    The first measurement of each tier is on the house: it is cold, and holds one-time costs of the libraries. So is the
+    very first measurement as a whole where it came before an adaptive optimizer's first step and has no threshold. From
+    then on, measuring (the one to come included, at the price of the last) may take the budgeted fraction.
     """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.before = 0.0  # seconds of earlier runs that this one resumes
-        self.free = True
-        self.first = 0.0  # price of the free measurements
-        self.spent: dict[str, float] = {}  # price of all the others, by the dearest tier of each
+        self.first = 0.0  # price of what was free
+        self.spent: dict[str, float] = {}  # price of all else, by the dearest tier of each measurement
         self.prices: dict[str, float] = {}  # what each tier's own part costs; "": what all measurements cost
         self.last: float | None = None
-        self.since = 0.0  # run time at which the last free measurement ended
+        self.since = 0.0  # run time at which the first measurement ended
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.began
 
     def affords(self, tiers: Sequence[Tier], budget: float | None, share: float = 1.0) -> bool:
-        if budget is None or self.free:
+        if budget is None or not self.prices:
             return True
         price = self._price(tiers)
         allowed = budget * (self.elapsed() - self.since + price)
@@ -318,22 +378,24 @@ class _Clock:
         return sum(self.spent.values()) + price <= allowed and spent + price <= share * allowed
 
     def _price(self, tiers: Sequence[Tier]) -> float:
-        dearest = TIERS.index(tiers[-1])
-        parts = {*tiers, *TIERS[1 : dearest + 1]}  # a dear tier holds the cheaper ones, but for the directional
+        solved = TIERS[TIERS.index("sharpness") :]  # a dearer one of them holds the cheaper ones
+        parts = {*tiers, *(solved[: solved.index(tiers[-1]) + 1] if tiers[-1] in solved else ())}
         return self.prices.get("", 0.0) + sum(self.prices.get(t, 0.0) for t in parts)
 
     def measured(
-        self, began: float, ended: float, tiers: Sequence[Tier], seconds: dict[Tier, float], another_free: bool = False
+        self, began: float, ended: float, tiers: Sequence[Tier], seconds: Mapping[Tier, float], early: bool = False
     ) -> None:
         self.last = ended - began
-        # What was measured cold costs less from then on.
-        scale = 0.5 if self.free else 1.0
-        self.prices |= {tier: scale * price for tier, price in seconds.items()}
-        self.prices[""] = scale * max(self.last - sum(seconds.values()), 0.0)
-        if self.free:
-            self.first, self.since, self.free = self.first + self.last, self.elapsed(), another_free
-        else:
-            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last
+        costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
+        costs.update((str(tier), cost) for tier, cost in seconds.items())
+        free = self.last if early else sum(cost for part, cost in costs.items() if part not in self.prices)
+        if not self.first:
+            self.since = self.elapsed()
+        self.first += free
+        if not early:
+            # What was measured cold costs less from then on.
+            self.prices |= {part: cost if part in self.prices else 0.5 * cost for part, cost in costs.items()}
+            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last - free
 
     def overhead(self) -> float:
         return (self.first + sum(self.spent.values())) / max(self.elapsed(), 1e-9)
@@ -341,7 +403,6 @@ class _Clock:
     def state(self) -> dict[str, Any]:
         return {
             "elapsed": self.elapsed(),
-            "free": self.free,
             "first": self.first,
             "spent": dict(self.spent),
             "prices": dict(self.prices),
@@ -354,7 +415,6 @@ class _Clock:
         self.first, self.since = float(state.get("first", 0.0)), float(state.get("since", 0.0))
         self.spent, self.prices = dict(state.get("spent", {})), dict(state.get("prices", {}))
         self.last = state.get("last")
-        self.free = bool(state.get("free", True))
 
 
 def _to(batch: Any, device: torch.device) -> Any:

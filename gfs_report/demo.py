@@ -136,6 +136,7 @@ def _train(out: Path, scale: Scale, console: Console) -> float:
                         tier="gfs_full",
                         every=scale.full_every,
                         gfs_every=scale.every,
+                        running_every=None,
                         max_overhead=None,
                         rtol=1e-3,
                         tol=1e-3,

@@ -91,6 +91,15 @@ class GFSCallback(_Base):
             if measurement is not None:
                 self._publish(trainer, pl_module, measurement, name, step)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand the monitor the loss that training has just computed."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
+            for monitor in self.monitors.values():  # Lightning's is divided by the micro-batches of a step
+                monitor.saw(loss * trainer.accumulate_grad_batches)
+
     def state_dict(self) -> dict[str, Any]:
         """State of every monitor, so that a resumed run goes on measuring where this one left off."""
         return {name: monitor.state_dict() for name, monitor in self.monitors.items()}
@@ -153,7 +162,7 @@ class GFSCallback(_Base):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         for key, value in values.items():  # for callbacks that monitor a value, and for the bar
-            on_bar = self.progress_bar and key.endswith("/stability_ratio")
+            on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
             module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 

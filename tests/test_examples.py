@@ -20,13 +20,20 @@ def run(folder: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def printed(measurement: gfs.Measurement) -> str:
+    ratios = [(k, v) for k, v in measurement.as_log_dict().items() if k.endswith("stability_ratio")]
+    return "  ".join([f"step {measurement.step:3d}", *(f"{k} {v:.3f}" for k, v in ratios)])
+
+
 def test_plain_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "plain_loop.py").splitlines()
     history = gfs.read_history(tmp_path / "plain-history.jsonl")
-    assert [m.step for m in history] == list(range(0, 200, 20))
-    assert len(lines) == 10
-    assert all(m.threshold == 2 * 1.9 / 0.5 and 0 < m.stability_ratio < 1.5 for m in history)
-    assert f"stability ratio {history[-1].stability_ratio:.2f}" in lines[-1]
+    assert [m.step for m in history] == list(range(0, 200, 5))
+    assert lines == [printed(m) for m in history]
+    for m in history:
+        assert m.threshold == 2 * 1.9 / 0.5
+        assert 0 < m.running_stability_ratio < 1.5
+        assert (m.stability_ratio is not None) == (m.step % 20 == 0)
 
 
 def test_torchmetrics_loop(tmp_path: Path) -> None:
@@ -45,22 +52,25 @@ def test_lightning(tmp_path: Path) -> None:
     history = gfs.read_history(path)
     assert history[0].step == 0
     assert history[0].threshold is None  # Adam has no second moments before its first step
-    assert all(0.01 < m.stability_ratio < 10 for m in history[1:])
+    assert all(0.01 < m.running_stability_ratio < 10 for m in history if m.running_stability_ratio is not None)
+    assert sum(m.running_stability_ratio is not None for m in history) >= 2
 
 
 def test_lightning_from_yaml(tmp_path: Path) -> None:
     config = str(EXAMPLES / "lightning" / "digits.yaml")
     run(tmp_path, "lightning/cli.py", "fit", "--config", config, "--trainer.callbacks.max_overhead=null")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
-    assert [m.step for m in gfs.read_history(path)] == list(range(0, 8 * 29, 20))
+    history = gfs.read_history(path)
+    assert [m.step for m in history] == list(range(0, 8 * 29, 5))
+    assert [m.step for m in history if m.gfs_sharpness is not None][-1] == 220
 
 
 def test_language_model(tmp_path: Path) -> None:
     flags = ["--max_steps", "21", "--gfs_every", "10", "--gfs_max_overhead", "1.0", "--gfs_tier", "sharpness"]
     run(tmp_path, "huggingface/language_model.py", *flags)
     history = gfs.read_history(tmp_path / "language-model" / "history.jsonl")
-    assert [m.step for m in history][:2] == [0, 10]
-    assert history[1].threshold == pytest.approx(3.8 / (0.1 * 2e-3 * (1 - 10 / 21)))  # the rate decays linearly
+    assert [m.step for m in history][:2] == [0, 5]
+    assert history[1].threshold == pytest.approx(3.8 / (0.1 * 2e-3 * (1 - 5 / 21)))  # the rate decays linearly
 
 
 def test_sentence_embeddings(tmp_path: Path) -> None:
@@ -74,8 +84,8 @@ def test_lightning_language_model(tmp_path: Path) -> None:
     run(tmp_path, "lightning/language_model.py")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
     history = gfs.read_history(path)
-    assert [m.step for m in history][:2] == [0, 10]
-    assert all(m.stability_ratio > 0 for m in history[1:])
+    assert [m.step for m in history][:2] == [0, 5]
+    assert all(m.running_stability_ratio > 0 for m in history if m.running_stability_ratio is not None)
 
 
 def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
@@ -90,6 +100,8 @@ def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
 def test_other_loops(tmp_path: Path, kind: str) -> None:
     lines = run(tmp_path, f"{kind}_loop.py").splitlines()
     history = gfs.read_history(tmp_path / f"{kind}-history.jsonl")
-    assert [m.step for m in history] == list(range(0, 4 * 29, 20))
+    assert [m.step for m in history] == list(range(0, 4 * 29, 5))
     assert all(m.threshold == pytest.approx(3.8 / (0.1 * 3e-3), rel=1e-3) for m in history[1:])
-    assert lines == [f"step {m.step:3d}  stability ratio {m.stability_ratio:.3f}" for m in history[1:]]
+    assert lines == [printed(m) for m in history]
+    assert all(m.running_stability_ratio > 0 for m in history[1:])
+    assert [m.step for m in history if m.stability_ratio is not None] == list(range(20, 4 * 29, 20))

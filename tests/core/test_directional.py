@@ -187,7 +187,7 @@ def run(config: gfs.GFSConfig, steps: int, optimizer_of=EMPIRICAL["Lion"]):
 
 @pytest.mark.filterwarnings("ignore::gfs_core.errors.GFSWarning")
 def test_an_unknown_optimizer_gets_the_empirical_ratio_without_being_asked() -> None:
-    found, *_ = run(gfs.GFSConfig(every=3, max_overhead=None), 8)
+    found, *_ = run(gfs.GFSConfig(every=3, running_every=None, max_overhead=None), 8)
     assert [m.step for m in found] == [0, 3, 6]
     assert found[0].stability_ratio is None  # no step was taken yet
     for m in found[1:]:
@@ -197,12 +197,22 @@ def test_an_unknown_optimizer_gets_the_empirical_ratio_without_being_asked() -> 
 
 def test_tiers_have_their_own_cadence() -> None:
     config = gfs.GFSConfig(
-        tier="gfs_full", every=12, gfs_every=6, sharpness_every=3, directional_every=2, max_overhead=None, rtol=1e-1
+        tier="gfs_full",
+        every=12,
+        gfs_every=6,
+        sharpness_every=3,
+        directional_every=2,
+        running_every=4,
+        batch_sharpness_every=5,
+        max_overhead=None,
+        rtol=1e-1,
     )
     found, *_ = run(config, 13, lambda p: torch.optim.SGD(p, 0.1))
     kinds = {
         m.step: [
             m.directional_sharpness is not None,
+            m.running_stability_ratio is not None,
+            m.batch_sharpness is not None,
             m.sharpness is not None,
             m.gfs_sharpness is not None,
             "gfs_full" if m.gfs_sharpness_full is not None or any("full GFS" in r for r in m.reasons) else "",
@@ -210,15 +220,16 @@ def test_tiers_have_their_own_cadence() -> None:
         for m in found
     }
     assert kinds == {
-        0: [False, True, True, "gfs_full"],
-        2: [True, False, False, ""],
-        3: [False, True, False, ""],
-        4: [True, False, False, ""],
-        6: [True, True, True, ""],
-        8: [True, False, False, ""],
-        9: [False, True, False, ""],
-        10: [True, False, False, ""],
-        12: [True, True, True, "gfs_full"],
+        0: [False, True, True, True, True, "gfs_full"],
+        2: [True, False, False, False, False, ""],
+        3: [False, False, False, True, False, ""],
+        4: [True, True, False, False, False, ""],
+        5: [False, False, True, False, False, ""],
+        6: [True, False, False, True, True, ""],
+        8: [True, True, False, False, False, ""],
+        9: [False, False, False, True, False, ""],
+        10: [True, False, True, False, False, ""],
+        12: [True, True, False, True, True, "gfs_full"],
     }
 
 
@@ -239,6 +250,10 @@ def test_the_step_taken_survives_a_resume() -> None:
 def test_a_cadence_beside_its_own_tier_is_refused() -> None:
     with pytest.raises(gfs.ConfigError, match="`gfs_every` is for tiers dearer than 'gfs', and `tier` is 'sharpness'"):
         gfs.GFSConfig(tier="sharpness", gfs_every=5)
+    with pytest.raises(gfs.ConfigError, match="`running_every` is for tiers dearer than 'running'"):
+        gfs.GFSConfig(tier="running", running_every=2)
+    assert gfs.GFSConfig(tier="directional", every=3).cadence() == {"directional": 3}
+    assert gfs.GFSConfig().cadence() == {"running": 5, "gfs": 10}
 
 
 def test_a_registered_optimizer_is_analytic() -> None:

@@ -41,7 +41,7 @@ def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
 
 def test_cadence_and_keys() -> None:
     found = run(*setup(gfs.GFSConfig(every=4, max_overhead=None)), batches(13))
-    assert [m.step for m in found] == [0, 4, 8, 12]
+    assert [m.step for m in found] == [0, 4, 5, 8, 10, 12]
     assert found[0].threshold is None  # Adam has no second moments yet
     logged = found[1].as_log_dict()
     assert logged["gfs/stability_ratio"] == pytest.approx(
@@ -182,12 +182,17 @@ def test_probes() -> None:
         ("horizon", 0.0, "`horizon` must be a finite number > 0, got 0.0"),
         ("horizon", -1, "`horizon` must be a finite number > 0, got -1"),
         ("max_overhead", 1.5, "`max_overhead` must be in (0, 1]"),
-        ("tier", "all", "`tier` must be one of 'directional', 'sharpness', 'gfs', 'gfs_full'; got 'all'"),
+        (
+            "tier",
+            "all",
+            "`tier` must be one of 'directional', 'running', 'batch_sharpness', 'sharpness', 'gfs', 'gfs_full'; "
+            "got 'all'",
+        ),
         ("hvp", None, "`hvp` must be one of"),
         ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),
         ("tol", "x", "`tol` must be float, got 'x'"),
         ("history", 3, "`history` must be str or None, got 3"),
-        ("horizons", 3, "unknown option `horizons`; the options are directional, "),
+        ("horizons", 3, "unknown option `horizons`; the options are batch_sharpness_every, directional, "),
     ],
 )
 def test_wrong_options_are_named(name: str, value: object, text: str) -> None:

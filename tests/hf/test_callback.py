@@ -27,7 +27,7 @@ def language(folder: Path, **options: Any) -> Trainer:
 
 
 def every(n: int, **options: Any) -> GFSCallback:
-    return GFSCallback(**({"every": n, "max_overhead": None, "tier": "sharpness"} | options))
+    return GFSCallback(**({"every": n, "max_overhead": None, "tier": "sharpness", "running_every": None} | options))
 
 
 def rows(trainer: Trainer) -> list[dict[str, float]]:

@@ -110,7 +110,12 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
     make, options, _, _ = CASES[name]
     large = make is sentence_trainer
     callback = GFSCallback(
-        every=2, max_overhead=None, tier="sharpness" if large else "gfs", max_hvps=30 if large else 100, tol=0.05
+        every=2,
+        running_every=2,
+        max_overhead=None,
+        tier="sharpness" if large else "gfs",
+        max_hvps=30 if large else 100,
+        tol=0.05,
     )
     true: list[float] = []
 

@@ -1,0 +1,137 @@
+"""A running estimate of the sharpness: one product now and then, each on another part of the data.
+
+Stochastic power iteration. Each call turns the direction v a little towards H_B·v on its own part B of the data and
+takes one Rayleigh quotient vᵀH_B·v; both are averaged over calls. To solve for the largest eigenvalue of a small part
+would find the part's own noise instead, which lies above the sharpness of the whole. The direction settles on the
+largest eigenvalue λ₁ while the most negative one is above −3λ₁: its component is multiplied by ½ + ½λ/λ₁ in each turn,
+without the noise. Many small products on changing
+parts are worth more than few large ones: `benchmarks/tiers.md`.
+
+A part with a larger loss mostly has a larger curvature. The mean loss of training is known from every step for nothing,
+so a quotient is multiplied by (mean loss / loss of the part)^γ: a control variate. γ, between 0 and 1, is fitted to the
+quotients themselves, from 1 on (cross-entropy comes out near 1, squared loss lower). Where the losses are not known, or
+not positive, nothing is corrected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfs_core.curvature import Operator
+from gfs_core.eigen import largest_eigenvalues
+from gfs_core.vectors import Vector, axpy, clone, combine, dots, norm, scale
+
+_TURN = 0.5  # weight of the new product in the direction
+_MEMORY = 0.85  # weight of the past in the value
+_FIT_MEMORY = 0.99  # … in the fit of γ
+_FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
+_LOSS_MEMORY = 0.9  # per training step, in the mean loss; with more it lags behind a loss that falls fast
+_START_HVPS = 30
+
+
+class RunningSharpness:
+    """The estimate and all it needs from one call to the next.
+
+    Attributes:
+        value: the present estimate; ``None`` before the first call.
+        vector: the present direction, of norm 1: a copy of the weights.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.vector: Vector | None = None
+        self._squares = 0.0
+        self._products = 0.0
+
+    @property
+    def elasticity(self) -> float:
+        """γ: by what power the curvature of a part grows with its loss; 0 to 1."""
+        return min(max((self._products + _FIT_PRIOR) / (self._squares + _FIT_PRIOR), 0.0), 1.0)
+
+    def update(self, operator: Operator, like: Vector) -> float:
+        """Turn the direction by one product; the first call solves for the eigenvalue, with up to 30.
+
+        Args:
+            operator: v ↦ H_B·v on this call's part of the data.
+            like: tensors with the shapes of a vector.
+
+        Returns:
+            The Rayleigh quotient of this part, to be taken in by :meth:`average`.
+
+        Raises:
+            MeasurementError: the first products are not finite.
+        """
+        if self.vector is None:
+            first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS)
+            self.vector = first.vector
+            return first.value
+        product = operator(self.vector)
+        quotient, square = dots([(self.vector, product), (product, product)])
+        if math.isfinite(square) and square > 0.0:
+            if quotient < 0:  # towards the largest eigenvalue, not the largest in magnitude
+                axpy(2 * math.sqrt(square), self.vector, product)
+            scale(1 / norm(product), product)
+            combine(_TURN, product, 1 - _TURN, self.vector)
+            scale(1 / norm(self.vector), self.vector)
+        return quotient
+
+    def average(self, quotient: float, relative_loss: float | None = None) -> float | None:
+        """Take one quotient into the estimate.
+
+        Args:
+            quotient: of one part; one that is not finite is passed over.
+            relative_loss: loss on the part / mean loss of training, > 0; ``None``: not known.
+
+        Returns:
+            The new estimate; ``None`` while it is not positive.
+        """
+        if math.isfinite(quotient):
+            if quotient > 0 and relative_loss is not None:
+                apart = math.log(relative_loss)
+                if self.value is not None and self.value > 0:
+                    self._squares = _FIT_MEMORY * self._squares + apart * apart
+                    self._products = _FIT_MEMORY * self._products + apart * math.log(quotient / self.value)
+                quotient *= math.exp(-self.elasticity * apart)
+            self.value = quotient if self.value is None else _MEMORY * self.value + (1 - _MEMORY) * quotient
+        return self.value if self.value is not None and self.value > 0 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, loadable with ``weights_only=True``."""
+        held = None if self.vector is None else clone(self.vector)
+        return {"value": self.value, "vector": held, "squares": self._squares, "products": self._products}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        self.value, self.vector = state["value"], state["vector"]
+        self._squares, self._products = float(state["squares"]), float(state["products"])
+
+
+class MeanLoss:
+    """Exponential mean of the training loss, from values that stay on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+        self._new: deque[Tensor] = deque(maxlen=256)  # older ones would not count any more
+
+    def add(self, loss: Tensor | float) -> None:
+        """Take in the loss of one training batch; no transfer from its device."""
+        self._new.append(loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss)))
+
+    def value(self) -> float | None:
+        """The mean; ``None`` before the first finite loss."""
+        if self._new:
+            for loss in torch.stack([t.double() for t in self._new]).tolist():
+                if math.isfinite(loss):
+                    self._mean = loss if self._mean is None else _LOSS_MEMORY * self._mean + (1 - _LOSS_MEMORY) * loss
+            self._new.clear()
+        return self._mean
+
+    def load(self, value: float | None) -> None:
+        """Go on from a saved value."""
+        self._mean = value
+        self._new.clear()

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gfs_core as gfs
+from gfs_core.batches import rotating_part
+from gfs_core.running import MeanLoss, RunningSharpness
+
+SPECTRUM = torch.tensor([4.0, 2.0, 1.0, -11.0], dtype=torch.float64)
+
+
+def noisy(spread: float, seed: int = 0):
+    """H_B = H·(1 + spread·noise), another at each product."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def product(v):
+        factor = 1 + spread * torch.randn(1, generator=generator, dtype=torch.float64).item()
+        return [factor * SPECTRUM * v[0]]
+
+    return product
+
+
+def test_single_products_average_to_the_largest_eigenvalue() -> None:
+    estimate = RunningSharpness()
+    like = [torch.zeros(4, dtype=torch.float64)]
+    values = []
+    for _ in range(400):
+        values.append(estimate.average(estimate.update(noisy(0.0), like)))
+    assert values[-1] == pytest.approx(4.0, rel=1e-6)  # not −11, the largest in magnitude
+    assert abs(float(estimate.vector[0][0])) == pytest.approx(1.0, rel=1e-6)
+    operator = noisy(0.2)
+    values = [estimate.average(estimate.update(operator, like)) for _ in range(400)]
+    assert sum(values) / 400 == pytest.approx(4.0, rel=0.03)
+    assert max(values) < 1.5 * 4.0
+
+
+def test_a_quotient_is_corrected_for_the_loss_of_its_part() -> None:
+    """Curvature in proportion to the loss: the corrected estimate has none of the noise of the parts."""
+    generator = torch.Generator().manual_seed(0)
+    corrected, plain = RunningSharpness(), RunningSharpness()
+    off = {"corrected": 0.0, "plain": 0.0}
+    for _ in range(300):
+        relative = math.exp(0.5 * torch.randn(1, generator=generator).item())
+        off["corrected"] += abs(corrected.average(3.0 * relative, relative) - 3.0)
+        off["plain"] += abs(plain.average(3.0 * relative) - 3.0)
+    assert off["corrected"] < 1e-9
+    assert off["plain"] / 300 > 0.2
+    assert corrected.elasticity == 1.0
+
+
+def test_where_curvature_has_nothing_to_do_with_the_loss_nothing_is_corrected_in_the_end() -> None:
+    generator = torch.Generator().manual_seed(0)
+    estimate = RunningSharpness()
+    for _ in range(2000):
+        relative = math.exp(torch.randn(1, generator=generator).item())
+        value = estimate.average(3.0, relative)
+    assert estimate.elasticity < 0.1
+    assert value == pytest.approx(3.0, rel=0.1)
+
+
+def test_quotients_that_are_not_finite_or_negative() -> None:
+    estimate = RunningSharpness()
+    assert estimate.average(math.nan) is None
+    assert estimate.average(-1.0) is None  # no sharpness yet, and no number in its place
+    assert estimate.average(100.0) == pytest.approx(0.85 * -1 + 0.15 * 100)
+    assert estimate.average(math.inf) == estimate.value
+
+
+def test_the_mean_loss_passes_over_what_is_not_finite() -> None:
+    mean = MeanLoss()
+    assert mean.value() is None
+    for loss in (2.0, torch.tensor(math.nan), torch.tensor([1.0], requires_grad=True), math.inf):
+        mean.add(loss)
+    assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
+    assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
+
+
+def test_parts_of_a_batch_take_turns() -> None:
+    batch = {"x": torch.arange(10), "mask": torch.arange(10), "scalar": torch.tensor(1.0), "name": "a"}
+    seen = [rotating_part(batch, 3, turn)["x"].tolist() for turn in range(4)]
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9], [0, 1, 2]]
+    assert rotating_part(batch, 3, 1)["mask"].tolist() == [3, 4, 5]
+    assert rotating_part(batch, 3, 1)["name"] == "a"
+    assert [len(rotating_part(torch.arange(5), 16, turn)) for turn in range(2)] == [2, 3]  # never a single example
+    assert len(rotating_part(torch.arange(3), 16, 1)) == 3
+    assert rotating_part("no tensor", 4, 0) == "no tensor"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.net(x) - x[:, :3].sin()).square().mean()
+
+
+DATA = torch.randn(256, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def train(config: gfs.GFSConfig, optimizer_of, steps: int, start: int = 0, state=None, batch: int = 128):
+    """Measurements of a run on random batches; ``state`` resumes it at ``start``."""
+    model = Net()
+    optimizer = optimizer_of(model.parameters())
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    if state is not None:
+        for thing, held in zip((model, optimizer, monitor), state, strict=True):
+            thing.load_state_dict(held)
+    found = []
+    for step in range(start, steps):
+        rows = torch.randperm(256, generator=torch.Generator().manual_seed(step))[:batch]
+        x = DATA[rows]
+        loss = model.loss(x)
+        optimizer.zero_grad()
+        loss.backward()
+        measurement = monitor.step(model.loss, x, loss=loss)
+        found += [measurement] if measurement else []
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), monitor.state_dict()], file)
+    return found, model, optimizer, file
+
+
+def sgd(params):
+    return torch.optim.SGD(params, 0.1, momentum=0.5)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, 1e-2)
+
+
+@pytest.mark.parametrize("optimizer_of", [sgd, adamw])
+def test_the_running_ratio_comes_near_the_solved_one(optimizer_of) -> None:
+    config = gfs.GFSConfig(tier="running", every=2, running_parts=4, max_overhead=None)
+    found, model, optimizer, _ = train(config, optimizer_of, 240)
+    exact = gfs.stability(model, lambda m, x: m.loss(x), DATA, optimizer, tier="sharpness", tol=1e-4)
+    assert found[-1].running_stability_ratio == pytest.approx(exact.stability_ratio, rel=0.2)
+    assert found[-1].running_sharpness == pytest.approx(found[-1].running_stability_ratio * found[-1].threshold)
+    assert found[-1].hvps == 1
+    assert found[-1].stability_ratio is None  # never confused
+    assert found[-1].loss_probe is None
+    if optimizer_of is adamw:
+        assert found[0].running_sharpness is None  # no second moments yet
+    assert found[0 if optimizer_of is sgd else 1].hvps > 1  # solved for, once
+
+
+def test_each_product_sees_its_part_only() -> None:
+    sizes = []
+    model = Net()
+
+    def loss_of(x):
+        sizes.append((len(x), x[0, 0].item()))
+        return model.loss(x)
+
+    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), gfs.GFSConfig(tier="running", every=1))
+    monitor.config = gfs.GFSConfig(tier="running", every=1, max_overhead=None)
+    for turn in range(18):
+        sizes.clear()
+        monitor.step(loss_of, DATA)
+        assert set(sizes) == {(16, DATA[16 * (turn % 16), 0].item())}
+
+
+def test_resumed_it_is_the_same_to_the_bit() -> None:
+    config = gfs.GFSConfig(tier="sharpness", every=6, running_every=2, batch_sharpness_every=3, max_overhead=None)
+    whole, *_ = train(config, adamw, 40)
+    *_, file = train(config, adamw, 17)
+    file.seek(0)
+    rest, *_ = train(config, adamw, 40, start=17, state=torch.load(file, weights_only=True))
+    assert [m.as_log_dict() | {"gfs/overhead": 0} for m in rest] == [
+        m.as_log_dict() | {"gfs/overhead": 0} for m in whole if m.step >= 17
+    ]
+
+
+def test_a_loss_that_needs_whole_batches_is_measured_on_them() -> None:
+    model = Net()
+
+    def loss_of(x):
+        return model.loss(x.reshape(64, 6))  # another number of examples raises
+
+    monitor = gfs.StabilityMonitor(
+        model, sgd(model.parameters()), gfs.GFSConfig(tier="sharpness", every=4, running_every=1, max_overhead=None)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [monitor.step(loss_of, DATA[:64]) for _ in range(6)]
+    assert found[0] is None
+    assert all(m.running_sharpness > 0 for m in found[1:])
+    assert found[4].sharpness > 0
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("optimizer_of", [sgd, adamw])
+def test_batch_sharpness_is_the_mean_of_quotients(optimizer_of) -> None:
+    config = gfs.GFSConfig(tier="batch_sharpness", every=1, running_every=None, max_overhead=None)
+    model = Net()
+    optimizer = optimizer_of(model.parameters())
+    model.loss(DATA).backward()
+    optimizer.step()
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    params = list(model.parameters())
+    stability = gfs.stability_of(optimizer, params)
+    quotients, found = [], []
+    for low in (0, 64, 128):
+        x = DATA[low : low + 64]
+        found.append(monitor.step(model.loss, x).batch_sharpness)
+        gradient = torch.autograd.grad(model.loss(x), params, create_graph=True)
+        flat = torch.cat([g.flatten() for g in gradient])
+        s = [1.0] * len(params) if stability.scale is None else list(stability.scale)
+        inverse = torch.cat([(torch.ones_like(p) * a).flatten() ** 2 for p, a in zip(params, s, strict=True)])
+        step = (inverse * flat).detach()
+        product = torch.cat([h.flatten() for h in torch.autograd.grad(flat @ step, params)])
+        quotients.append(float(step @ product / (step @ flat)))
+    assert found[0] == pytest.approx(quotients[0], rel=1e-9)
+    assert found[2] == pytest.approx(0.81 * quotients[0] + 0.09 * quotients[1] + 0.1 * quotients[2], rel=1e-9)

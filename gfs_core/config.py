@@ -99,7 +99,7 @@ class GFSConfig:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
         defaults = {f.name: f.default for f in fields(self)}
         for tier in TIERS[TIERS.index(self.tier) : -1]:
-            if getattr(self, _EVERY[tier]) != defaults[_EVERY[tier]]:
+            if getattr(self, _EVERY[tier]) not in (None, defaults[_EVERY[tier]]):
                 raise ConfigError(
                     f"`{_EVERY[tier]}` is for tiers dearer than {tier!r}, and `tier` is {self.tier!r}; use `every`"
                 )

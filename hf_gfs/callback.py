@@ -91,7 +91,11 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         if self.monitor.history is None and state.is_world_process_zero:
             self.monitor.history = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
-        self._replay = ModelReplay(model) if trainer is None else TrainerReplay(trainer, model)
+        saw = self.monitor.saw
+        if trainer is None:
+            self._replay = ModelReplay(model, saw, args.gradient_accumulation_steps)
+        else:
+            self._replay = TrainerReplay(trainer, model, saw)
         self._verified = False
         if state.global_step > 0:
             self._resume(args, state)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,15 @@ class _Seen:
 
 
 class Replay:
-    """The micro-batches of a step, kept while ``keeping``; the two ways to their loss build upon it."""
+    """The micro-batches of a step, kept while ``keeping``; the two ways to their loss build upon it.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Args:
+        model: the module that is trained.
+        saw: called with the loss of each micro-batch that training computes, scaled as :meth:`loss` scales it.
+    """
+
+    def __init__(self, model: nn.Module, saw: Callable[[Tensor], None]) -> None:
+        self.model, self.saw = model, saw
         self.inputs: list[dict[str, Any]] = []
         self.keeping = False
         self._seen: dict[int, _Seen] = {}
@@ -74,10 +79,11 @@ class TrainerReplay(Replay):
     Args:
         trainer: any trainer of transformers or built upon it; its ``compute_loss`` is wrapped until :meth:`close`.
         model: the module that is trained.
+        saw: as in :class:`Replay`.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, trainer: Any, model: nn.Module, saw: Callable[[Tensor], None]) -> None:
+        super().__init__(model, saw)
         self.trainer = trainer
         self._module: Any = model
         self._own = vars(trainer).get("compute_loss")  # an instance attribute of the user's, put back at the end
@@ -85,9 +91,14 @@ class TrainerReplay(Replay):
 
         @functools.wraps(trainer.compute_loss)
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
             if self.keeping:
-                self._keep(model, inputs, kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None))
-            return self._compute_loss(model, inputs, *args, **kwargs)
+                self._keep(model, inputs, items)
+            out = self._compute_loss(model, inputs, *args, **kwargs)
+            loss = out[0] if isinstance(out, tuple) else out
+            if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
+                self.saw(loss.detach() * self._weight(items))
+            return out
 
         trainer.compute_loss = watched
 
@@ -102,12 +113,15 @@ class TrainerReplay(Replay):
     def _keep(self, model: Any, inputs: Any, items: Any) -> None:
         kept = dict(inputs)  # the trainer takes the labels out of its own
         self._module = model
+        self._remember(kept, items, self._weight(items))
+
+    def _weight(self, items: Any) -> float:
         scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
             takes_items = getattr(self.trainer, "model_accepts_loss_kwargs", False) and items is not None
             scaled = takes_items or getattr(self.trainer, "compute_loss_func", None) is not None
         count = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
-        self._remember(kept, items, float(count) if scaled else 1.0)
+        return float(count) if scaled else 1.0
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
@@ -125,17 +139,33 @@ class ModelReplay(Replay):
     """Calls the model again and takes the loss it returns.
 
     Args:
-        model: the module that is trained; it carries a forward pre-hook until :meth:`close`.
+        model: the module that is trained; it carries hooks around its forward until :meth:`close`.
+        saw: as in :class:`Replay`.
+        count: micro-batches of a step.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._hook), with_kwargs=True)  # type: ignore[no-untyped-call]
+    def __init__(self, model: nn.Module, saw: Callable[[Tensor], None], count: int) -> None:
+        super().__init__(model, saw)
+        self.count = count
+        self._again = False
+        before, after = (torch.compiler.disable(hook) for hook in (self._hook, self._seen_loss))  # type: ignore[no-untyped-call]
+        self._handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
+        ]
 
     def close(self) -> None:
-        """Take the hook away."""
+        """Take the hooks away."""
         self.clear()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _seen_loss(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if self._again or not module.training or not torch.is_grad_enabled():
+            return
+        loss = _loss_in(out)
+        if loss is not None:  # each micro-batch's share is a sum over the items of the whole step
+            self.saw(loss.detach() * (self.count if kwargs.get("num_items_in_batch") is not None else 1))
 
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.keeping and module.training and torch.is_grad_enabled():
@@ -155,13 +185,22 @@ class ModelReplay(Replay):
             seen.random.restore()
             if seen.items is not None:
                 keywords["num_items_in_batch"] = seen.items
-        out = self.model(*args, **keywords)
-        loss = out.get("loss") if isinstance(out, dict) else out[0] if isinstance(out, (tuple, list)) else out
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        self._again = True
+        try:
+            loss = _loss_in(self.model(*args, **keywords))
+        finally:
+            self._again = False
+        if loss is None:
             raise MeasurementError("the model returns no loss")
         if seen is not None and seen.items is not None:
             loss = loss * len(self.inputs)  # each micro-batch's share is a sum over the items of the whole step
         return loss
+
+
+def _loss_in(out: Any) -> Tensor | None:
+    """The loss in what a model returns."""
+    loss = out.get("loss") if isinstance(out, dict) else out[0] if isinstance(out, (tuple, list)) else out
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 _ARGS = "__positional__"

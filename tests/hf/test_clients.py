@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
 _plain: dict[str, dict[str, Any]] = {}
 
 
-def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[float]]:
-    """The trained trainer, what it was told, and the losses that it differentiated."""
+def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[float], list[float]]:
+    """The trained trainer, what it was told, the losses that it differentiated, and those that the monitor saw."""
     make, options, _, _ = CASES[name]
     large = make is sentence_trainer
     callback = GFSCallback(
@@ -132,11 +133,18 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
         elif mode == "set_trainer":
             callback.set_trainer(trainer)
 
-    with warnings.catch_warnings(record=True) as caught:
+    seen: list[float] = []
+    saw = gfs.StabilityMonitor.saw
+
+    def recorded_saw(monitor: gfs.StabilityMonitor, loss: torch.Tensor) -> None:
+        seen.append(loss.item())
+        saw(monitor, loss)
+
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(gfs.StabilityMonitor, "saw", recorded_saw):
         warnings.simplefilter("always")
         trainer = train(lambda: make(folder, **options), attach)
     told = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
-    return trainer, told, true
+    return trainer, told, true, seen
 
 
 @pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
@@ -144,10 +152,11 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
 def test_training_is_bitwise_the_same_and_the_loss_is_the_trainers(name: str, mode: str, tmp_path: Path) -> None:
     if name not in _plain:
         _plain[name] = outcome(run(name, tmp_path / "plain", "without")[0])
-    trainer, told, true = run(name, tmp_path / "measured", mode)
+    trainer, told, true, seen = run(name, tmp_path / "measured", mode)
     assert_same(_plain[name], outcome(trainer))
     assert "compute_loss" not in vars(trainer)
     assert not trainer.model._forward_pre_hooks
+    assert not trainer.model._forward_hooks
     rows = [row for row in trainer.state.log_history if "gfs/sharpness" in row]
     expected, products = CASES[name][2:]
     if mode == "add_callback" and expected != "works":
@@ -158,6 +167,7 @@ def test_training_is_bitwise_the_same_and_the_loss_is_the_trainers(name: str, mo
         return
     assert [row["step"] for row in rows] == list(range(0, trainer.state.max_steps, 2))
     pieces = trainer.args.gradient_accumulation_steps
+    assert seen == pytest.approx([pieces * share for share in true], rel=1e-6)
     for row in rows:
         share = true[row["step"] * pieces : (row["step"] + 1) * pieces]
         if pieces == 1:

@@ -169,6 +169,25 @@ def test_a_failing_measurement_changes_nothing_and_is_told_once(
         train(tmp_path / "c", [every(2, strict=True)], model=failing, **options)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_running_estimate_on_every_step_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    seen: list[float] = []
+    saw = gfs.StabilityMonitor.saw
+    monkeypatch.setattr(gfs.StabilityMonitor, "saw", lambda m, loss: (seen.append(loss.item()), saw(m, loss))[1])
+    plain = state(*train(tmp_path / "a", accumulate_grad_batches=accumulate))
+    callback = every(1, tier="running", running_parts=4, progress_bar=True)
+    model, trainer = train(tmp_path / "b", [callback], accumulate_grad_batches=accumulate)
+    assert_same(plain, state(model, trainer))
+    assert seen == pytest.approx(model.outs, rel=1e-6)  # the losses of training, each once and undivided
+    found = history(trainer)
+    assert len(found) == trainer.global_step
+    assert all(m.running_stability_ratio == pytest.approx(m.running_sharpness / 38) for m in found)
+    ratio = trainer.progress_bar_metrics["gfs/running_stability_ratio"]
+    assert ratio == pytest.approx(found[-1].running_stability_ratio)
+
+
 class Linear(L.LightningModule):
     """Least squares: the Hessian is XᵀX/n, whatever the weights."""
 

@@ -148,6 +148,21 @@ def test_an_entry_that_never_had_a_gradient_is_left_out(kind: type[torch.optim.O
     assert scale[2] == 0.0
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop"])
+def test_a_capturable_optimizer_has_the_threshold_of_the_plain_one(kind: str) -> None:
+    """Its step counts are tensors on the device of the weights; a CPU refuses to run it, so its state is the plain one's."""
+    p = weight()
+    plain = getattr(torch.optim, kind)(p, 0.1)
+    (p[0] ** 2).sum().backward()
+    plain.step()
+    capturable = getattr(torch.optim, kind)(p, 0.1, capturable=True)
+    for key, value in plain.state[p[0]].items():
+        capturable.state[p[0]][key] = torch.as_tensor(value).clone()
+    ours, theirs = gfs.stability_of(capturable, p), gfs.stability_of(plain, p)
+    assert ours.threshold == pytest.approx(theirs.threshold)
+    assert next(iter(ours.scale)).tolist() == next(iter(theirs.scale)).tolist()
+
+
 def test_tensor_rates_and_wrappers() -> None:
     class Wrapper:
         def __init__(self, optimizer: object) -> None:

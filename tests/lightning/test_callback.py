@@ -17,6 +17,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
@@ -239,6 +240,14 @@ def test_csv_wandb_and_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Monk
     wandb.finish()
     written = [row["gfs/stability_ratio"] for row in logged(tmp_path) if "gfs/stability_ratio" in row]
     assert written == [float(r["gfs/stability_ratio"]) for r in rows]
+
+
+def test_lightnings_own_wrappers_are_seen_through() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    for wrapped in (LightningOptimizer(optimizer), L.Fabric(accelerator="cpu").setup_optimizers(optimizer)):
+        assert wrapped is not optimizer
+        assert gfs.stability_of(wrapped, [weight]).threshold == pytest.approx(20.0)
 
 
 def test_an_optimizer_that_is_not_analysed_gets_an_empirical_ratio_and_one_warning(tmp_path: Path) -> None:

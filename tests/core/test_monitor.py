@@ -5,6 +5,7 @@ import gc
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,34 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None
     assert steps[:2] == [0, 5]  # Adam has no threshold at step 0, so the next one is free as well
     fraction = (len(steps) - 2) * price / (now[0] - 2 * price)
     assert 0.03 < fraction <= 0.05 * 1.1
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.2])
+def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
+    now, spent = [0.0], {"running": 0.0, "gfs": 0.0}
+    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now[0])
+    prices = {"running": 0.01, "gfs": 0.5}
+
+    def measured(*args, tiers, step, **kwargs):
+        seconds = {tier: prices[tier] for tier in tiers}
+        now[0] += 0.001 + sum(seconds.values())
+        for tier in tiers:
+            spent[tier] += prices[tier]
+        spent[tiers[-1]] += 0.001
+        return gfs.Measurement(step), SimpleNamespace(trusted=True, method="exact"), seconds
+
+    monkeypatch.setattr(monitor_module, "measure", measured)
+    model = nn.Linear(2, 1)
+    config = gfs.GFSConfig(max_overhead=budget, every=10)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+    for _ in range(60_000):
+        now[0] += 0.01
+        monitor.step(lambda x: model(x).mean(), torch.ones(4, 2))
+    fractions = {tier: (total - prices[tier]) / now[0] for tier, total in spent.items()}  # the first ones are free
+    assert 0.9 * budget < sum(fractions.values()) <= 1.01 * budget
+    assert fractions["gfs"] > 0.23 * budget
+    assert fractions["running"] > 0.5 * budget
+    assert monitor._clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
 
 
 def test_failures_are_told_once_and_training_goes_on() -> None:

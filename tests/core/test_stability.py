@@ -150,7 +150,7 @@ def test_an_entry_that_never_had_a_gradient_is_left_out(kind: type[torch.optim.O
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop"])
 def test_a_capturable_optimizer_has_the_threshold_of_the_plain_one(kind: str) -> None:
-    """Its step counts are tensors on the device of the weights; a CPU refuses to run it, so its state is the plain one's."""
+    """Its step counts are tensors on the device of the weights; a CPU refuses to run it: the plain one's state."""
     p = weight()
     plain = getattr(torch.optim, kind)(p, 0.1)
     (p[0] ** 2).sum().backward()

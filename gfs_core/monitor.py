@@ -161,7 +161,6 @@ class StabilityMonitor:
         except Exception as error:
             if self.config.strict:
                 raise
-            self._parts = 1  # it may be that the loss cannot be had on a part of a batch
             self._failed(error)
         early = self.measured == 0 and self._before_second_moments()
         self._clock.measured(began, time.perf_counter(), tiers, seconds, early)
@@ -336,6 +335,7 @@ class StabilityMonitor:
         elif isinstance(error, MeasurementError):
             self._tell(str(error))
         else:
+            self._parts = 1  # it may be that this loss needs whole batches
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
 
     def _tell(self, reason: str) -> None:

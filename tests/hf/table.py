@@ -28,7 +28,7 @@ gradients, which cost two gradients each.
 
 
 def cell(name: str, mode: str, folder: Path, plain: dict[str, object]) -> str:
-    trainer, told, _ = run(name, folder, mode)
+    trainer, told, *_ = run(name, folder, mode)
     assert_same(plain, outcome(trainer))
     if not any("gfs/sharpness" in row for row in trainer.state.log_history):
         reason = re.search(r"evaluated again \((.*?)\); ", " ".join(told))

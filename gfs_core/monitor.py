@@ -25,6 +25,7 @@ from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _CHEAP_SHARE = 0.75
+_FLOW_GUESS = 4.0  # a short flow costs about so many times the sharpness, while nothing is known
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
@@ -352,9 +353,10 @@ class StabilityMonitor:
 class _Clock:
     """Wall time of training and of measuring.
 
-    The first measurement of each tier is on the house: it is cold, and holds one-time costs of the libraries. So is the
-    very first measurement as a whole where it came before an adaptive optimizer's first step and has no threshold. From
-    then on, measuring (the one to come included, at the price of the last) may take the budgeted fraction.
+    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of each
+    tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
+    sharpness. From then on, measuring (the one to come included, at the price of the last) may take the budgeted
+    fraction.
     """
 
     def __init__(self) -> None:
@@ -370,7 +372,7 @@ class _Clock:
         return self.before + time.perf_counter() - self.began
 
     def affords(self, tiers: Sequence[Tier], budget: float | None, share: float = 1.0) -> bool:
-        if budget is None or not self.prices:
+        if budget is None or not self.first:
             return True
         price = self._price(tiers)
         allowed = budget * (self.elapsed() - self.since + price)
@@ -380,7 +382,8 @@ class _Clock:
     def _price(self, tiers: Sequence[Tier]) -> float:
         solved = TIERS[TIERS.index("sharpness") :]  # a dearer one of them holds the cheaper ones
         parts = {*tiers, *(solved[: solved.index(tiers[-1]) + 1] if tiers[-1] in solved else ())}
-        return self.prices.get("", 0.0) + sum(self.prices.get(t, 0.0) for t in parts)
+        guesses = {"gfs": _FLOW_GUESS * self.prices.get("sharpness", self.first)}
+        return self.prices.get("", 0.0) + sum(self.prices.get(t, guesses.get(t, 0.0)) for t in parts)
 
     def measured(
         self, began: float, ended: float, tiers: Sequence[Tier], seconds: Mapping[Tier, float], early: bool = False
@@ -388,7 +391,8 @@ class _Clock:
         self.last = ended - began
         costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
         costs.update((str(tier), cost) for tier, cost in seconds.items())
-        free = self.last if early else sum(cost for part, cost in costs.items() if part not in self.prices)
+        new = {part for part in costs if part not in self.prices and (part != "gfs" or not self.first)}
+        free = self.last if early else sum(costs[part] for part in new)
         if not self.first:
             self.since = self.elapsed()
         self.first += free

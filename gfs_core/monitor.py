@@ -25,6 +25,7 @@ from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _CHEAP_SHARE = 0.75
+_WARM = {"running": 0.1}  # price of a tier beside that of its first measurement; of the others a half
 _FLOW_GUESS = 4.0  # a short flow costs about so many times the sharpness, while nothing is known
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
@@ -353,7 +354,7 @@ class StabilityMonitor:
 class _Clock:
     """Wall time of training and of measuring.
 
-    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of each
+    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of a
     tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
     sharpness. From then on, measuring (the one to come included, at the price of the last) may take the budgeted
     fraction.
@@ -397,8 +398,8 @@ class _Clock:
             self.since = self.elapsed()
         self.first += free
         if not early:
-            # What was measured cold costs less from then on.
-            self.prices |= {part: cost if part in self.prices else 0.5 * cost for part, cost in costs.items()}
+            for part, cost in costs.items():  # what was measured cold costs less from then on
+                self.prices[part] = cost if part in self.prices else _WARM.get(part, 0.5) * cost
             self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last - free
 
     def overhead(self) -> float:

@@ -381,10 +381,10 @@ COST = """
 ## Cost
 
 Medians of warm measurements at 20 consecutive steps (5 above 3e6 parameters, 2 above 3e7) of an MLP with momentum,
-batch of 64, as multiples of the time of a training step; in brackets gradients + products. *Running* works on a sixteenth of
-the batch. An MLP with so small a batch does little more than read its weights: a product on 4 examples then costs a
-third of one on 64, and every further pass over the weights counts. In convolutions and attention over long sequences
-it does not.
+batch of 64, as multiples of the time of a training step; in brackets gradients + products. *Running* works on a
+sixteenth of the batch. An MLP with so small a batch does little more than read its weights: a product on 4 examples
+then costs a third of one on 64, and every further pass over the weights counts. In convolutions and attention over
+long sequences it does not.
 """
 BUDGET = """
 ## Budget

@@ -274,14 +274,25 @@ def cost(width: int, depth: int, examples: int) -> list[dict[str, Any]]:
 # --- budget ---------------------------------------------------------------------------------------------------------
 
 
-def budget(name: str, width: int, depth: int, examples: int, seconds: float) -> dict[str, Any]:
+def connected(width: int, depth: int) -> nn.Module:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), *layers, nn.Linear(width, 10))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
+def budget(name: str, make: Callable[[], nn.Module], examples: int, seconds: float) -> dict[str, Any]:
     """The default configuration for some time: what was spent after each tier's first measurement, and how often."""
     torch.manual_seed(0)
-    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
-    model = nn.Sequential(nn.Linear(784, width), *layers, nn.Linear(width, 10))
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     x, y = fashion_mnist(2000)
-    x = x.flatten(1)
 
     def loss_of(batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
@@ -344,6 +355,9 @@ def render(results: dict[str, Any]) -> str:
         for i, name in enumerate(names):
             spread = next(r["range"] for r in rows if r["run"] == name)
             out.append(f"| {i + 1} | {name} | {spread:.1f} |")
+        default = [r for r in rows if r["estimator"] == "running, every 5, 1/16"]
+        reached = sum(r["rank_correlation"] >= 0.95 for r in default)
+        out += ["", READING.format(reached=reached, count=len(default))]
     if rows := results.get("cost", []):
         out += [COST, "| parameters | step, ms | " + " | ".join(TIERS) + " |", "|---" * (len(TIERS) + 2) + "|"]
         for parameters in dict.fromkeys(r["parameters"] for r in rows):
@@ -377,6 +391,15 @@ Eight runs of {STEPS} steps (seed 0), warm-up and cosine unless it says constant
 training data. A cell holds: rank correlation over the run · median of estimate / exact · the worst factor it was off ·
 cost per training step in gradients of the batch (a product counted as two gradients, a forward pass as a third).
 """
+READING = """\
+The default estimator is the first row. It reaches a rank correlation of 0.95 within 5 % in {reached} of the {count}
+runs. Many small products on changing parts beat few large ones at the same cost, and solving on a small part is the
+worst use of it. Where a schedule moves the ratio over two orders of magnitude, following it is easy, and even a small
+fixed probe does well; at a constant rate the exact ratio swings by some tens of per cent from one comparison to the
+next, and not even the whole batch, solved at ten to thirty times the cost, follows that. The worst factors are those
+of the first hundred steps, where the curvature changes faster than an average can. What is read along the optimizer's
+step (directional) or along the gradient (batch sharpness) is another quantity, and no stand-in for the ratio away
+from the edge."""
 COST = """
 ## Cost
 
@@ -405,9 +428,10 @@ def main() -> None:
         _write(results)
     if "budget" in chosen:
         results["budget"] = [
-            budget("fast", 64, 1, 32, 60.0),
-            budget("middle", 512, 3, 256, 90.0),
-            budget("slow", 2048, 3, 256, 180.0),
+            budget("MLP, batch 32", lambda: connected(64, 1), 32, 40.0),
+            budget("MLP, batch 256", lambda: connected(512, 3), 256, 60.0),
+            budget("MLP, batch 256", lambda: connected(2048, 3), 256, 150.0),
+            budget("CNN with BatchNorm, batch 128", convolutional, 128, 90.0),
         ]
         _write(results)
     if "cost" in chosen:

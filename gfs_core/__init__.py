@@ -10,9 +10,11 @@ from gfs_core.errors import ConfigError, GFSError, GFSWarning, MeasurementError,
 from gfs_core.flow import Flow
 from gfs_core.history import read as read_history
 from gfs_core.isolation import Isolation
-from gfs_core.measure import FlowResult, Measurement, gfs_sharpness, log_keys, sharpness, stability
+from gfs_core.measure import gfs_sharpness, sharpness, stability
+from gfs_core.measurement import Measurement, log_keys
 from gfs_core.monitor import StabilityMonitor
 from gfs_core.objective import Objective
+from gfs_core.probe import FlowResult
 from gfs_core.stability import Stability, register_optimizer, stability_of
 
 __all__ = [

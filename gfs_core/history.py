@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gfs_core.errors import ConfigError
-from gfs_core.measure import Measurement
+from gfs_core.measurement import Measurement
 
 _FIELDS = {f.name for f in fields(Measurement)}
 

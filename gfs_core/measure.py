@@ -6,252 +6,30 @@ import contextlib
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gfs_core.config import Tier
-from gfs_core.curvature import Hessian, HvpMethod, Operator, Preconditioned
+from gfs_core.curvature import Hessian, HvpMethod
 from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.flow import Flow, FlowState
 from gfs_core.isolation import Isolation
+from gfs_core.measurement import Measurement
 from gfs_core.objective import LossFn, Objective
+from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, norm, scale
 
-LOG_PREFIX = "gfs/"
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
 # A short-horizon value that needs more gradients is not worth its price, and left out. At rtol 1e-2; a method of second
 # order needs rtol^-1/2 times as many.
 SHORT_FLOW_GRADS = 100
-LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SOLVED = ("sharpness", "gfs", "gfs_full")  # the tiers that solve for the eigenvalue on the probe
-SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
-
-
-@dataclass(frozen=True)
-class FlowResult:
-    """Sharpness at the end of a gradient flow.
-
-    Attributes:
-        sharpness: the largest eigenvalue there (of the operator that the flow belongs to).
-        loss: the loss there.
-        time: flow time; the end of a full solution is where nothing changes any more.
-        steps: accepted steps.
-        grad_evals: gradients used.
-        hvps: Hessian-vector products used.
-        error: |difference| of the sharpness at two tolerances, where asked for.
-        converged: the end was reached.
-        reason: why not, or that the value belongs to a loss cutoff; empty otherwise.
-    """
-
-    sharpness: float
-    loss: float
-    time: float
-    steps: int
-    grad_evals: int
-    hvps: int
-    converged: bool
-    reason: Reason = Reason.OK
-    error: float | None = None
-
-
-def _key(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One measurement; a value that could not be had is ``None``, and ``reasons`` says why.
-
-    The fields that are numbers are the log keys without their prefix ``gfs/``.
-    """
-
-    step: int
-    optimizer_name: str = ""
-    sharpness: float | None = _key("largest eigenvalue λ₁ of the loss Hessian on the probe")
-    preconditioned_sharpness: float | None = _key(
-        "largest eigenvalue in the optimizer's own coordinates; adaptive optimizers, weight decay, several rates"
-    )
-    threshold: float | None = _key("the (preconditioned) sharpness at which the optimizer stops being stable")
-    stability_ratio: float | None = _key(
-        "(preconditioned) sharpness / threshold; 1 is the edge of stability. Of an optimizer whose threshold is not "
-        "known: learning rate / critical_lr"
-    )
-    gfs_sharpness: float | None = _key(
-        "the same eigenvalue after gradient flow for `horizon` learning rates: raw sharpness without its oscillation"
-    )
-    gfs_stability_ratio: float | None = _key("gfs_sharpness / threshold")
-    gfs_sharpness_full: float | None = _key("sharpness of the full gradient flow solution, the paper's quantity")
-    running_sharpness: float | None = _key(
-        "running estimate of the (preconditioned) sharpness of the training loss, by single products on parts of "
-        "batches: noisy, and mostly somewhat low"
-    )
-    running_stability_ratio: float | None = _key("running_sharpness / threshold: often and cheap")
-    batch_sharpness: float | None = _key(
-        "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"
-    )
-    directional_sharpness: float | None = _key("curvature uᵀHu/‖u‖² along the last step u really taken")
-    critical_lr: float | None = _key("learning rate at which a step in that direction would stop lowering the loss")
-    loss_probe: float | None = _key("loss on the probe")
-    learning_rate: float | None = _key("rate of the optimizer's reference group")
-    overhead: float | None = _key("fraction of the run's wall time spent measuring so far")
-    hvps: int | None = _key("Hessian-vector products of this measurement")
-    grad_evals: int | None = _key("gradients of this measurement")
-    residual: float | None = _key("bound on the distance of the sharpness to an eigenvalue, relative to it")
-    seconds: float | None = _key("wall time of this measurement")
-    reasons: tuple[str, ...] = ()
-
-    def as_log_dict(self) -> dict[str, float]:
-        """The values that were had, under their log keys."""
-        values = {name: getattr(self, name) for name in _LOGGED}
-        return {LOG_PREFIX + name: float(value) for name, value in values.items() if value is not None}
-
-
-_LOGGED = {
-    f.name: str(f.metadata["help"])
-    for f in fields(Measurement)
-    if "help" in f.metadata and f.name not in ("residual", "seconds", "learning_rate")
-}
-
-
-def log_keys() -> dict[str, str]:
-    """Every log key with its meaning."""
-    return {LOG_PREFIX + name: text for name, text in _LOGGED.items()}
-
-
-class Probe:
-    """Everything one measurement works with: the objective, its Hessian, and the eigenvalue settings."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        hvp: HvpMethod = "auto",
-        trusted: bool = False,
-        tol: float = 1e-2,
-        max_hvps: int = 100,
-        seed: int = 0,
-    ) -> None:
-        self.objective = objective
-        self.hessian = Hessian(objective, hvp, trusted)
-        self.tol, self.max_hvps = tol, max_hvps
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def operator(self, stability: Stability | None) -> Operator:
-        """H, or the optimizer's operator."""
-        if stability is None or stability.plain:
-            return self.hessian
-        return Preconditioned(self.hessian, stability.scale, stability.shift)
-
-    @contextlib.contextmanager
-    def on(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Measure on other batches for a while."""
-        held, self.objective.batches = self.objective.batches, batches
-        self.hessian.release()
-        try:
-            yield
-        finally:
-            self.objective.batches = held
-            self.hessian.release()
-
-    def top(
-        self,
-        stability: Stability | None = None,
-        start: Vector | None = None,
-        tol: float | None = None,
-    ) -> EigenResult:
-        """Largest eigenvalue at the present weights, of H or of the optimizer's operator."""
-        return largest_eigenvalues(
-            self.operator(stability),
-            self.objective.params,
-            tol=self.tol if tol is None else tol,
-            max_hvps=self.max_hvps,
-            start=None if start is None else [start],
-            generator=self.generator,
-            product_error=self.hessian.error,
-        )
-
-    def flow(self, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int) -> _Flowing:
-        """A flow from the present weights, in the coordinates of ``stability``."""
-        return _Flowing(self, top, stability, rtol, max_grads)
-
-
-class _Flowing:
-    """A flow together with the running estimate of the stiffest direction."""
-
-    def __init__(
-        self, probe: Probe, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int
-    ) -> None:
-        self.probe, self.stability = probe, stability
-        self.vector = top.vector  # turned along in place: one copy less, and the next measurement starts from there
-        self._known: float | None = top.value + top.residual
-        inverse = None if stability is None or stability.scale is None else stability.scale.squared()
-        probe.hessian.release()
-        self.flow = Flow(probe.objective, self._rho, preconditioner=inverse, rtol=rtol, max_grads=max_grads)
-
-    def _rho(self) -> float:
-        if self._known is not None:
-            known, self._known = self._known, None
-            return known
-        result = self.top(tol=0.1)
-        return max(result.value, 0.0) + result.residual
-
-    def top(self, tol: float | None = None) -> EigenResult:
-        """The largest eigenvalue where the flow stands, warm from the last one."""
-        self.probe.hessian.release()
-        result = self.probe.top(self.stability, start=self.vector, tol=tol)
-        self.vector = result.vector
-        self.probe.hessian.release()
-        return result
-
-    def result(self, state: FlowState, top: EigenResult, converged: bool, reason: Reason = Reason.OK) -> FlowResult:
-        return FlowResult(
-            top.value,
-            state.loss,
-            state.time,
-            state.steps,
-            self.flow.grad_evals,
-            self.probe.hessian.hvps,
-            converged and top.converged,
-            state.reason or reason or top.reason,
-        )
-
-
-def flow_for(flowing: _Flowing, time: float) -> FlowResult:
-    """Sharpness after flow time ``time``."""
-    state = flowing.flow.advance(flowing.flow.start(), time)
-    state.field.clear()  # nothing flows on from here; a copy of the weights less for the eigenvalue
-    return flowing.result(state, flowing.top(), converged=not state.reason)
-
-
-def flow_to_the_end(flowing: _Flowing, first: float, loss_cutoff: float | None = None) -> FlowResult:
-    """Full gradient flow solution: flow until the loss and the sharpness have settled.
-
-    The end is reached when the loss has fallen to 1e-6 of its start, or by less than that fraction while the
-    flow time doubled, *and* the sharpness changed by less than 1e-4 while the flow time doubled; or at ``loss_cutoff``,
-    which then is part of the value's definition (separable cross-entropy has no finite solution).
-    """
-    state = flowing.flow.start()
-    start = state.loss
-    until, top = first, flowing.top()
-    while True:
-        loss, sharpness = state.loss, top.value
-        state = flowing.flow.advance(state, until, loss_cutoff)
-        top = flowing.top(tol=min(flowing.probe.tol, 1e-4))
-        if state.reason is Reason.LOSS_CUTOFF:
-            return flowing.result(state, top, converged=True)
-        if state.reason:
-            return flowing.result(state, top, converged=False)
-        still = state.loss <= LOSS_FRACTION * start or loss - state.loss <= LOSS_FRACTION * start
-        if still and abs(top.value - sharpness) <= SETTLED * abs(top.value):
-            return flowing.result(state, top, converged=True)
-        until *= 2
 
 
 def sharpness(

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from gfs_core.batches import copied
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.errors import ConfigError, GFSWarning
-from gfs_core.measure import Measurement
+from gfs_core.measurement import Measurement
 from gfs_core.monitor import StabilityMonitor
 from gfs_core.objective import LossFn
 from gfs_core.stability import parameters_of, stability_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.batches import copied, first_of_all, rotating_part
-from gfs_core.config import TIERS, GFSConfig, Tier
+from gfs_core.budget import Clock
+from gfs_core.config import GFSConfig, Tier
 from gfs_core.curvature import HvpMethod
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
-from gfs_core.measure import SOLVED, Measurement, Running, WarmStart, measure
+from gfs_core.measure import SOLVED, Running, WarmStart, measure
+from gfs_core.measurement import Measurement
 from gfs_core.running import MeanLoss, RunningSharpness
 from gfs_core.stability import parameters_of, stability_of
 from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _CHEAP_SHARE = 0.75
-_WARM = {"running": 0.1}  # price of a tier beside that of its first measurement; of the others a half
-_FLOW_GUESS = 4.0  # a short flow costs about so many times the sharpness, while nothing is known
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
@@ -78,7 +78,7 @@ class StabilityMonitor:
         self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
         self._before_step = -1  # … for a measurement at this one
-        self._clock = _Clock()
+        self._clock = Clock()
         if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
             self._tell(
                 f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
@@ -349,77 +349,6 @@ class StabilityMonitor:
 
     def _label(self, measurement: Measurement) -> str:
         return self.name or measurement.optimizer_name
-
-
-class _Clock:
-    """Wall time of training and of measuring.
-
-    The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of a
-    tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
-    sharpness. From then on, measuring (the one to come included, at the price of the last) may take the budgeted
-    fraction.
-    """
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.before = 0.0  # seconds of earlier runs that this one resumes
-        self.first = 0.0  # price of what was free
-        self.spent: dict[str, float] = {}  # price of all else, by the dearest tier of each measurement
-        self.prices: dict[str, float] = {}  # what each tier's own part costs; "": what all measurements cost
-        self.last: float | None = None
-        self.since = 0.0  # run time at which the first measurement ended
-
-    def elapsed(self) -> float:
-        return self.before + time.perf_counter() - self.began
-
-    def affords(self, tiers: Sequence[Tier], budget: float | None, share: float = 1.0) -> bool:
-        if budget is None or not self.first:
-            return True
-        price = self._price(tiers)
-        allowed = budget * (self.elapsed() - self.since + price)
-        spent = self.spent.get(tiers[-1], 0.0)
-        return sum(self.spent.values()) + price <= allowed and spent + price <= share * allowed
-
-    def _price(self, tiers: Sequence[Tier]) -> float:
-        solved = TIERS[TIERS.index("sharpness") :]  # a dearer one of them holds the cheaper ones
-        parts = {*tiers, *(solved[: solved.index(tiers[-1]) + 1] if tiers[-1] in solved else ())}
-        guesses = {"gfs": _FLOW_GUESS * self.prices.get("sharpness", self.first)}
-        return self.prices.get("", 0.0) + sum(self.prices.get(t, guesses.get(t, 0.0)) for t in parts)
-
-    def measured(
-        self, began: float, ended: float, tiers: Sequence[Tier], seconds: Mapping[Tier, float], early: bool = False
-    ) -> None:
-        self.last = ended - began
-        costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
-        costs.update((str(tier), cost) for tier, cost in seconds.items())
-        new = {part for part in costs if part not in self.prices and (part != "gfs" or not self.first)}
-        free = self.last if early else sum(costs[part] for part in new)
-        if not self.first:
-            self.since = self.elapsed()
-        self.first += free
-        if not early:
-            for part, cost in costs.items():  # what was measured cold costs less from then on
-                self.prices[part] = cost if part in self.prices else _WARM.get(part, 0.5) * cost
-            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last - free
-
-    def overhead(self) -> float:
-        return (self.first + sum(self.spent.values())) / max(self.elapsed(), 1e-9)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "elapsed": self.elapsed(),
-            "first": self.first,
-            "spent": dict(self.spent),
-            "prices": dict(self.prices),
-            "last": self.last,
-            "since": self.since,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.before, self.began = float(state.get("elapsed", 0.0)), time.perf_counter()
-        self.first, self.since = float(state.get("first", 0.0)), float(state.get("since", 0.0))
-        self.spent, self.prices = dict(state.get("spent", {})), dict(state.get("prices", {}))
-        self.last = state.get("last")
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -361,9 +361,13 @@ def render(results: dict[str, Any]) -> str:
     if rows := results.get("cost", []):
         out += [COST, "| parameters | step, ms | " + " | ".join(TIERS) + " |", "|---" * (len(TIERS) + 2) + "|"]
         for parameters in dict.fromkeys(r["parameters"] for r in rows):
-            own = [r for r in rows if r["parameters"] == parameters]
-            cells = [f"{r['times_a_step']:.1f} ({r['gradients']:.0f} + {r['products']:.0f})" for r in own]
-            out.append(f"| {parameters:.1e} | {median(r['step_ms'] for r in own):.1f} | " + " | ".join(cells) + " |")
+            own = {r["tier"]: r for r in rows if r["parameters"] == parameters}
+            cells = [
+                f"{r['times_a_step']:.1f} ({r['gradients']:.0f} + {r['products']:.0f})" if (r := own.get(tier)) else "–"
+                for tier in TIERS
+            ]
+            step = median(r["step_ms"] for r in own.values())
+            out.append(f"| {parameters:.1e} | {step:.1f} | " + " | ".join(cells) + " |")
     if rows := results.get("budget", []):
         out += [
             BUDGET,
@@ -407,7 +411,8 @@ Medians of warm measurements at 20 consecutive steps (5 above 3e6 parameters, 2 
 batch of 64, as multiples of the time of a training step; in brackets gradients + products. *Running* works on a
 sixteenth of the batch. An MLP with so small a batch does little more than read its weights: a product on 4 examples
 then costs a third of one on 64, and every further pass over the weights counts. In convolutions and attention over
-long sequences it does not.
+long sequences it does not. In time a product took three to four steps here, more than the two gradients that it is
+counted as above. *–*: not run, too long.
 """
 BUDGET = """
 ## Budget

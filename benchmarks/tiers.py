@@ -412,7 +412,7 @@ batch of 64, as multiples of the time of a training step; in brackets gradients 
 sixteenth of the batch. An MLP with so small a batch does little more than read its weights: a product on 4 examples
 then costs a third of one on 64, and every further pass over the weights counts. In convolutions and attention over
 long sequences it does not. In time a product took three to four steps here, more than the two gradients that it is
-counted as above. *–*: not run, too long.
+counted as above.
 """
 BUDGET = """
 ## Budget

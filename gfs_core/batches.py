@@ -21,7 +21,7 @@ def first_examples(batch: Any, count: int) -> Any:
     size = batch_size(batch)
     if size is None or size <= count:
         return batch
-    return _map(batch, lambda t: t[:count] if t.ndim and t.shape[0] == size else t)
+    return _rows(batch, size, 0, count)
 
 
 def rotating_part(batch: Any, parts: int, turn: int) -> Any:
@@ -30,7 +30,7 @@ def rotating_part(batch: Any, parts: int, turn: int) -> Any:
     if size is None or (parts := min(parts, size // 2)) < 2:
         return batch
     low, high = (size * (turn % parts + i) // parts for i in (0, 1))
-    return _map(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
+    return _rows(batch, size, low, high)
 
 
 def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
@@ -48,6 +48,10 @@ def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
 def copied(batch: Any) -> Any:
     """The batch with its tensors copied, detached."""
     return _map(batch, lambda t: t.detach().clone())
+
+
+def _rows(batch: Any, size: int, low: int, high: int) -> Any:
+    return _map(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
 
 
 def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -202,13 +202,15 @@ def measure(
     reasons = [stability.reason] if stability.reason else []
     values: dict[str, Any] = {"threshold": stability.threshold, "learning_rate": stability.learning_rate}
     seconds: dict[Tier, float] = {}
+    # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
+    known = stability.threshold is not None or stability.empirical
     with Isolation(model, params) as isolation:
         objective = Objective(model, loss_fn, batches, params, isolation)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
-        if running is not None and "running" in tiers:
+        if running is not None and known and "running" in tiers:
             with _timed(seconds, "running"), probe.on([running.part]):
                 values |= _running(probe, running, stability)
-        if "batch_sharpness" in tiers and not _too_early(stability):
+        if known and "batch_sharpness" in tiers:
             with _timed(seconds, "batch_sharpness"), probe.on(batches if current is None else current):
                 inverse = None if stability.scale is None else stability.scale.squared()
                 values["batch_sharpness"] = along_the_gradient(probe.hessian, inverse)
@@ -282,19 +284,12 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
     return along_by_product(probe.hessian, before)
 
 
-def _too_early(stability: Stability) -> bool:
-    """Whether the optimizer's operator is not known yet: before an adaptive optimizer's first step, or at rate 0."""
-    return stability.threshold is None and not stability.empirical
-
-
 def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, Any]:
     """The running estimate after one more product on its part of the data."""
-    if _too_early(stability):
-        return {}
     quotient = running.estimate.update(probe.operator(stability), probe.objective.params)
     loss, mean = probe.hessian.loss, running.mean_loss
-    known = mean is not None and mean > 0 and loss > 0
-    value = running.estimate.average(quotient, loss / mean if known and mean else None)
+    relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
+    value = running.estimate.average(quotient, relative)
     ratio = None if value is None or stability.threshold is None else value / stability.threshold
     return {"running_sharpness": value, "running_stability_ratio": ratio}
 

@@ -143,12 +143,13 @@ class StabilityMonitor:
             self._probe += [copied(b) for b in batches[:missing]]
             if len(self._probe) < self.config.probe_batches:
                 return None
-        if not self.due(step):
+        tiers = self._due(step)
+        if not tiers:
             return None
         probe = self._probe if self.config.probe == "fixed" else batches
         began = time.perf_counter()
         measurement = None
-        tiers, before = self._due(step), self._before if self._before_step == step else None
+        before = self._before if self._before_step == step else None
         seconds: dict[Tier, float] = {}
         self._before = None
         running = None

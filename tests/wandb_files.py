@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,20 @@ LAST = (1, 4)  # kinds of chunk that end a record: whole, last
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
-    """The rows of the one run below ``folder``; a record may be cut by blocks, so the file cannot just be searched."""
+    """The rows of the one finished run below ``folder``, once its own process has written the last record.
+
+    A record may be cut by blocks, so the file cannot just be searched.
+    """
     [path] = folder.rglob("*.wandb")
-    rows = []
-    for data in _records(path.read_bytes()):
-        record = Record.FromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows
+    end = time.monotonic() + 60
+    while True:
+        records = [Record.FromString(data) for data in _records(path.read_bytes())]
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            break
+        assert time.monotonic() < end, f"{path} has no end after 60 s"
+        time.sleep(0.1)
+    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items} for items in rows]
 
 
 def _records(data: bytes) -> Iterator[bytes]:
@@ -32,6 +38,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             at += room  # the rest of a block that is too short for a header is padding
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + HEADER + length > len(data):
+            return  # still being written
         record += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in LAST:

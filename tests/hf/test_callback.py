@@ -64,6 +64,7 @@ def test_tensorboard_has_the_values_beside_the_trainers_own(tmp_path: Path, mode
 def test_wandb_gets_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb.init(dir=tmp_path, mode="offline")  # transformers goes on with a run that is there
     trainer = train(lambda: language(tmp_path / "run", report_to=["wandb"]), lambda t: t.add_callback(every(2)))

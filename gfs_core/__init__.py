@@ -3,6 +3,7 @@
 Only the names listed here are public; modules of this package may change.
 """
 
+from gfs_core.alarm import Alarm, Event, State
 from gfs_core.config import GFSConfig
 from gfs_core.curvature import Hessian
 from gfs_core.eigen import EigenResult, largest_eigenvalues
@@ -15,11 +16,15 @@ from gfs_core.measurement import Measurement, log_keys
 from gfs_core.monitor import StabilityMonitor
 from gfs_core.objective import Objective
 from gfs_core.probe import FlowResult
+from gfs_core.scheduler import EdgeOfStabilityLR
 from gfs_core.stability import Stability, register_optimizer, stability_of
 
 __all__ = [
+    "Alarm",
     "ConfigError",
+    "EdgeOfStabilityLR",
     "EigenResult",
+    "Event",
     "Flow",
     "FlowResult",
     "GFSConfig",
@@ -33,6 +38,7 @@ __all__ = [
     "Reason",
     "Stability",
     "StabilityMonitor",
+    "State",
     "gfs_sharpness",
     "largest_eigenvalues",
     "log_keys",

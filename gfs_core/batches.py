@@ -45,6 +45,12 @@ def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
     return out
 
 
+def fraction_of(part: Any, batches: Sequence[Any]) -> float:
+    """The examples of ``part`` over those of ``batches`` together; 1 where they cannot be counted."""
+    all_of_them = sum(batch_size(b) or 0 for b in batches)
+    return min((batch_size(part) or all_of_them) / all_of_them, 1.0) if all_of_them else 1.0
+
+
 def copied(batch: Any) -> Any:
     """The batch with its tensors copied, detached."""
     return _map(batch, lambda t: t.detach().clone())

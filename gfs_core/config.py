@@ -76,6 +76,20 @@ class GFSConfig:
     max_grads: int = _option(
         20_000, "Gradients allowed per full gradient flow solution; a short-horizon one has 100 at rtol 1e-2."
     )
+    control: Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"] = _option(
+        "observe",
+        "What is done with the learning rate: observe, nothing; cap, held below the rate at which the stability ratio "
+        "would be `margin`; follow, put there, in the shape of the schedule; step_down, halved by an alarm; warmup, "
+        "cap until nothing is held back any more; cdat, put at `margin` of the critical rate along the steps. The "
+        "user's scheduler and logged rate stay as they are.",
+    )
+    margin: float = _option(0.5, "Stability ratio that a control keeps below; 1 is the edge of stability.")
+    alarm: Literal["off", "log", "warn", "stop"] = _option(
+        "log",
+        "What an early warning does: off, there is none; log, it is logged and kept in the history; warn, it is also "
+        "shown; stop, an alarm also ends the training.",
+    )
+    alarm_checkpoint: bool = _option(False, "Save a checkpoint at an alarm, before training goes on or is stopped.")
     history: str | None = _option(
         None, "Path of the JSON-lines history; null: beside the framework's own logs, where there are any."
     )
@@ -97,6 +111,18 @@ class GFSConfig:
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
+        if not 0 < self.margin <= 1:
+            raise ConfigError(f"`margin` must be in (0, 1], the edge of stability; got {self.margin}")
+        no_ratio = self.tier == "directional" or (self.tier == "batch_sharpness" and self.running_every is None)
+        if self.control in ("cap", "follow", "warmup") and no_ratio:
+            raise ConfigError(
+                f"control={self.control!r} needs a stability ratio, and there is none with tier={self.tier!r}; "
+                "use tier='running' or a dearer one"
+            )
+        if self.alarm_checkpoint and self.alarm == "off":
+            raise ConfigError("`alarm_checkpoint` needs an alarm, and `alarm` is 'off'; use 'log', 'warn' or 'stop'")
+        if self.control == "step_down" and self.alarm == "off":
+            raise ConfigError("control='step_down' goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'")
         defaults = {f.name: f.default for f in fields(self)}
         for tier in TIERS[TIERS.index(self.tier) : -1]:
             if getattr(self, _EVERY[tier]) not in (None, defaults[_EVERY[tier]]):
@@ -108,6 +134,8 @@ class GFSConfig:
         """Steps between measurements of each tier that is on, cheapest first."""
         cheaper = TIERS[: TIERS.index(self.tier)]
         steps: dict[Tier, int | None] = {tier: getattr(self, _EVERY[tier]) for tier in cheaper}
+        if self.control == "cdat" and steps.get("directional", 0) is None:
+            steps["directional"] = self.running_every or self.every  # what it goes by
         return {tier: every for tier, every in (steps | {self.tier: self.every}).items() if every is not None}
 
     @staticmethod

@@ -150,11 +150,13 @@ class Running:
     Attributes:
         estimate: renewed by it.
         part: the part of the current batch that is its turn.
+        fraction: the examples of the part over those of the whole optimizer step.
         mean_loss: mean loss of training; ``None``: not known.
     """
 
     estimate: RunningSharpness
     part: Any
+    fraction: float = 1.0
     mean_loss: float | None = None
 
 
@@ -290,8 +292,14 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
     loss, mean = probe.hessian.loss, running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
     value = running.estimate.average(quotient, relative)
-    ratio = None if value is None or stability.threshold is None else value / stability.threshold
-    return {"running_sharpness": value, "running_stability_ratio": ratio}
+    if value is None or stability.threshold is None:
+        return {"running_sharpness": value}
+    noisy = running.estimate.noisy(stability.noise_factor * running.fraction)
+    return {
+        "running_sharpness": value,
+        "running_stability_ratio": value / stability.threshold,
+        "mean_square_stability_ratio": None if noisy is None else noisy / stability.threshold,
+    }
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ class Measurement:
         "batches: noisy, and mostly somewhat low"
     )
     running_stability_ratio: float | None = _key("running_sharpness / threshold: often and cheap")
+    mean_square_stability_ratio: float | None = _key(
+        "running_stability_ratio with the spread of the curvature from batch to batch: 1 is the edge at which noisy "
+        "steps, momentum included, stop being stable in the mean square"
+    )
     batch_sharpness: float | None = _key(
         "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"
     )
@@ -47,6 +51,9 @@ class Measurement:
     critical_lr: float | None = _key("learning rate at which a step in that direction would stop lowering the loss")
     loss_probe: float | None = _key("loss on the probe")
     learning_rate: float | None = _key("rate of the optimizer's reference group")
+    lr_effective: float | None = _key("learning rate that the coming step really uses; where there is a control")
+    lr_scale: float | None = _key("lr_effective / the rate that the user's scheduler sets")
+    alarm: int | None = _key("early warning: 0 quiet, 1 watch, 2 alarm; the reason is in the history")
     overhead: float | None = _key("fraction of the run's wall time spent measuring so far")
     hvps: int | None = _key("Hessian-vector products of this measurement")
     grad_evals: int | None = _key("gradients of this measurement")

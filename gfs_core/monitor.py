@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import warnings
@@ -14,16 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import history
-from gfs_core.batches import copied, first_of_all, rotating_part
+from gfs_core.alarm import Alarm, Event, State
+from gfs_core.batches import copied, first_of_all, fraction_of, rotating_part
 from gfs_core.budget import Clock
 from gfs_core.config import GFSConfig, Tier
+from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
 from gfs_core.curvature import HvpMethod
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
+from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
-from gfs_core.running import MeanLoss, RunningSharpness
-from gfs_core.stability import parameters_of, stability_of
-from gfs_core.vectors import Vector, clone, combine, norm, random_like, scale
+from gfs_core.running import RunningSharpness
+from gfs_core.stability import parameters_of, stability_of, unwrap
+from gfs_core.vectors import Vector, clone, combine, norm, random_like
+from gfs_core.vectors import scale as times
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _CHEAP_SHARE = 0.75
@@ -39,9 +44,15 @@ class StabilityMonitor:
         optimizer: its torch optimizer, or a wrapper of one.
         config: the options; ``None``: the defaults.
         name: name of the optimizer in the log, where there are several.
+        on_alarm: called with each change of the early warning's state.
+
+    Attributes:
+        control: what decides the learning rate's scale.
+        alarm: the early warning; ``None`` where it is off.
+        should_stop: whether the early warning asks for the end of the training (``alarm="stop"``).
 
     Raises:
-        ConfigError: there is nothing to measure.
+        ConfigError: there is nothing to measure, or the rate of this optimizer cannot be controlled.
 
     Example:
         In a plain loop, before ``optimizer.step()``::
@@ -54,7 +65,15 @@ class StabilityMonitor:
                 optimizer.step()
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, config: GFSConfig | None = None, *, name: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: GFSConfig | None = None,
+        *,
+        name: str = "",
+        on_alarm: Callable[[Event], None] | None = None,
+    ) -> None:
         self.model, self.optimizer, self.name = model, optimizer, name
         self.config = GFSConfig() if config is None else config
         self.history: Path | None = Path(self.config.history) if self.config.history else None
@@ -90,6 +109,23 @@ class StabilityMonitor:
             self._cadence = {
                 tier: self._cadence.get(tier, self.config.every) for tier in ("directional", *self._cadence)
             }
+        self.alarm = None if self.config.alarm == "off" else Alarm()
+        self.on_alarm = on_alarm
+        self.should_stop = False
+        self._losses = RecentLosses()
+        self._scheduler = scheduler_of(optimizer)
+        self.control = Control(self.config.control, self.config.margin)
+        if self._scheduler is not None:
+            self.control = self._scheduler.control
+        if self._scheduler is not None and self.config.control != "observe":
+            raise ConfigError(
+                f"control={self.config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
+            )
+        self._overlay: Overlay | None = None
+        if self._scheduler is None and self.config.control != "observe":
+            self._overlay = Overlay(optimizer, self.control)
+        by_the_step = stability.empirical or self.control.policy == "cdat"
+        self._leading: Tier = "directional" if by_the_step else self._cheapest_ratio()
         if stability.reason and not stability.adaptive:
             self._tell(stability.reason)
 
@@ -112,7 +148,8 @@ class StabilityMonitor:
             loss: the loss of this batch, where training has computed it: makes the running estimate less noisy.
 
         Returns:
-            The measurement, or ``None`` where none was due or it failed.
+            The measurement, or ``None`` where none was due or it failed. Where the early warning changes its state at
+            a step without a measurement, one that holds nothing but that.
 
         Raises:
             Exception: with ``strict=True``, whatever made the measurement fail.
@@ -122,18 +159,70 @@ class StabilityMonitor:
             self.count += 1
         if loss is not None:
             self.saw(loss)
-        if not self.wants(step):
-            return None
-        try:
-            return self._step(loss_fn, batch, step, micro_batches)
-        finally:
-            if self._keeps(step + 1):
-                self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
+        measurement = None
+        if self.wants(step):
+            try:
+                measurement = self._step(loss_fn, batch, step, micro_batches)
+            finally:
+                if self._keeps(step + 1):
+                    self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
+        return self.watch(step, measurement)
 
     def saw(self, loss: Tensor | float) -> None:
-        """Take in the loss of a training batch, the mean over it: it costs nothing, and helps the running estimate."""
+        """Take in the loss of a training batch, the mean over it: for the running estimate and the early warning."""
         if "running" in self._cadence:
             self._mean_loss.add(loss)
+        if self.alarm is not None:
+            self._losses.add(loss)
+
+    def watch(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
+        """Let the early warning look at the losses seen and at ``measurement``; :meth:`step` does it by itself.
+
+        Returns:
+            What is to be logged: the measurement, with the warning's state; or the state alone, where it changed.
+        """
+        changes: list[Event | None] = []
+        if self.alarm is not None:
+            changes += [self.alarm.saw_loss(*seen) for seen in self._losses.up_to(step, measurement is not None)]
+            if measurement is not None:
+                for ratio, solved in (
+                    (measurement.running_stability_ratio, False),
+                    (measurement.stability_ratio, True),
+                ):
+                    if ratio is not None:
+                        changes.append(self.alarm.saw_ratio(step, ratio, solved))
+        events = [e for e in changes if e is not None]
+        for event in events:
+            self._act_on(event)
+        if events and measurement is None:
+            measurement = Measurement(step, self.name or type(unwrap(self.optimizer)).__name__)
+        if measurement is None:
+            return None
+        reasons = (*measurement.reasons, *(e.reason for e in events))
+        state = None if self.alarm is None else int(self.alarm.state)
+        measurement = replace(measurement, alarm=state, reasons=reasons)
+        if self.history is not None:
+            try:
+                history.append(self.history, measurement)
+            except OSError as error:
+                self._tell(f"the history cannot be written ({error}); training goes on without it")
+                self.history = None
+        return measurement
+
+    def close(self) -> None:
+        """Take the control's hooks off the optimizer; nothing else needs closing."""
+        if self._overlay is not None:
+            self._overlay.close()
+            self._overlay = None
+
+    def _act_on(self, event: Event) -> None:
+        if self.config.alarm in ("warn", "stop") and event.state > State.QUIET:
+            self._tell(f"{event.state.name.lower()} at step {event.step}: {event.reason}", always=True)
+        if event.state is State.ALARM:
+            self.control.alarmed()
+            self.should_stop = self.should_stop or self.config.alarm == "stop"
+        if self.on_alarm is not None:
+            self.on_alarm(event)
 
     def _step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int, micro_batches: bool) -> Measurement | None:
         current = batch if micro_batches else [batch]
@@ -155,17 +244,27 @@ class StabilityMonitor:
         running = None
         if "running" in tiers:
             micro = current[self._turn // self._parts % len(current)]
-            running = Running(self._running, rotating_part(micro, self._parts, self._turn), self._mean_loss.value())
+            part = rotating_part(micro, self._parts, self._turn)
+            running = Running(self._running, part, fraction_of(part, current), self._mean_loss.value())
             self._turn += 1
+        starting = self.control.starting and tiers == [self._leading]
+        scale_before = self.control.scale(self._rate())
         try:
             measurement, seconds = self._measure(
-                lambda _model, b: loss_fn(b), probe, step, tiers, before=before, running=running, current=batches
+                lambda _model, b: loss_fn(b),
+                probe,
+                step,
+                tiers,
+                before=before,
+                running=running,
+                current=batches,
+                scale=scale_before,
             )
         except Exception as error:
             if self.config.strict:
                 raise
             self._failed(error)
-        early = self.measured == 0 and self._before_second_moments()
+        early = starting or (self.measured == 0 and self._before_second_moments())
         self._clock.measured(began, time.perf_counter(), tiers, seconds, early)
         self.measured += 1
         if measurement is None:
@@ -180,13 +279,23 @@ class StabilityMonitor:
         for reason in measurement.reasons:
             if "come with its first step" not in reason:
                 self._tell(reason)
-        if self.history is not None:
-            try:
-                history.append(self.history, measurement)
-            except OSError as error:
-                self._tell(f"the history cannot be written ({error}); training goes on without it")
-                self.history = None
-        return measurement
+        return self._controlled(measurement, scale_before)
+
+    def _controlled(self, measurement: Measurement, before: float) -> Measurement:
+        """What was measured at the scale ``before``, at that of the coming step: the control takes it in."""
+        if not self.control.measures and self.control.policy != "step_down":
+            return measurement
+        rate = self._rate()
+        along = before / self.control.last  # what lies along the last step belongs to the rate that it was taken at
+        if measurement.critical_lr is not None:
+            measurement = replace(measurement, critical_lr=measurement.critical_lr / along)
+        if self._leading == "directional" and measurement.stability_ratio is not None:
+            measurement = replace(measurement, stability_ratio=measurement.stability_ratio * along)
+        self.control.measured(rate * before, measurement)
+        scale = self.control.scale(rate)
+        if self._scheduler is not None:
+            self._scheduler.refresh()
+        return replace(at_scale(measurement, scale / before), lr_scale=scale, lr_effective=rate * scale)
 
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` would do anything with a batch at this step."""
@@ -205,14 +314,26 @@ class StabilityMonitor:
         due: list[Tier] = []
         for tier, every in self._cadence.items():
             possible = tier != "directional" or self._before_step == step  # otherwise its last step was not seen
-            if possible and step % every == 0 and self._affords([*due, tier]):
+            free = tier == self._leading and self.control.starting
+            wanted = step % every == 0 and (free or self._affords([*due, tier]))
+            if possible and (wanted or (free and self.control.waiting)):
                 due.append(tier)
         return due
+
+    def _rate(self) -> float:
+        """The rate that the user's scheduler sets."""
+        return rate_of(self.optimizer) if self._scheduler is None else self._scheduler.users_rate
+
+    def _cheapest_ratio(self) -> Tier:
+        """The cheapest tier that gives a stability ratio."""
+        return next((tier for tier in self._cadence if tier in ("running", *SOLVED)), self.config.tier)
 
     def _keeps(self, step: int) -> bool:
         """Whether the weights before this step's predecessor are needed for a measurement at this step."""
         if "directional" not in self._cadence:
             return False
+        if self._leading == "directional" and self.control.waiting:
+            return True
         return any(step % every == 0 and self._affords([tier]) for tier, every in self._cadence.items())
 
     def _affords(self, tiers: list[Tier]) -> bool:
@@ -235,6 +356,8 @@ class StabilityMonitor:
             "running": [self._running.state_dict(), self._turn, self._parts, self._mean_loss.value()],
             "batch_sharpness": self._batch_sharpness,
             "clock": self._clock.state(),
+            "control": self.control.state_dict(),
+            "alarm": None if self.alarm is None else self.alarm.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -264,6 +387,9 @@ class StabilityMonitor:
             self._mean_loss.load(mean_loss)
         self._batch_sharpness = state.get("batch_sharpness")
         self._clock.load(state.get("clock", {}))
+        self.control.load_state_dict(state.get("control", {}))
+        if self.alarm is not None and state.get("alarm") is not None:
+            self.alarm.load_state_dict(state["alarm"])
 
     def _measure(
         self,
@@ -275,6 +401,7 @@ class StabilityMonitor:
         before: Vector | None,
         running: Running | None,
         current: list[Any],
+        scale: float,
     ) -> tuple[Measurement, dict[Tier, float]]:
         config = self.config
         seed = config.seed + self.measured  # the same at a resumed step as in the uninterrupted run
@@ -284,27 +411,29 @@ class StabilityMonitor:
                 self._mix(seed)
         if before is not None and [t.shape for t in before] != [p.shape for p in parameters_of(self.optimizer)]:
             before = None  # weights were frozen or added since
-        measurement, hessian, seconds = measure(
-            self.model,
-            loss_fn,
-            batches,
-            self.optimizer,
-            tiers=tiers,
-            before=before,
-            running=running,
-            current=current,
-            directional=config.directional,
-            horizon=config.horizon,
-            hvp=self._method,
-            trusted=self._trusted,
-            tol=config.tol,
-            rtol=config.rtol,
-            max_hvps=config.max_hvps,
-            max_grads=config.max_grads,
-            seed=seed,
-            step=step,
-            warm=self._warm,
-        )
+        scaled = contextlib.nullcontext() if self._overlay is None else self._overlay.scaled(scale)
+        with scaled:
+            measurement, hessian, seconds = measure(
+                self.model,
+                loss_fn,
+                batches,
+                self.optimizer,
+                tiers=tiers,
+                before=before,
+                running=running,
+                current=current,
+                directional=config.directional,
+                horizon=config.horizon,
+                hvp=self._method,
+                trusted=self._trusted,
+                tol=config.tol,
+                rtol=config.rtol,
+                max_hvps=config.max_hvps,
+                max_grads=config.max_grads,
+                seed=seed,
+                step=step,
+                warm=self._warm,
+            )
         self._trusted = hessian.trusted
         if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
@@ -327,7 +456,7 @@ class StabilityMonitor:
         for vector in (self._warm.raw, self._warm.preconditioned):
             if vector is not None:
                 noise = random_like(vector, generator)
-                scale(_MIX / norm(noise), noise)
+                times(_MIX / norm(noise), noise)
                 combine(1.0, noise, 1.0, vector)
 
     def _failed(self, error: Exception) -> None:
@@ -341,9 +470,9 @@ class StabilityMonitor:
             self._parts = 1  # it may be that this loss needs whole batches
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, reason: str, always: bool = False) -> None:
         kind = re.sub(r"[0-9.e+-]+|\b(nan|inf)\b", "", reason)  # the same with other numbers is not told again
-        if kind not in self._told:
+        if always or kind not in self._told:
             self._told.add(kind)
             where = f" of {self.name}" if self.name else ""
             warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)

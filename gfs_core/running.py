@@ -11,16 +11,16 @@ A part with a larger loss mostly has a larger curvature. The mean loss of traini
 so a quotient is multiplied by (mean loss / loss of the part)^γ: a control variate. γ, between 0 and 1, is fitted to the
 quotients themselves, from 1 on (cross-entropy comes out near 1, squared loss lower). Where the losses are not known, or
 not positive, nothing is corrected.
+
+The products also tell how much the curvature differs from batch to batch: E‖H_B·v‖² − λ², the spread of H_B·v over the
+parts, falls with the size of a part, so that of the whole batch follows. It decides how noisy steps stay stable:
+:mod:`gfs_core.stability`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.eigen import largest_eigenvalues
@@ -28,9 +28,9 @@ from gfs_core.vectors import Vector, axpy, clone, combine, dots, norm, scale
 
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
+_SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means at first
 _FIT_MEMORY = 0.99  # … in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
-_LOSS_MEMORY = 0.9  # per training step, in the mean loss; with more it lags behind a loss that falls fast
 _START_HVPS = 30
 
 
@@ -47,6 +47,22 @@ class RunningSharpness:
         self.vector: Vector | None = None
         self._squares = 0.0
         self._products = 0.0
+        self._moments: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
+        self._seen = 0  # … over so many parts
+
+    def noisy(self, weight: float) -> float | None:
+        """λ + weight·σ²/λ: the curvature together with its spread from part to part.
+
+        Args:
+            weight: of the variance σ² of H_B·v over the parts, ≥ 0.
+
+        Returns:
+            The value, from the means of vᵀH_B·v and ‖H_B·v‖² over the latest parts; ``None`` before the first.
+        """
+        if not self._moments or self._moments[0] <= 0:
+            return None
+        mean, square = self._moments
+        return mean + weight * max(square - mean * mean, 0.0) / mean
 
     @property
     def elasticity(self) -> float:
@@ -73,12 +89,20 @@ class RunningSharpness:
         product = operator(self.vector)
         quotient, square = dots([(self.vector, product), (product, product)])
         if math.isfinite(square) and square > 0.0:
+            self._spread_over(quotient, square)
             if quotient < 0:  # towards the largest eigenvalue, not the largest in magnitude
                 axpy(2 * math.sqrt(square), self.vector, product)
             scale(1 / norm(product), product)
             combine(_TURN, product, 1 - _TURN, self.vector)
             scale(1 / norm(self.vector), self.vector)
         return quotient
+
+    def _spread_over(self, quotient: float, square: float) -> None:
+        """Take in one part: |vᵀH_B·v| and ‖H_B·v‖²."""
+        new = [abs(quotient), square]
+        self._seen += 1
+        keep = min(_SPREAD_MEMORY, 1 - 1 / self._seen)
+        self._moments = [keep * m + (1 - keep) * n for m, n in zip(self._moments or new, new, strict=True)]
 
     def average(self, quotient: float, relative_loss: float | None = None) -> float | None:
         """Take one quotient into the estimate.
@@ -103,35 +127,17 @@ class RunningSharpness:
     def state_dict(self) -> dict[str, Any]:
         """Everything, loadable with ``weights_only=True``."""
         held = None if self.vector is None else clone(self.vector)
-        return {"value": self.value, "vector": held, "squares": self._squares, "products": self._products}
+        return {
+            "value": self.value,
+            "vector": held,
+            "squares": self._squares,
+            "products": self._products,
+            "moments": list(self._moments),
+            "seen": self._seen,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.value, self.vector = state["value"], state["vector"]
         self._squares, self._products = float(state["squares"]), float(state["products"])
-
-
-class MeanLoss:
-    """Exponential mean of the training loss, from values that stay on their device until they are asked for."""
-
-    def __init__(self) -> None:
-        self._mean: float | None = None
-        self._new: deque[Tensor] = deque(maxlen=256)  # older ones would not count any more
-
-    def add(self, loss: Tensor | float) -> None:
-        """Take in the loss of one training batch; no transfer from its device."""
-        self._new.append(loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss)))
-
-    def value(self) -> float | None:
-        """The mean; ``None`` before the first finite loss."""
-        if self._new:
-            for loss in torch.stack([t.double() for t in self._new]).tolist():
-                if math.isfinite(loss):
-                    self._mean = loss if self._mean is None else _LOSS_MEMORY * self._mean + (1 - _LOSS_MEMORY) * loss
-            self._new.clear()
-        return self._mean
-
-    def load(self, value: float | None) -> None:
-        """Go on from a saved value."""
-        self._mean = value
-        self._new.clear()
+        self._moments, self._seen = list(state["moments"]), int(state["seen"])

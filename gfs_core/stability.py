@@ -25,6 +25,18 @@ moved it, its P is about to change by orders of magnitude, and its entry of S is
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
 S is scaled by √(threshold of the reference group / threshold of the group), the reference being the group with
 the lowest threshold. With equal momentum in all groups that is exact; with different ones it is an approximation.
+
+Noise. On mini-batches the curvature h along a direction changes from step to step, with mean λ and variance σ². Heavy
+ball on such a quadratic, with independent batches, is stable in the mean square if and only if
+
+    λ + f·σ²/λ  <  threshold,    f = (1 + β)/(1 − β),
+
+which for β = 0 is the known condition of SGD, η < 2λ/(λ² + σ²) (Wu, Ma and E 2018). It follows from the response r_k of
+the mean recursion to one kick: stable while η²σ²·Σ r_k² < 1, and Σ r_k² = (1 + β)/((1 − β)·ηλ·(2 + 2β − ηλ)). Momentum
+moves the edge of the mean away, but not that of the noise: f is the threshold over that of plain descent at the same
+long-run rate. So it is computed for every optimizer; exact for heavy ball and, with P held, for Adam's exponential
+mean, while for Nesterov it is the limit of small ηλ. That a *vector* recursion follows the same rule with
+σ² = E‖(H_B − H)v‖² is not a theorem; `benchmarks/control.md` measures how well it does.
 """
 
 from __future__ import annotations
@@ -48,6 +60,7 @@ class _Rule:
     threshold: Callable[[Any, Group], float]
     preconditioner: Callable[[Any, Group, Tensor], Tensor] | None = None
     decoupled: bool = False
+    gain: Callable[[Group], float] = lambda group: 1.0
 
 
 def register_optimizer(
@@ -56,6 +69,7 @@ def register_optimizer(
     preconditioner: Callable[[Any, Group, Tensor], Tensor] | None = None,
     *,
     decoupled_weight_decay: bool = False,
+    gain: Callable[[Group], float] = lambda group: 1.0,
 ) -> None:
     """Make the threshold of a class of optimizer known; without it the stability ratio is empirical.
 
@@ -68,6 +82,8 @@ def register_optimizer(
             ``optimizer.state`` holds something for the parameter. ``None``: no preconditioner.
         decoupled_weight_decay: whether the group's ``weight_decay`` stays out of the gradient; otherwise it is added
             to the diagonal of H.
+        gain: ``gain(group)``, the long-run length of the steps for a constant gradient, in units of rate × gradient:
+            1/(1 − β) for momentum β, 1 for an exponential mean.
 
     Raises:
         TypeError: ``optimizer`` is not a class of ``torch.optim.Optimizer``.
@@ -83,7 +99,7 @@ def register_optimizer(
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise TypeError(f"expected a class of torch.optim.Optimizer, got {optimizer!r}")
-    _RULES[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay)
+    _RULES[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay, gain)
 
 
 class Diagonal:
@@ -133,6 +149,7 @@ class Stability:
         threshold: the eigenvalue of the operator at which the optimizer stops being stable; ``None``: not known.
         scale: diagonal of S, per parameter; ``None``: the identity.
         shift: coupled weight decay, per parameter; ``None``: none.
+        noise_factor: f, the weight of σ²/λ in the mean-square stability of noisy steps; ≥ 1 with momentum.
         adaptive: whether S comes from the optimizer's second moments.
         empirical: whether the optimizer is not known, so that only its real steps tell how stable it is.
         reason: why the threshold is not known; empty where it is.
@@ -143,6 +160,7 @@ class Stability:
     threshold: float | None
     scale: Diagonal | None = None
     shift: list[float] | None = None
+    noise_factor: float = 1.0
     adaptive: bool = False
     empirical: bool = False
     reason: str = ""
@@ -213,8 +231,10 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
         shift.append(0.0 if _decoupled(rule, group) else float(group.get("weight_decay", 0.0)))
     identity = not adaptive and all(relative == 1.0 for _, _, relative in entries)
     scale = None if identity else Diagonal(inner if adaptive else None, entries)
-    lead = float(groups[thresholds.index(reference)]["lr"])
-    return Stability(name, lead, reference, scale, shift if any(shift) else None, adaptive=adaptive)
+    leader = groups[thresholds.index(reference)]
+    lead = float(leader["lr"])
+    noise_factor = reference * lead * rule.gain(leader) / 2
+    return Stability(name, lead, reference, scale, shift if any(shift) else None, noise_factor, adaptive=adaptive)
 
 
 def _problem(groups: list[Group], rates: list[float]) -> str:
@@ -237,6 +257,12 @@ def _sgd(inner: SGD, group: Group) -> float:
         return (2 + 2 * beta) / (rate * (1 + 2 * beta))
     dampening = float(group["dampening"]) if beta else 0.0
     return (2 + 2 * beta) / (rate * (1 - dampening)) if dampening < 1 else math.inf
+
+
+def _sgd_gain(group: Group) -> float:
+    beta = float(group["momentum"])
+    dampening = float(group["dampening"]) if beta and not group["nesterov"] else 0.0
+    return (1 - dampening) / (1 - beta) if beta < 1 else math.inf
 
 
 def _rmsprop(inner: RMSprop, group: Group) -> float:
@@ -317,11 +343,11 @@ def _rectification(beta: float, step: float) -> float | None:
 
 
 _RULES: dict[type[Optimizer], _Rule] = {
-    SGD: _Rule(_sgd),
+    SGD: _Rule(_sgd, gain=_sgd_gain),
     Adam: _Rule(_adam, _adam_preconditioner),
     AdamW: _Rule(_adam, _adam_preconditioner, decoupled=True),
     NAdam: _Rule(_nadam, _adam_preconditioner),
     RAdam: _Rule(_adam, _radam_preconditioner),
-    RMSprop: _Rule(_rmsprop, _rmsprop_preconditioner),
+    RMSprop: _Rule(_rmsprop, _rmsprop_preconditioner, gain=lambda group: 1 / (1 - float(group["momentum"]))),
     Adagrad: _Rule(_adagrad, _adagrad_preconditioner),
 }

@@ -10,7 +10,8 @@ from torch import nn
 
 import gfs_core as gfs
 from gfs_core.batches import rotating_part
-from gfs_core.running import MeanLoss, RunningSharpness
+from gfs_core.losses import MeanLoss
+from gfs_core.running import RunningSharpness
 
 SPECTRUM = torch.tensor([4.0, 2.0, 1.0, -11.0], dtype=torch.float64)
 

@@ -1,0 +1,248 @@
+"""Early warning: from the losses and stability ratios of a run to *quiet*, *watch* or *alarm*, with the reason.
+
+Three rules speak, each against what the run itself did lately; nothing is assumed about where a healthy ratio lies.
+
+* *rise*: the stability ratio is well above its usual value, the median of its recent measurements.
+* *growth*: it grows steadily, and the fitted pace takes it to the edge of stability soon: the step is named.
+* *loss*: what curvature cannot see. One loss far above the others, a mean loss above them, a loss that is not finite.
+
+A ratio also rises at the start of a healthy run, and while the learning rate warms up. So the rules wait until the
+usual value is known, only watch a ratio that has long been rising, and keep quiet while the loss falls fast: so
+sharpening looks when nothing is wrong. A learning rate that is restarted on purpose looks like one that jumps by
+mistake, and is announced like it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from statistics import median
+from typing import Any
+
+_RATIOS = 15  # latest measurements that make up the usual ratio: fewer are too noisy, more lag behind a healthy drift
+_FIRST = 2 * _RATIOS  # measurements before the rules for it begin: as many once more, to tell whether it has long risen
+_RISEN = 2.0  # times the usual ratio before: one that has long been rising warms up or sharpens, and is only watched …
+_JUMP = 2.0  # … unless it is this far above its usual value, relative to it
+_FLOOR = 0.05  # a ratio below this is so far from the edge that no rise of it matters
+_RISE = (0.5, 0.8)  # above the usual ratio, relative to it, for watch and alarm: healthy ones hardly pass 0.6
+_FIT = 6  # measurements in the fit of the growth: with more it still holds the level before
+_FITTED = 0.97  # correlation of log ratio with the step above which the growth counts as steady
+_GROWN = (0.4, 0.6)  # … where it grows steadily besides: noise that averages makes short trends
+_PACE = 1.35  # growth within the fit: progressive sharpening is slower
+_FAR = 500  # steps: an edge that is crossed later than that is not mentioned
+_AHEAD = (200, 120)  # steps until the edge is crossed, for watch and alarm: time to act, near enough to be believed
+_FALLING = 0.15  # the mean loss this far below the median, as a fraction of it: the loss falls fast
+_LOSSES = 50  # losses that make up the usual loss: two to three passes over a small data set would be too many
+_FEWEST = 20  # losses before the rules for it begin
+_MEMORY = 0.9  # weight of the past in the mean loss, per step
+_SPIKE = (3.0, 5.0)  # one loss above the median, in spreads, for watch and alarm: healthy losses have heavy tails
+_MEAN = (0.4, 0.6)  # the mean loss above the median, in spreads, for watch and alarm
+_TINY = 1e-3  # smallest spread, relative to the median: losses that hardly vary are not judged by their last digits
+_CALM_RATIOS, _CALM_LOSSES = 5, 20  # quiet observations in a row that take a rule down one state
+
+
+class State(IntEnum):
+    """How the run looks."""
+
+    QUIET = 0
+    WATCH = 1
+    ALARM = 2
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of the state.
+
+    Attributes:
+        step: the training step at which it was seen.
+        state: the new state.
+        reason: why, in a sentence.
+        rule: which rule spoke: ``rise``, ``growth``, ``spike``, ``loss``, ``not finite``, or ``calm`` on the way down.
+    """
+
+    step: int
+    state: State
+    reason: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    state: State
+    reason: str = ""
+    rule: str = "calm"
+
+
+class _Source:
+    """The state of what one stream of observations says: up at once, down one state after several quiet ones."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.state, self.calm = State.QUIET, 0
+
+    def take(self, found: State) -> None:
+        if found >= self.state:
+            self.state, self.calm = found, 0
+        else:
+            self.calm += 1
+            if self.calm >= self.patience:
+                self.state, self.calm = State(self.state - 1), 0
+
+
+class Alarm:
+    """Watches a run by its losses and its stability ratios.
+
+    Attributes:
+        state: the present state, the gravest of what the losses and the ratios say.
+        reason: why the state last changed; empty before it first does.
+
+    Example:
+        >>> alarm = Alarm()
+        >>> for step in range(100):
+        ...     _ = alarm.saw_ratio(step, 0.2, solved=False)
+        >>> event = alarm.saw_ratio(100, 0.9, solved=False)
+        >>> print(event.state.name, "–", event.reason)
+        ALARM – the stability ratio rose to 0.9, 4.5 times its usual 0.2
+    """
+
+    _strictness = 1.0  # scales every threshold; benchmarks/alarm.py compares rules at equal rates of false alarms
+
+    def __init__(self) -> None:
+        self.state, self.reason = State.QUIET, ""
+        self._ratios: list[deque[tuple[int, float]]] = [deque(maxlen=_FIRST + 1), deque(maxlen=_FIRST + 1)]
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
+        self._mean: float | None = None
+        self._sources = [_Source(_CALM_RATIOS), _Source(_CALM_RATIOS), _Source(_CALM_LOSSES)]
+
+    def saw_loss(self, step: int, loss: float) -> Event | None:
+        """Take in the loss of a training step.
+
+        Args:
+            step: the training step, from 0.
+            loss: the mean over its batch; any number, also not finite.
+
+        Returns:
+            The change of state that follows; ``None`` where there is none.
+        """
+        if not math.isfinite(loss):
+            return self._changed(step, 2, _Verdict(State.ALARM, f"the loss is {loss}", "not finite"))
+        self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
+        verdict = self._judge_loss(loss, self._mean)
+        self._losses.append(loss)
+        return self._changed(step, 2, verdict)
+
+    def saw_ratio(self, step: int, ratio: float, solved: bool) -> Event | None:
+        """Take in a measured stability ratio.
+
+        Args:
+            step: the training step at which it was measured.
+            ratio: > 0; another number, or one that is not finite, is a failed measurement and passed over.
+            solved: whether it comes from a solved eigenvalue, and not from the running estimate. Each of the two has
+                its own usual value.
+
+        Returns:
+            The change of state that follows; ``None`` where there is none.
+        """
+        if not (math.isfinite(ratio) and ratio > 0):
+            return None
+        held = self._ratios[solved]
+        held.append((step, ratio))
+        return self._changed(step, int(solved), self._judge_ratio([*held], 2 if solved else 1))
+
+    def _judge_loss(self, loss: float, mean: float) -> _Verdict:
+        if len(self._losses) < _FEWEST:
+            return _Verdict(State.QUIET)
+        ordered = sorted(self._losses)
+        usual, high = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
+        # The upper tenth tells how far healthy batches reach; a deviation would take their tail for a normal one.
+        spread = max(high - usual, _TINY * abs(usual), 1e-12)
+        spike, risen = (loss - usual) / spread, (mean - usual) / spread
+        by_spike, by_mean = self._passed(spike, _SPIKE), self._passed(risen, _MEAN)
+        if by_spike >= by_mean:
+            reason = f"the loss is {loss:.3g}, {spike:.1f} times as far above its median {usual:.3g} as nine in ten are"
+            return _Verdict(by_spike, reason, "spike")
+        reason = f"the mean loss rose to {mean:.3g}, from a median of {usual:.3g}; nine in ten were below {high:.3g}"
+        return _Verdict(by_mean, reason, "loss")
+
+    def _judge_ratio(self, seen: list[tuple[int, float]], agreeing: int) -> _Verdict:
+        # A solved eigenvalue is that of one batch: it takes two in a row, where the running estimate is an average.
+        step, ratio = seen[-1][0], min(r for _, r in seen[-agreeing:])
+        if len(seen) <= _FIRST or ratio < _FLOOR or self._loss_falls():
+            return _Verdict(State.QUIET)
+        usual, before = median(r for _, r in seen[-1 - _RATIOS : -1]), median(r for _, r in seen[: -1 - _RATIOS])
+        rise = ratio / usual
+        by_rise, by_growth = self._passed(rise - 1, _RISE), State.QUIET
+        reason = f"the stability ratio rose to {ratio:.2g}, {rise:.1f} times its usual {usual:.2g}"
+        ahead = _steps_to_edge(seen[-_FIT:])
+        if ahead is not None:
+            reason += "; at this pace it crosses the edge "
+            reason += f"in about {ahead} steps (step {step + ahead})" if ahead > 0 else "now"
+            soon = self._passed(1 / max(ahead, 1), (1 / _AHEAD[0], 1 / _AHEAD[1]))
+            by_growth = min(soon, self._passed(rise - 1, _GROWN))
+        found, rule = max(by_rise, by_growth), "growth" if by_growth > by_rise else "rise"
+        if usual > _RISEN * before and rise - 1 < self._strictness * _JUMP:
+            found = min(found, State.WATCH)
+        return _Verdict(found, reason, rule)
+
+    def _passed(self, value: float, thresholds: tuple[float, float]) -> State:
+        watch, alarm = thresholds
+        return State((value >= self._strictness * watch) + (value >= self._strictness * alarm))
+
+    def _loss_falls(self) -> bool:
+        if self._mean is None or len(self._losses) < _FEWEST:
+            return False
+        usual = median(self._losses)
+        return usual - self._mean > _FALLING * abs(usual)
+
+    def _changed(self, step: int, source: int, verdict: _Verdict) -> Event | None:
+        self._sources[source].take(verdict.state)
+        state = max(s.state for s in self._sources)
+        if state == self.state:
+            return None
+        if state < self.state:
+            seen, name = (_CALM_LOSSES, "losses") if source == 2 else (_CALM_RATIOS, "stability ratios")
+            verdict = _Verdict(state, f"the last {seen} {name} were nearer to their usual values")
+        self.state, self.reason = state, verdict.reason
+        return Event(step, state, verdict.reason, verdict.rule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next event depends on: numbers, strings and lists."""
+        return {
+            "state": int(self.state),
+            "reason": self.reason,
+            "ratios": [[list(pair) for pair in held] for held in self._ratios],
+            "losses": list(self._losses),
+            "mean": self._mean,
+            "sources": [[int(s.state), s.calm] for s in self._sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        self.state, self.reason = State(state["state"]), str(state["reason"])
+        for held, saved in zip(self._ratios, state["ratios"], strict=True):
+            held.clear()
+            held.extend((int(step), float(ratio)) for step, ratio in saved)
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self._mean = state["mean"]
+        for source, (level, calm) in zip(self._sources, state["sources"], strict=True):
+            source.state, source.calm = State(level), int(calm)
+
+
+def _steps_to_edge(points: list[tuple[int, float]]) -> int | None:
+    """Steps until a line through the log ratios reaches the edge, 0 where it has; ``None``: it does not soon."""
+    steps = [step - points[-1][0] for step, _ in points]
+    logs = [math.log(ratio) for _, ratio in points]
+    middle, level = sum(steps) / len(steps), sum(logs) / len(logs)
+    across = sum((s - middle) ** 2 for s in steps)
+    along = sum((s - middle) * (g - level) for s, g in zip(steps, logs, strict=True))
+    up = sum((g - level) ** 2 for g in logs)
+    if not along > 0 or along < _FITTED * math.sqrt(across * up):
+        return None
+    slope = along / across
+    ahead = -(level - slope * middle) / slope
+    if ahead > _FAR or -slope * steps[0] < math.log(_PACE):
+        return None
+    return max(math.ceil(ahead), 0)

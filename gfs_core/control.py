@@ -1,0 +1,315 @@
+"""The learning rate held at the edge: policies, and the overlay that applies them to an optimizer's steps.
+
+A policy is a *scale* on the rate that the user's own scheduler sets. What it goes by is the stability ratio in the mean
+square where the running estimate is on, otherwise the solved or the empirical ratio: with ratio r at rate η, the rate
+``margin``·η/r is the one to stay below. That *limit* falls at once and grows by 2 % per step.
+
+==============  ======================================================================================================
+``observe``     nothing is changed
+``cap``         rate ≤ limit
+``follow``      rate = limit (of the ratio's exponential mean), times the user's rate over its largest so far: the
+                schedule keeps its shape, but not its height; a warm-up in it is replaced by one that is measured
+``warmup``      ``cap`` until it has had nothing to hold back for 100 steps
+``step_down``   halved by every alarm, held for 100 steps, then let up by 2 % per step
+``cdat``        as ``follow``, with the critical rate along the last step in place of the ratio: margin ½ is σ = 1 of
+                Roulet et al. 2024, arXiv 2407.06183, and 1 the edge
+==============  ======================================================================================================
+
+Curvature at the first weights says little of what comes after a few steps, and nothing yet of its spread: the first
+four measurements are taken at a hundredth of the rate, and the limit starts at three tenths of what they allow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gfs_core.errors import ConfigError
+from gfs_core.measurement import Measurement
+from gfs_core.stability import unwrap
+
+Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
+
+_GROWTH = 1.02  # of the limit, per step: a limit that is too low costs little, one that is too high the run
+_FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
+_FIRST = 4  # measurements before the limit is trusted, …
+_FREE = 30  # measurements that no budget holds back: the curvature changes fastest at the start
+_FIRST_SCALE = 0.01  # … the scale until then, …
+_FIRST_SHARE = 0.3  # … and the part of the limit to start from
+_PATIENCE = 50  # steps without those measurements after which the rate is given free
+_LARGEST = 100.0  # scale; a base rate that is further off is a mistake, and a curvature that vanishes no reason
+_SETTLED = 100  # steps with nothing to hold back after which `warmup` is over
+_DOWN = 0.5
+_HOLD = 100
+
+
+class Control:
+    """What a policy makes of the measurements: the scale of each step.
+
+    Args:
+        policy: see the module's table.
+        margin: stability ratio to stay below, in (0, 1].
+
+    Attributes:
+        policy: the policy; may be changed to ``"observe"`` at any time.
+        last: the scale of the last step taken.
+        lost: whether a policy that needs measurements has had too few for too long; the scale is 1 then.
+    """
+
+    def __init__(self, policy: Policy, margin: float) -> None:
+        self.policy, self.margin = policy, margin
+        self.lost = False
+        self.last = 1.0
+        self._seen = 0  # measurements
+        self._steps = 0
+        self._target: float | None = None  # rate to stay below by the measurements …
+        self._limit: float | None = None  # … and with the growth limited
+        self._peak = 0.0  # largest rate of the user's so far
+        self._quiet = 0  # steps without anything to hold back, or since the last alarm
+        self._down = 1.0
+        self._moments = (0.0, 0.0)  # of cdat: means of uᵀHu·(critical rate) and |uᵀHu|
+
+    @property
+    def measures(self) -> bool:
+        """Whether the policy goes by measurements."""
+        return self.policy not in ("observe", "step_down")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the policy needs a measurement before this step: its first ones are still to come."""
+        return self.measures and self._seen < _FIRST and not self.lost
+
+    @property
+    def starting(self) -> bool:
+        """Whether the curvature may still be changing so fast that measurements should not wait for a budget."""
+        return self.measures and self._seen < _FREE and not self.lost
+
+    def measured(self, rate: float, measurement: Measurement) -> None:
+        """Take in a measurement made while the user's rate was ``rate``, without the scale."""
+        critical = self._critical(rate, measurement) if self.measures else None
+        if critical is None:
+            return
+        target = self.margin * critical
+        if self._target is None or self.policy != "follow":
+            self._target = target
+        else:
+            mixed = _FOLLOW_MEMORY * math.log(self._target) + (1 - _FOLLOW_MEMORY) * math.log(target)
+            self._target = math.exp(mixed)
+        self._seen += 1
+        if self._seen == _FIRST:
+            self._target, self._limit = target, _FIRST_SHARE * target
+
+    def alarmed(self) -> None:
+        """Take in an alarm."""
+        if self.policy == "step_down":
+            self._down, self._quiet = self._down * _DOWN, 0
+
+    def scale(self, rate: float) -> float:
+        """The scale for a step at the user's rate ``rate``, > 0; nothing is changed."""
+        if self.policy == "step_down":
+            return min(self._down * (_GROWTH if self._quiet >= _HOLD else 1.0), 1.0)
+        if not self.measures or self.lost or self._finished():
+            return 1.0
+        limit = self._next_limit()
+        if limit is None:
+            return _FIRST_SCALE
+        if self.policy in ("cap", "warmup"):
+            return min(1.0, limit / rate) if rate > 0 else 1.0
+        peak = max(self._peak, rate)
+        return min(limit / peak, _LARGEST) if peak > 0 else 1.0
+
+    def step(self, rate: float) -> float:
+        """The scale for a step that is taken now."""
+        scale = self.scale(rate)
+        self._steps += 1
+        self._peak = max(self._peak, rate)
+        self._limit = self._next_limit()
+        if self.policy == "step_down":
+            self._down, self._quiet = scale, self._quiet + 1
+        elif self.policy == "warmup" and not self._finished():
+            self._quiet = self._quiet + 1 if scale == 1.0 and self._seen >= _FIRST else 0
+        if self.waiting and self._steps >= _PATIENCE:
+            self.lost = True
+        self.last = scale
+        return scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as numbers."""
+        return {name: value for name, value in vars(self).items() if name not in ("policy", "margin")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off; the policy and its margin stay those of this object."""
+        for name in self.state_dict():
+            if name in state:
+                setattr(self, name, tuple(state[name]) if name == "_moments" else state[name])
+
+    def _finished(self) -> bool:
+        return self.policy == "warmup" and self._quiet >= _SETTLED
+
+    def _next_limit(self) -> float | None:
+        if self._limit is None or self._target is None:
+            return None
+        return min(self._limit * _GROWTH, self._target)
+
+    def _critical(self, rate: float, measurement: Measurement) -> float | None:
+        """The user's rate at which the ratio would be 1."""
+        if self.policy == "cdat":
+            return self._critical_along(measurement)
+        ratio = measurement.mean_square_stability_ratio
+        if ratio is None:
+            ratio = measurement.stability_ratio
+        return rate / ratio if ratio is not None and ratio > 0 and rate > 0 else None
+
+    def _critical_along(self, measurement: Measurement) -> float | None:
+        curvature, critical = measurement.directional_sharpness, measurement.critical_lr
+        if curvature is None or critical is None:
+            return None
+        keep = _FOLLOW_MEMORY if self._seen else 0.0
+        new = (abs(curvature) * critical, abs(curvature))
+        descent, bend = (keep * m + (1 - keep) * n for m, n in zip(self._moments, new, strict=True))
+        self._moments = (descent, bend)
+        return descent / bend if bend > 0 and descent > 0 else None
+
+
+def rate_of(optimizer: Any) -> float:
+    """The largest rate among the optimizer's groups: the one that scales and limits are told of."""
+    return max((float(g["lr"]) for g in unwrap(optimizer).param_groups if "lr" in g), default=0.0)
+
+
+def at_scale(measurement: Measurement, factor: float) -> Measurement:
+    """The measurement as it were with all rates multiplied by ``factor``, but for what lies along a step taken."""
+
+    def times(value: float | None, by: float) -> float | None:
+        return None if value is None else value * by
+
+    ratios = ("stability_ratio", "running_stability_ratio", "mean_square_stability_ratio", "gfs_stability_ratio")
+    changed: dict[str, Any] = {name: times(getattr(measurement, name), factor) for name in ratios}
+    return replace(
+        measurement,
+        **changed,
+        threshold=times(measurement.threshold, 1 / factor),
+        learning_rate=times(measurement.learning_rate, factor),
+    )
+
+
+class Overlay:
+    """Applies a control to each step of an optimizer, and to nothing else.
+
+    The rates of all groups are multiplied just before the optimizer uses them and put back after the step: schedulers,
+    checkpoints and logged rates stay the user's. A closure runs at the user's rates. A step that gradient scaling skips
+    never sees the scale. Tensor rates are changed in place, so that compiled and captured steps see them.
+
+    Args:
+        optimizer: a torch optimizer or a wrapper of one.
+        control: decides the scale.
+
+    Raises:
+        ConfigError: the optimizer searches along a line itself (LBFGS).
+    """
+
+    def __init__(self, optimizer: Any, control: Control) -> None:
+        self.optimizer, self.control = unwrap(optimizer), control
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS evaluates the loss several times per step and chooses its own step length; its rate cannot be "
+                "controlled: use control='observe'"
+            )
+        self._held: list[float | Tensor] = []
+        self._handles: list[Any] = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore()),
+        ]
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._restore()  # of a step that broke off
+        closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
+        if closure is None:
+            self._apply()
+            return None
+
+        def at_the_users_rate() -> Any:
+            self._restore()
+            loss = closure()
+            self._apply()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": at_the_users_rate}
+        return (args[0], at_the_users_rate, *args[2:]), kwargs
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._restore()
+
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """All rates multiplied by ``scale`` for a while."""
+        self._multiply(scale)
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _apply(self) -> None:
+        self._multiply(self.control.step(rate_of(self.optimizer)))
+
+    def _multiply(self, scale: float) -> None:
+        if scale == 1.0:
+            return
+        groups = [g for g in self.optimizer.param_groups if "lr" in g]
+        self._held = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+        for group in groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].mul_(scale)
+            else:
+                group["lr"] = group["lr"] * scale
+
+    def _restore(self) -> None:
+        groups = [g for g in self.optimizer.param_groups if "lr" in g]
+        for group, rate in zip(groups, self._held, strict=False):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))
+            else:
+                group["lr"] = rate
+        self._held = []
+
+
+class Scheduler(Protocol):
+    """A scheduler that puts a control's scale into the rates itself."""
+
+    control: Control
+
+    @property
+    def users_rate(self) -> float:
+        """The largest of the user's rates now, without the scale."""
+
+    def refresh(self) -> None:
+        """Put the control's present scale into the rates."""
+
+
+_schedulers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Scheduler]] = weakref.WeakKeyDictionary()
+
+
+def scheduler_of(optimizer: Any) -> Scheduler | None:
+    """The :class:`~gfs_core.EdgeOfStabilityLR` of this optimizer, which a monitor informs; ``None``: it has none."""
+    held = _schedulers.get(unwrap(optimizer))
+    return None if held is None else held()
+
+
+def scheduled_by(optimizer: Any, scheduler: Scheduler) -> None:
+    """Make ``scheduler`` the one that a monitor of this optimizer informs."""
+    _schedulers[unwrap(optimizer)] = weakref.ref(scheduler)

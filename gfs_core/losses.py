@@ -1,0 +1,70 @@
+"""The losses that training computes: taken in at every step, brought to the host only when they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+_LOSS_MEMORY = 0.9  # per training step, in the mean loss; with more it lags behind a loss that falls fast
+_TRANSFER = 5  # steps whose losses an accelerator hands over together: each transfer waits for it
+
+
+class MeanLoss:
+    """Exponential mean of the training loss, from values that stay on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+        self._new: deque[Tensor] = deque(maxlen=256)  # older ones would not count any more
+
+    def add(self, loss: Tensor | float) -> None:
+        """Take in the loss of one training batch; no transfer from its device."""
+        self._new.append(_scalar(loss))
+
+    def value(self) -> float | None:
+        """The mean; ``None`` before the first finite loss."""
+        if self._new:
+            for loss in torch.stack([t.double() for t in self._new]).tolist():
+                if math.isfinite(loss):
+                    self._mean = loss if self._mean is None else _LOSS_MEMORY * self._mean + (1 - _LOSS_MEMORY) * loss
+            self._new.clear()
+        return self._mean
+
+    def load(self, value: float | None) -> None:
+        """Go on from a saved value."""
+        self._mean = value
+        self._new.clear()
+
+
+class RecentLosses:
+    """The loss of each step since they were last asked for, the mean over its micro-batches."""
+
+    def __init__(self) -> None:
+        self._open: list[Tensor] = []  # of the step that has not ended yet
+        self._held: list[tuple[int, Tensor]] = []
+
+    def add(self, loss: Tensor | float) -> None:
+        """Take in the loss of one training batch; no transfer from its device."""
+        self._open.append(_scalar(loss))
+
+    def up_to(self, step: int, now: bool) -> list[tuple[int, float]]:
+        """End ``step``, and hand over the steps held with their losses: on a CPU always, elsewhere a few together.
+
+        Args:
+            step: the step that the losses added since the last call belong to.
+            now: hand over in any case.
+        """
+        if self._open:
+            self._held.append((step, torch.stack([t.double() for t in self._open]).mean()))
+            self._open = []
+        if not self._held or not (now or self._held[-1][1].device.type == "cpu" or len(self._held) >= _TRANSFER):
+            return []
+        steps, losses = zip(*self._held, strict=True)
+        self._held = []
+        return list(zip(steps, torch.stack(losses).tolist(), strict=True))
+
+
+def _scalar(loss: Tensor | float) -> Tensor:
+    return loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))

@@ -65,6 +65,14 @@ class RecentLosses:
         self._held = []
         return list(zip(steps, torch.stack(losses).tolist(), strict=True))
 
+    def state(self) -> list[tuple[int, float]]:
+        """The steps held with their losses, as numbers."""
+        return [(step, float(loss)) for step, loss in self._held]
+
+    def load(self, state: list[tuple[int, float]]) -> None:
+        """Go on where ``state`` left off."""
+        self._open, self._held = [], [(int(step), torch.tensor(loss, dtype=torch.float64)) for step, loss in state]
+
 
 def _scalar(loss: Tensor | float) -> Tensor:
     return loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))

@@ -50,6 +50,7 @@ class StabilityMonitor:
         control: what decides the learning rate's scale.
         alarm: the early warning; ``None`` where it is off.
         should_stop: whether the early warning asks for the end of the training (``alarm="stop"``).
+        wants_checkpoint: whether it asks for a checkpoint (``alarm_checkpoint=True``); whoever saves one takes it back.
 
     Raises:
         ConfigError: there is nothing to measure, or the rate of this optimizer cannot be controlled.
@@ -111,7 +112,7 @@ class StabilityMonitor:
             }
         self.alarm = None if self.config.alarm == "off" else Alarm()
         self.on_alarm = on_alarm
-        self.should_stop = False
+        self.should_stop = self.wants_checkpoint = False
         self._losses = RecentLosses()
         self._scheduler = scheduler_of(optimizer)
         self.control = Control(self.config.control, self.config.margin)
@@ -221,6 +222,7 @@ class StabilityMonitor:
         if event.state is State.ALARM:
             self.control.alarmed()
             self.should_stop = self.should_stop or self.config.alarm == "stop"
+            self.wants_checkpoint = self.wants_checkpoint or self.config.alarm_checkpoint
         if self.on_alarm is not None:
             self.on_alarm(event)
 
@@ -357,7 +359,7 @@ class StabilityMonitor:
             "batch_sharpness": self._batch_sharpness,
             "clock": self._clock.state(),
             "control": self.control.state_dict(),
-            "alarm": None if self.alarm is None else self.alarm.state_dict(),
+            "alarm": None if self.alarm is None else [self.alarm.state_dict(), self._losses.state()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -389,7 +391,9 @@ class StabilityMonitor:
         self._clock.load(state.get("clock", {}))
         self.control.load_state_dict(state.get("control", {}))
         if self.alarm is not None and state.get("alarm") is not None:
-            self.alarm.load_state_dict(state["alarm"])
+            alarm, losses = state["alarm"]
+            self.alarm.load_state_dict(alarm)
+            self._losses.load(losses)
 
     def _measure(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gfs_core import ConfigError, GFSConfig, GFSWarning, MeasurementError, StabilityMonitor
+from gfs_core import ConfigError, Event, GFSConfig, GFSWarning, Measurement, MeasurementError, StabilityMonitor
 from gfs_core.help import filled_in
 from gfs_core.stability import parameters_of
 from hf_gfs.publish import Publisher
@@ -35,6 +36,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         config: all options at once, from :class:`~hf_gfs.GFSArguments` for instance.
+        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Event`.
         **options: those of :class:`~gfs_core.GFSConfig`, by name:
             {options}
 
@@ -50,12 +52,15 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         50
     """
 
-    def __init__(self, config: GFSConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self, config: GFSConfig | None = None, *, on_alarm: Callable[[Event], Any] | None = None, **options: Any
+    ) -> None:
         if config is not None and options:
             raise ConfigError(f"give either a config or options by name, not both ({', '.join(options)})")
         if config is not None and not isinstance(config, GFSConfig):
             raise ConfigError(f"`config` must be a GFSConfig, got {type(config).__name__}; see GFSArguments.config()")
         self.config = GFSConfig.from_options(**options) if config is None else config
+        self.on_alarm = on_alarm
         self.monitor: StabilityMonitor | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._replay: Replay | None = None
@@ -87,7 +92,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             return
         _measured[model] = (id(state), weakref.ref(self))
         trainer = self._trainer() if self._trainer is not None else None
-        self.monitor = StabilityMonitor(model, optimizer, self.config)
+        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=self.on_alarm)
         if self.monitor.history is None and state.is_world_process_zero:
             self.monitor.history = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
@@ -110,7 +115,10 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure: the weights are still those of the step, its micro-batches are all known."""
-        if self.monitor is None or self._replay is None or not self._replay.keeping:
+        if self.monitor is None or self._replay is None:
+            return
+        if not self._replay.keeping:
+            self._publish(self.monitor.watch(state.global_step), state, control)
             return
         self._replay.keeping = False
         try:
@@ -122,8 +130,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         finally:
             if self._replay is not None:
                 self._replay.clear()
-        if measurement is not None and self._publisher is not None:
-            self._publisher.publish(measurement.as_log_dict(), state, control)
+        self._publish(measurement, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the monitor's state beside the trainer's own checkpoint."""
@@ -141,6 +148,18 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take all hooks away."""
         self._close()
+
+    def _publish(self, measurement: Measurement | None, state: Any, control: Any) -> None:
+        """Log a measurement, and hand on what the early warning asks for."""
+        if self.monitor is None or self._publisher is None:
+            return
+        if measurement is not None:
+            self._publisher.publish(measurement.as_log_dict(), state, control)
+        if self.monitor.wants_checkpoint:
+            self.monitor.wants_checkpoint = False
+            control.should_save = True
+        if self.monitor.should_stop:
+            control.should_training_stop = True
 
     def _verify(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether the replayed loss is the trainer's; measuring ends here where it is not."""
@@ -189,6 +208,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             _warn(f"{path} cannot be used ({type(error).__name__}: {why}); measuring starts cold")
 
     def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
         if self._replay is not None:
             self._replay.close()
         if self._reference is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
-from gfs_core import ConfigError, GFSConfig, Measurement, StabilityMonitor
+from gfs_core import ConfigError, Event, GFSConfig, Measurement, StabilityMonitor
 from gfs_core.help import filled_in
 from lightning_gfs import _compat
 
@@ -23,6 +23,7 @@ else:
     _Base = type("_Base", _compat.callback_bases(), {})
 
 LossFn = Callable[[Any, Any, int], Any]  # of a Tensor; Any keeps the command-line help short
+OnAlarm = Callable[[Event], Any]
 
 _MANUAL = (
     "this module uses manual optimization, whose `training_step` takes optimizer steps itself and cannot be run again; "
@@ -41,6 +42,7 @@ class GFSCallback(_Base):
         loss_fn: ``loss_fn(module, batch, batch_idx)``, the loss to measure instead of ``training_step``'s. With
             several optimizers, a dictionary: a name of your choice for each, in the order of ``trainer.optimizers``.
         progress_bar: show the stability ratio in the progress bar.
+        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Event`.
         {options}
 
     Logs, at the step of Lightning's own values (with several optimizers ``gfs/<name>/…``):
@@ -57,20 +59,26 @@ class GFSCallback(_Base):
     """
 
     def __init__(
-        self, loss_fn: LossFn | Mapping[str, LossFn] | None = None, progress_bar: bool = False, **options: Any
+        self,
+        loss_fn: LossFn | Mapping[str, LossFn] | None = None,
+        progress_bar: bool = False,
+        on_alarm: OnAlarm | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.config = GFSConfig.from_options(**options)
-        self.loss_fn, self.progress_bar = loss_fn, progress_bar
+        self.loss_fn, self.progress_bar, self.on_alarm = loss_fn, progress_bar, on_alarm
         self.monitors: dict[str, StabilityMonitor] = {}
         self._resumed: dict[str, Any] = {}
+        self._step = 0  # at the start of the batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be checked before anything is trained."""
+        self._close()
         losses = self._losses(trainer, pl_module)
         try:
             self.monitors = {
-                name: StabilityMonitor(pl_module, optimizer, self.config, name=name)
+                name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=self.on_alarm)
                 for name, optimizer in zip(losses, trainer.optimizers, strict=True)
             }
         except ConfigError as error:
@@ -84,7 +92,7 @@ class GFSCallback(_Base):
         """Measure before the first micro-batch of an optimizer step: the weights are its, no graph is alive."""
         if batch_idx % trainer.accumulate_grad_batches != 0:
             return
-        step = _compat.logger_step(trainer)
+        self._step = step = _compat.logger_step(trainer)
         for (name, monitor), loss in zip(self.monitors.items(), self._losses(trainer, pl_module).values(), strict=True):
             again = functools.partial(self._loss, trainer, pl_module, loss, batch_idx)
             measurement = monitor.step(again, batch, step)
@@ -99,6 +107,20 @@ class GFSCallback(_Base):
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
             for monitor in self.monitors.values():  # Lightning's is divided by the micro-batches of a step
                 monitor.saw(loss * trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+            return
+        for name, monitor in self.monitors.items():
+            warning = monitor.watch(self._step)
+            if warning is not None:
+                self._publish(trainer, pl_module, warning, name, self._step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks off the optimizers."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off the optimizers."""
+        self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """State of every monitor, so that a resumed run goes on measuring where this one left off."""
@@ -110,6 +132,10 @@ class GFSCallback(_Base):
         for name, monitor in self.monitors.items():
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
+
+    def _close(self) -> None:
+        for monitor in self.monitors.values():
+            monitor.close()
 
     def _losses(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
         """Loss of each optimizer by name; ``None``: the module's own ``training_step``."""
@@ -164,6 +190,18 @@ class GFSCallback(_Base):
         for key, value in values.items():  # for callbacks that monitor a value, and for the bar
             on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
             module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        self._obey(trainer, self.monitors[name], step)
+
+    def _obey(self, trainer: Any, monitor: StabilityMonitor, step: int) -> None:
+        """What an alarm asks of the trainer."""
+        if monitor.wants_checkpoint:
+            monitor.wants_checkpoint = False
+            callback = trainer.checkpoint_callback
+            folder = (callback.dirpath if callback is not None else None) or trainer.log_dir or trainer.default_root_dir
+            if not trainer.fast_dev_run:
+                trainer.save_checkpoint(Path(folder) / f"gfs-alarm-step={step}.ckpt")
+        if monitor.should_stop:
+            trainer.should_stop = True
 
 
 def _declare_options() -> None:
@@ -182,5 +220,9 @@ def _declare_options() -> None:
     GFSCallback.__doc__ = filled_in(GFSCallback.__doc__)
 
 
-_OWN: dict[str, Any] = {"loss_fn": LossFn | Mapping[str, LossFn] | None, "progress_bar": bool}
+_OWN: dict[str, Any] = {
+    "loss_fn": LossFn | Mapping[str, LossFn] | None,
+    "progress_bar": bool,
+    "on_alarm": OnAlarm | None,
+}
 _declare_options()

@@ -221,7 +221,7 @@ def test_probes() -> None:
         ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),
         ("tol", "x", "`tol` must be float, got 'x'"),
         ("history", 3, "`history` must be str or None, got 3"),
-        ("horizons", 3, "unknown option `horizons`; the options are alarm, alarm_checkpoint, batch_sharpness_every, control, "),
+        ("horizons", 3, "unknown option `horizons`; the options are alarm, alarm_checkpoint, batch_sharpness_every, "),
     ],
 )
 def test_wrong_options_are_named(name: str, value: object, text: str) -> None:

@@ -16,7 +16,7 @@ class Clock:
     """Wall time of training and of measuring.
 
     The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of a
-    tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
+    tier that was not part of it, and the first 30 that a control of the learning rate goes by, but for the flow, which may cost minutes: its first price is guessed from that of the
     sharpness. From then on, measuring (the one to come included, at the price of the last) may take the budgeted
     fraction.
     """
@@ -50,21 +50,36 @@ class Clock:
         return self.prices.get("", 0.0) + sum(self.prices.get(t, guesses.get(t, 0.0)) for t in parts)
 
     def measured(
-        self, began: float, ended: float, tiers: Sequence[Tier], seconds: Mapping[Tier, float], early: bool = False
+        self,
+        began: float,
+        ended: float,
+        tiers: Sequence[Tier],
+        seconds: Mapping[Tier, float],
+        *,
+        early: bool = False,
+        free: bool = False,
     ) -> None:
-        """Take in a measurement; ``early``: it was the first, and without the second moments of the optimizer."""
+        """Take in a measurement.
+
+        Args:
+            began, ended: when, in seconds.
+            tiers: what was measured.
+            seconds: what each tier's own part took.
+            early: it was the first, and without the second moments of the optimizer: its price says nothing.
+            free: a control needed it to start: it is on the house, its price counts from the next one on.
+        """
         self.last = ended - began
         costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
         costs.update((str(tier), cost) for tier, cost in seconds.items())
         new = {part for part in costs if part not in self.prices and (part != "gfs" or not self.first)}
-        free = self.last if early else sum(costs[part] for part in new)
+        given = self.last if early or free else sum(costs[part] for part in new)
         if not self.first:
             self.since = self.elapsed()
-        self.first += free
+        self.first += given
         if not early:
             for part, cost in costs.items():  # what was measured cold costs less from then on
                 self.prices[part] = cost if part in self.prices else _WARM.get(part, 0.5) * cost
-            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last - free
+            self.spent[tiers[-1]] = self.spent.get(tiers[-1], 0.0) + self.last - given
 
     def overhead(self) -> float:
         """Fraction of the run's wall time spent measuring, all that was free included."""

@@ -266,8 +266,8 @@ class StabilityMonitor:
             if self.config.strict:
                 raise
             self._failed(error)
-        early = starting or (self.measured == 0 and self._before_second_moments())
-        self._clock.measured(began, time.perf_counter(), tiers, seconds, early)
+        early = self.measured == 0 and self._before_second_moments()
+        self._clock.measured(began, time.perf_counter(), tiers, seconds, early=early, free=starting)
         self.measured += 1
         if measurement is None:
             return None

@@ -93,6 +93,21 @@ def test_parts_of_a_batch_take_turns() -> None:
     assert rotating_part("no tensor", 4, 0) == "no tensor"
 
 
+def test_the_spread_of_the_curvature_is_found_from_single_products() -> None:
+    """λ + w·σ²/λ with σ² = E‖H_B·v‖² − λ²; here H_B = H·(1 + ½·noise)."""
+    estimate = RunningSharpness()
+    like = [torch.zeros(4, dtype=torch.float64)]
+    assert estimate.noisy(1.0) is None
+    for _ in range(100):
+        estimate.update(noisy(0.0), like)
+    assert estimate.noisy(3.0) == pytest.approx(4.0, rel=1e-6)  # no noise, no spread
+    operator, seen = noisy(0.5), []
+    for _ in range(600):
+        estimate.update(operator, like)
+        seen.append(estimate.noisy(3.0))
+    assert sum(seen) / 600 == pytest.approx(4.0 + 3 * 0.25 * 16 / 4.0, rel=0.1)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -173,3 +173,68 @@ def test_tensor_rates_and_wrappers() -> None:
     assert gfs.stability_of(Wrapper(Wrapper(plain)), p).threshold == pytest.approx(20)
     with pytest.raises(TypeError, match="expected a torch"):
         gfs.stability_of(object(), p)
+
+
+def doubled(step: list[list[float]]) -> torch.Tensor:
+    m = torch.tensor(step, dtype=torch.float64)
+    return torch.kron(m, m)
+
+
+def growth_of(update, curvatures: list[float]) -> float:
+    """Growth per step of the second moments of a linear recursion whose curvature is drawn anew at each step."""
+    mean = sum(doubled(update(h)) for h in curvatures) / len(curvatures)
+    return float(torch.linalg.eigvals(mean).abs().max())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_noisy_steps_are_stable_in_the_mean_square_up_to_the_threshold(beta: float, spread: float) -> None:
+    """Heavy ball on a quadratic whose curvature is λ·(1 ± spread), each half of the time: the second moments decay just
+    below λ + f·σ²/λ = threshold and grow just above it."""
+    rate, weight = 0.1, torch.nn.Parameter(torch.zeros(1))
+    stability = gfs.stability_of(torch.optim.SGD([weight], rate, momentum=beta), [weight])
+    assert stability.noise_factor == pytest.approx((1 + beta) / (1 - beta))
+    for times, stable in ((0.97, True), (1.03, False)):
+        curvature = times * stability.threshold / (1 + stability.noise_factor * spread**2)
+
+        def update(h: float) -> list[list[float]]:
+            return [[1 + beta - rate * h, -beta], [1.0, 0.0]]
+
+        growth = growth_of(update, [curvature * (1 + spread), curvature * (1 - spread)])
+        assert (growth < 1) is stable
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_so_are_those_of_an_exponential_mean(beta: float) -> None:
+    """Adam with its preconditioner held at 1: x ← x − η·m, m ← β·m + (1 − β)·h·x."""
+    rate, weight = 0.1, torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], rate, betas=(beta, 0.999))
+    optimizer.state[weight] = {"step": torch.tensor(1e6), "exp_avg_sq": torch.ones(1), "exp_avg": torch.zeros(1)}
+    stability = gfs.stability_of(optimizer, [weight])
+    for times, stable in ((0.97, True), (1.03, False)):
+        curvature = times * stability.threshold / (1 + stability.noise_factor * 0.25)
+
+        def update(h: float) -> list[list[float]]:
+            g = (1 - beta) * h
+            return [[1 - rate * g, -rate * beta], [g, beta]]
+
+        assert (growth_of(update, [1.5 * curvature, 0.5 * curvature]) < 1) is stable
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factor"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), 3.8 / 2.8 / 2 * 10),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), 19.0),
+        (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), 19.0),
+        (lambda p: torch.optim.Adagrad(p, 0.1), 1.0),
+        (lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.0), 19.0),
+    ],
+)
+def test_momentum_widens_the_edge_of_the_mean_but_not_that_of_the_noise(optimizer, factor: float) -> None:
+    """The factor is the threshold over that of plain descent at the same long-run rate."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = optimizer([weight])
+    weight.square().sum().backward()
+    made.step()
+    assert gfs.stability_of(made, [weight]).noise_factor == pytest.approx(factor, rel=1e-6)

@@ -16,9 +16,9 @@ class Clock:
     """Wall time of training and of measuring.
 
     The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of a
-    tier that was not part of it, and the first 30 that a control of the learning rate goes by, but for the flow, which may cost minutes: its first price is guessed from that of the
-    sharpness. From then on, measuring (the one to come included, at the price of the last) may take the budgeted
-    fraction.
+    tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
+    sharpness. And so are the first 30 that a control of the learning rate goes by. From then on, measuring (the one to
+    come included, at the price of the last) may take the budgeted fraction.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,8 @@ class Clock:
         """Take in a measurement.
 
         Args:
-            began, ended: when, in seconds.
+            began: when, in seconds.
+            ended: when, in seconds.
             tiers: what was measured.
             seconds: what each tier's own part took.
             early: it was the first, and without the second moments of the optimizer: its price says nothing.

@@ -134,8 +134,6 @@ class GFSConfig:
         """Steps between measurements of each tier that is on, cheapest first."""
         cheaper = TIERS[: TIERS.index(self.tier)]
         steps: dict[Tier, int | None] = {tier: getattr(self, _EVERY[tier]) for tier in cheaper}
-        if self.control == "cdat" and steps.get("directional", 0) is None:
-            steps["directional"] = self.running_every or self.every  # what it goes by
         return {tier: every for tier, every in (steps | {self.tier: self.every}).items() if every is not None}
 
     @staticmethod

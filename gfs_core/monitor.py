@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
 from gfs_core.batches import copied, first_of_all, fraction_of, rotating_part
-from gfs_core.budget import Clock
+from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
 from gfs_core.curvature import HvpMethod
@@ -31,7 +31,6 @@ from gfs_core.vectors import Vector, clone, combine, norm, random_like
 from gfs_core.vectors import scale as times
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
-_CHEAP_SHARE = 0.75
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
@@ -98,18 +97,12 @@ class StabilityMonitor:
         self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
         self._before_step = -1  # … for a measurement at this one
-        self._clock = Clock()
         if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
             self._tell(
                 f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
                 "trend of its sharpness has come out reversed; use probe='batch', or a larger fixed probe"
             )
         stability = stability_of(optimizer, params)
-        self._cadence = self.config.cadence()
-        if stability.empirical:
-            self._cadence = {
-                tier: self._cadence.get(tier, self.config.every) for tier in ("directional", *self._cadence)
-            }
         self.alarm = None if self.config.alarm == "off" else Alarm()
         self.on_alarm = on_alarm
         self.should_stop = self.wants_checkpoint = False
@@ -125,8 +118,7 @@ class StabilityMonitor:
         self._overlay: Overlay | None = None
         if self._scheduler is None and self.config.control != "observe":
             self._overlay = Overlay(optimizer, self.control)
-        by_the_step = stability.empirical or self.control.policy == "cdat"
-        self._leading: Tier = "directional" if by_the_step else self._cheapest_ratio()
+        self._cadence = Cadence(self.config, self.control, stability.empirical)
         if stability.reason and not stability.adaptive:
             self._tell(stability.reason)
 
@@ -165,13 +157,13 @@ class StabilityMonitor:
             try:
                 measurement = self._step(loss_fn, batch, step, micro_batches)
             finally:
-                if self._keeps(step + 1):
+                if self._cadence.needs_step(step + 1):
                     self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
         return self.watch(step, measurement)
 
     def saw(self, loss: Tensor | float) -> None:
         """Take in the loss of a training batch, the mean over it: for the running estimate and the early warning."""
-        if "running" in self._cadence:
+        if "running" in self._cadence.every:
             self._mean_loss.add(loss)
         if self.alarm is not None:
             self._losses.add(loss)
@@ -249,7 +241,7 @@ class StabilityMonitor:
             part = rotating_part(micro, self._parts, self._turn)
             running = Running(self._running, part, fraction_of(part, current), self._mean_loss.value())
             self._turn += 1
-        starting = self.control.starting and tiers == [self._leading]
+        free = self._cadence.free(tiers)
         scale_before = self.control.scale(self._rate())
         try:
             measurement, seconds = self._measure(
@@ -267,14 +259,14 @@ class StabilityMonitor:
                 raise
             self._failed(error)
         early = self.measured == 0 and self._before_second_moments()
-        self._clock.measured(began, time.perf_counter(), tiers, seconds, early=early, free=starting)
+        self._cadence.clock.measured(began, time.perf_counter(), tiers, seconds, early=early, free=free)
         self.measured += 1
         if measurement is None:
             return None
         measurement = replace(
             measurement,
-            seconds=self._clock.last,
-            overhead=self._clock.overhead(),
+            seconds=self._cadence.clock.last,
+            overhead=self._cadence.clock.overhead(),
             optimizer_name=self._label(measurement),
             batch_sharpness=self._averaged(measurement.batch_sharpness),
         )
@@ -291,7 +283,7 @@ class StabilityMonitor:
         along = before / self.control.last  # what lies along the last step belongs to the rate that it was taken at
         if measurement.critical_lr is not None:
             measurement = replace(measurement, critical_lr=measurement.critical_lr / along)
-        if self._leading == "directional" and measurement.stability_ratio is not None:
+        if self._cadence.leading == "directional" and measurement.stability_ratio is not None:
             measurement = replace(measurement, stability_ratio=measurement.stability_ratio * along)
         self.control.measured(rate * before, measurement)
         scale = self.control.scale(rate)
@@ -302,47 +294,18 @@ class StabilityMonitor:
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` would do anything with a batch at this step."""
         filling = self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches
-        return filling or self.due(step) or self._keeps(step + 1)
+        return filling or self.due(step) or self._cadence.needs_step(step + 1)
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due: at the cadence of a tier, and only while the budget allows one."""
         return bool(self._due(step))
 
     def _due(self, step: int) -> list[Tier]:
-        """The tiers to be measured at this step, cheapest first.
-
-        What comes to be due together is afforded together, from the cheapest on.
-        """
-        due: list[Tier] = []
-        for tier, every in self._cadence.items():
-            possible = tier != "directional" or self._before_step == step  # otherwise its last step was not seen
-            free = tier == self._leading and self.control.starting
-            wanted = step % every == 0 and (free or self._affords([*due, tier]))
-            if possible and (wanted or (free and self.control.waiting)):
-                due.append(tier)
-        return due
+        return self._cadence.due(step, stepped=self._before_step == step)
 
     def _rate(self) -> float:
         """The rate that the user's scheduler sets."""
         return rate_of(self.optimizer) if self._scheduler is None else self._scheduler.users_rate
-
-    def _cheapest_ratio(self) -> Tier:
-        """The cheapest tier that gives a stability ratio."""
-        return next((tier for tier in self._cadence if tier in ("running", *SOLVED)), self.config.tier)
-
-    def _keeps(self, step: int) -> bool:
-        """Whether the weights before this step's predecessor are needed for a measurement at this step."""
-        if "directional" not in self._cadence:
-            return False
-        if self._leading == "directional" and self.control.waiting:
-            return True
-        return any(step % every == 0 and self._affords([tier]) for tier, every in self._cadence.items())
-
-    def _affords(self, tiers: list[Tier]) -> bool:
-        # The cheap tiers share three quarters of the budget evenly, so that the dearest comes to its turn; it may have
-        # all that is left.
-        share = 1.0 if self.config.tier in tiers else _CHEAP_SHARE / max(len(self._cadence) - 1, 1)
-        return self._clock.affords(tiers, self.config.max_overhead, share)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next measurement depends on; loadable with ``weights_only=True``."""
@@ -357,7 +320,7 @@ class StabilityMonitor:
             "before": [self._before_step, self._before],
             "running": [self._running.state_dict(), self._turn, self._parts, self._mean_loss.value()],
             "batch_sharpness": self._batch_sharpness,
-            "clock": self._clock.state(),
+            "clock": self._cadence.clock.state(),
             "control": self.control.state_dict(),
             "alarm": None if self.alarm is None else [self.alarm.state_dict(), self._losses.state()],
         }
@@ -388,7 +351,7 @@ class StabilityMonitor:
                 self._running.load_state_dict({**running, "vector": vector})
             self._mean_loss.load(mean_loss)
         self._batch_sharpness = state.get("batch_sharpness")
-        self._clock.load(state.get("clock", {}))
+        self._cadence.clock.load(state.get("clock", {}))
         self.control.load_state_dict(state.get("control", {}))
         if self.alarm is not None and state.get("alarm") is not None:
             alarm, losses = state["alarm"]

@@ -127,7 +127,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
     assert 0.9 * budget < sum(fractions.values()) <= 1.01 * budget
     assert fractions["gfs"] > 0.23 * budget
     assert fractions["running"] > 0.5 * budget
-    assert monitor._clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
+    assert monitor._cadence.clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
 
 
 def test_failures_are_told_once_and_training_goes_on() -> None:

@@ -36,6 +36,14 @@ def test_plain_loop(tmp_path: Path) -> None:
         assert (m.stability_ratio is not None) == (m.step % 20 == 0)
 
 
+def test_controlled_loop(tmp_path: Path) -> None:
+    lines = run(tmp_path, "controlled_loop.py").splitlines()
+    losses = {line.split(":")[0]: float(line.split()[-1]) for line in lines if ": loss" in line}
+    assert losses["follow"] < 0.1
+    assert losses["observe"] > 2.0
+    assert "follow: step 0, rate used 0.05, scale 0.01" in lines
+
+
 def test_torchmetrics_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "torchmetrics_loop.py").splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"epoch {epoch}" for epoch in range(8)]

@@ -222,9 +222,11 @@ class Overlay:
                 "controlled: use control='observe'"
             )
         self._held: list[float | Tensor] = []
+        # A compiled step would take the scale of its first time for a constant.
+        before, after = (torch.compiler.disable(hook) for hook in (self._before, self._after))  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
             self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore()),
         ]
 

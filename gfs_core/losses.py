@@ -42,12 +42,15 @@ class RecentLosses:
     """The loss of each step since they were last asked for, the mean over its micro-batches."""
 
     def __init__(self) -> None:
-        self._open: list[Tensor] = []  # of the step that has not ended yet
-        self._held: list[tuple[int, Tensor]] = []
+        self._open: list[Tensor | float] = []  # of the step that has not ended yet
+        self._held: list[tuple[int, Tensor | float]] = []
 
     def add(self, loss: Tensor | float) -> None:
         """Take in the loss of one training batch; no transfer from its device."""
-        self._open.append(_scalar(loss))
+        if isinstance(loss, Tensor):
+            self._open.append(loss.item() if loss.device.type == "cpu" else _scalar(loss))
+        else:
+            self._open.append(float(loss))
 
     def up_to(self, step: int, now: bool) -> list[tuple[int, float]]:
         """End ``step``, and hand over the steps held with their losses: on a CPU always, elsewhere a few together.
@@ -57,13 +60,15 @@ class RecentLosses:
             now: hand over in any case.
         """
         if self._open:
-            self._held.append((step, torch.stack([t.double() for t in self._open]).mean()))
+            self._held.append((step, sum(self._open) / len(self._open)))
             self._open = []
-        if not self._held or not (now or self._held[-1][1].device.type == "cpu" or len(self._held) >= _TRANSFER):
+        if not self._held or not (now or isinstance(self._held[-1][1], float) or len(self._held) >= _TRANSFER):
             return []
-        steps, losses = zip(*self._held, strict=True)
+        steps, losses = [s for s, _ in self._held], [loss for _, loss in self._held]
         self._held = []
-        return list(zip(steps, torch.stack(losses).tolist(), strict=True))
+        if any(isinstance(loss, Tensor) for loss in losses):  # one transfer
+            losses = torch.stack([torch.as_tensor(loss) for loss in losses]).tolist()
+        return [(s, float(loss)) for s, loss in zip(steps, losses, strict=True)]
 
     def state(self) -> list[tuple[int, float]]:
         """The steps held with their losses, as numbers."""
@@ -71,8 +76,8 @@ class RecentLosses:
 
     def load(self, state: list[tuple[int, float]]) -> None:
         """Go on where ``state`` left off."""
-        self._open, self._held = [], [(int(step), torch.tensor(loss, dtype=torch.float64)) for step, loss in state]
+        self._open, self._held = [], [(int(step), float(loss)) for step, loss in state]
 
 
 def _scalar(loss: Tensor | float) -> Tensor:
-    return loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    return loss.detach().double().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))

@@ -251,6 +251,24 @@ def test_scaled_steps_are_those_of_the_smaller_rate_to_the_bit(kind: str, closur
     assert any(not torch.equal(a, b) for a, b in zip(before, halved.parameters(), strict=True))
 
 
+def test_a_compiled_step_follows_a_scale_that_changes() -> None:
+    models = net(), net()
+    optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in models]
+    Overlay(optimizers[0], started("cap"))
+    compiled = [torch.compile(o.step, backend="eager") for o in optimizers]
+    control = started("cap")
+    for _ in range(12):
+        optimizers[1].param_groups[0]["lr"] = 0.01 * control.step(0.01)
+        for model, optimizer, step in zip(models, optimizers, compiled, strict=True):
+            optimizer.zero_grad()
+            (model(X).squeeze(1) - X.sum(1)).square().mean().backward()
+            step()
+        assert optimizers[0].param_groups[0]["lr"] == 0.01
+    assert control.last > 0.16
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_groups_keep_their_proportions() -> None:
     model = net()
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters(), "lr": torch.tensor(0.4)}]

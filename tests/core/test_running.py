@@ -175,8 +175,8 @@ def test_each_product_sees_its_part_only() -> None:
         sizes.append((len(x), x[0, 0].item()))
         return model.loss(x)
 
-    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), gfs.GFSConfig(tier="running", every=1))
-    monitor.config = gfs.GFSConfig(tier="running", every=1, max_overhead=None)
+    config = gfs.GFSConfig(tier="running", every=1, max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), config)
     for turn in range(18):
         sizes.clear()
         monitor.step(loss_of, DATA)

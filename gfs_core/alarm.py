@@ -24,21 +24,21 @@ from typing import Any
 _RATIOS = 15  # latest measurements that make up the usual ratio: fewer are too noisy, more lag behind a healthy drift
 _FIRST = 2 * _RATIOS  # measurements before the rules for it begin: as many once more, to tell whether it has long risen
 _RISEN = 2.0  # times the usual ratio before: one that has long been rising warms up or sharpens, and is only watched …
-_JUMP = 2.0  # … unless it is this far above its usual value, relative to it
+_JUMP = 2.5  # … unless it is this far above its usual value, relative to it
 _FLOOR = 0.05  # a ratio below this is so far from the edge that no rise of it matters
-_RISE = (0.6, 1.0)  # above the usual ratio, relative to it, for watch and alarm: in healthy runs 1.3 % and 0.4 % are
+_RISE = (0.75, 1.25)  # above the usual ratio, relative to it, for watch and alarm: in healthy runs 0.8 % and 0.3 % are
 _FIT = 6  # measurements in the fit of the growth: with more it still holds the level before
 _FITTED = 0.97  # correlation of log ratio with the step above which the growth counts as steady
-_GROWN = (0.5, 0.75)  # … where it grows steadily besides: an average of noise makes short trends
+_GROWN = (0.6, 0.95)  # … where it grows steadily besides: an average of noise makes short trends
 _PACE = 1.35  # growth within the fit: progressive sharpening is slower
 _FAR = 500  # steps: an edge that is crossed later than that is not mentioned
-_AHEAD = (200, 120)  # steps until the edge is crossed, for watch and alarm: time to act, near enough to be believed
+_AHEAD = (150, 100)  # steps until the edge is crossed, for watch and alarm: time to act, near enough to be believed
 _FALLING = 0.15  # the mean loss this far below the median, as a fraction of it: the loss falls fast
 _LOSSES = 50  # latest losses that make up the usual loss: enough for their spread, few enough to fall along with it
 _FEWEST = 20  # losses before the rules for it begin
 _MEMORY = 0.9  # weight of the past in the mean loss, per step
-_SPIKE = (3.0, 5.0)  # one loss above the median, in spreads, for watch and alarm: healthy losses have heavy tails
-_MEAN = (0.4, 0.6)  # the mean loss above the median, in spreads, for watch and alarm
+_SPIKE = (4.0, 6.0)  # one loss above the median, in spreads, for watch and alarm: healthy losses have heavy tails
+_MEAN = (0.5, 0.75)  # the mean loss above the median, in spreads, for watch and alarm
 _TINY = 1e-3  # smallest spread, relative to the median: losses that hardly vary are not judged by their last digits
 _CALM_RATIOS, _CALM_LOSSES = 5, 20  # quiet observations in a row that take a rule down one state
 

@@ -323,7 +323,9 @@ def _speak(fabric: Any, batch: int) -> None:
 class Ours(Rule):
     """The package's alarm, whole or in parts."""
 
-    def __init__(self, name: str, parts: tuple[str, ...] = ("ratio", "loss"), state: State = State.ALARM) -> None:
+    def __init__(
+        self, name: str, parts: tuple[str, ...] = ("ratio", "loss", "rate"), state: State = State.ALARM
+    ) -> None:
         super().__init__(name, "strictness", [round(0.5 + 0.05 * i, 2) for i in range(41)], "ours")
         self.parts, self.state = parts, state
 
@@ -338,8 +340,10 @@ class Ours(Rule):
                     return _Verdict(State.QUIET)
 
         alarm, out = Scaled(), []
-        for i, (loss, ratio) in enumerate(zip(stream["loss"], stream["ratio"], strict=True)):
+        for i, (loss, ratio, rate) in enumerate(zip(stream["loss"], stream["ratio"], stream["rate"], strict=True)):
             events = []
+            if "rate" in self.parts:
+                events.append(alarm.saw_rate(i, rate))
             if "loss" in self.parts or math.isfinite(loss):
                 events.append(alarm.saw_loss(i, loss))
             if "ratio" in self.parts and ratio is not None:
@@ -363,6 +367,7 @@ def geometric(first: float, last: float, factor: float) -> list[float]:
 def all_rules() -> list[Rule]:
     return [
         Ours("alarm"),
+        Ours("alarm, without the rate", ("ratio", "loss")),
         Ours("alarm, ratio alone", ("ratio",)),
         Ours("alarm, loss alone", ("loss",)),
         Score("loss > mean + k·σ of 50", "k", geometric(2, 60, 1.02), over_deviation, "loss"),

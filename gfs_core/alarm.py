@@ -1,9 +1,13 @@
 """Early warning: from the losses and stability ratios of a run to *quiet*, *watch* or *alarm*, with the reason.
 
-Three rules speak, each against what the run itself did lately; nothing is assumed about where a healthy ratio lies.
+These rules speak. But for one, each compares the run with what it did lately: a healthy ratio on mini-batches may lie
+anywhere below 1.
 
 * *rise*: the stability ratio is well above its usual value, the median of its recent measurements.
 * *growth*: it grows steadily, and the fitted pace takes it to the edge of stability soon: the step is named.
+* *edge*: the ratio in the mean square, of which 1 is the edge, stays past it: so a run looks that was wrong from the
+  start.
+* *rate*: the learning rate itself jumps. Known before the step is taken, and without a measurement.
 * *loss*: what curvature cannot see. One loss far above the others, a mean loss above them, a loss that is not finite.
 
 A ratio also rises at the start of a healthy run, and while the learning rate warms up. So the rules wait until the
@@ -40,7 +44,18 @@ _MEMORY = 0.9  # weight of the past in the mean loss, per step
 _SPIKE = (4.0, 6.0)  # one loss above the median, in spreads, for watch and alarm: healthy losses have heavy tails
 _MEAN = (0.5, 0.75)  # the mean loss above the median, in spreads, for watch and alarm
 _TINY = 1e-3  # smallest spread, relative to the median: losses that hardly vary are not judged by their last digits
-_CALM_RATIOS, _CALM_LOSSES = 5, 20  # quiet observations in a row that take a rule down one state
+_JUMPED = (1.2, 1.5)  # the learning rate above its median, relative to it: a linear warm-up reaches 1
+_NOISY = 5  # latest mean-square ratios, whose geometric mean counts …
+_SETTLED = 10  # … after so many: the second moments of adaptive optimizers are still settling before
+_PAST = (1.0, 1.5)  # that mean, for watch and alarm: healthy runs stay below 1, or pass it for a moment
+_SOURCES = (  # of observations: their name, and how many quiet ones in a row take a rule down one state
+    ("running stability ratios", 5),
+    ("solved stability ratios", 5),
+    ("losses", 20),
+    ("learning rates", 20),
+    ("mean-square stability ratios", 5),
+)
+_RUNNING, _SOLVED, _LOSS, _RATE, _MEAN_SQUARE = range(5)
 
 
 class State(IntEnum):
@@ -59,7 +74,8 @@ class Event:
         step: the training step at which it was seen.
         state: the new state.
         reason: why, in a sentence.
-        rule: which rule spoke: ``rise``, ``growth``, ``spike``, ``loss``, ``not finite``, or ``calm`` on the way down.
+        rule: which rule spoke: ``rise``, ``growth``, ``edge``, ``rate``, ``spike``, ``loss``, ``not finite``, or
+            ``calm`` on the way down.
     """
 
     step: int
@@ -114,7 +130,11 @@ class Alarm:
         self._ratios: list[deque[tuple[int, float]]] = [deque(maxlen=_FIRST + 1), deque(maxlen=_FIRST + 1)]
         self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._mean: float | None = None
-        self._sources = [_Source(_CALM_RATIOS), _Source(_CALM_RATIOS), _Source(_CALM_LOSSES)]
+        self._rates: deque[float] = deque(maxlen=_LOSSES)
+        self._rated = -1  # step of the last of them
+        self._noisy: deque[float] = deque(maxlen=_NOISY)
+        self._noisy_seen = 0
+        self._sources = [_Source(patience) for _, patience in _SOURCES]
 
     def saw_loss(self, step: int, loss: float) -> Event | None:
         """Take in the loss of a training step.
@@ -127,11 +147,49 @@ class Alarm:
             The change of state that follows; ``None`` where there is none.
         """
         if not math.isfinite(loss):
-            return self._changed(step, 2, _Verdict(State.ALARM, f"the loss is {loss}", "not finite"))
+            return self._changed(step, _LOSS, _Verdict(State.ALARM, f"the loss is {loss}", "not finite"))
         self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
         verdict = self._judge_loss(loss, self._mean)
         self._losses.append(loss)
-        return self._changed(step, 2, verdict)
+        return self._changed(step, _LOSS, verdict)
+
+    def saw_rate(self, step: int, rate: float) -> Event | None:
+        """Take in the learning rate that a step is about to use; it needs no measurement.
+
+        Args:
+            step: the training step; told twice of one, the second time is passed over.
+            rate: > 0; another number is passed over.
+
+        Returns:
+            The change of state that follows; ``None`` where there is none.
+        """
+        if step == self._rated or not (math.isfinite(rate) and rate > 0):
+            return None
+        self._rated = step
+        verdict = self._judge_rate(rate)
+        self._rates.append(rate)
+        return self._changed(step, _RATE, verdict)
+
+    def saw_mean_square(self, step: int, ratio: float) -> Event | None:
+        """Take in a stability ratio in the mean square, for which 1 is the edge whatever the batch size.
+
+        Args:
+            step: the training step at which it was measured.
+            ratio: > 0; another number is passed over.
+
+        Returns:
+            The change of state that follows; ``None`` where there is none.
+        """
+        if not (math.isfinite(ratio) and ratio > 0):
+            return None
+        self._noisy.append(ratio)
+        self._noisy_seen += 1
+        mean = math.exp(sum(map(math.log, self._noisy)) / len(self._noisy))
+        found = self._passed(mean, _PAST) if self._noisy_seen > _SETTLED else State.QUIET
+        reason = (
+            f"steps on mini-batches are past the edge: the stability ratio in the mean square is {mean:.2g}, not < 1"
+        )
+        return self._changed(step, _MEAN_SQUARE, _Verdict(found, reason, "edge"))
 
     def saw_ratio(self, step: int, ratio: float, solved: bool) -> Event | None:
         """Take in a measured stability ratio.
@@ -150,6 +208,16 @@ class Alarm:
         held = self._ratios[solved]
         held.append((step, ratio))
         return self._changed(step, int(solved), self._judge_ratio([*held], 2 if solved else 1))
+
+    def _judge_rate(self, rate: float) -> _Verdict:
+        if len(self._rates) < _FEWEST:
+            return _Verdict(State.QUIET)
+        usual = median(self._rates)
+        known = max((held[-1][1] for held in self._ratios if held), default=None)
+        if known is not None and known * rate / usual < _FLOOR:
+            return _Verdict(State.QUIET)
+        reason = f"the learning rate rose to {rate:.3g}, {rate / usual:.1f} times its usual {usual:.3g}"
+        return _Verdict(self._passed(rate / usual - 1, _JUMPED), reason, "rate")
 
     def _judge_loss(self, loss: float, mean: float) -> _Verdict:
         if len(self._losses) < _FEWEST:
@@ -202,7 +270,7 @@ class Alarm:
         if state == self.state:
             return None
         if state < self.state:
-            seen, name = (_CALM_LOSSES, "losses") if source == 2 else (_CALM_RATIOS, "stability ratios")
+            name, seen = _SOURCES[source]
             verdict = _Verdict(state, f"the last {seen} {name} were nearer to their usual values")
         self.state, self.reason = state, verdict.reason
         return Event(step, state, verdict.reason, verdict.rule)
@@ -215,6 +283,8 @@ class Alarm:
             "ratios": [[list(pair) for pair in held] for held in self._ratios],
             "losses": list(self._losses),
             "mean": self._mean,
+            "rates": [self._rated, list(self._rates)],
+            "noisy": [self._noisy_seen, list(self._noisy)],
             "sources": [[int(s.state), s.calm] for s in self._sources],
         }
 
@@ -227,6 +297,9 @@ class Alarm:
         self._losses.clear()
         self._losses.extend(state["losses"])
         self._mean = state["mean"]
+        self._rated, rates = state["rates"]
+        self._noisy_seen, noisy = state["noisy"]
+        self._rates, self._noisy = deque(rates, maxlen=_LOSSES), deque(noisy, maxlen=_NOISY)
         for source, (level, calm) in zip(self._sources, state["sources"], strict=True):
             source.state, source.calm = State(level), int(calm)
 

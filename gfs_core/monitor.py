@@ -176,6 +176,8 @@ class StabilityMonitor:
         """
         changes: list[Event | None] = []
         if self.alarm is not None:
+            rate = self._rate() * self.control.scale(self._rate()) if self._rates_on_host() else 0.0
+            changes.append(self.alarm.saw_rate(step, rate))
             changes += [self.alarm.saw_loss(*seen) for seen in self._losses.up_to(step, measurement is not None)]
             if measurement is not None:
                 for ratio, solved in (
@@ -184,6 +186,8 @@ class StabilityMonitor:
                 ):
                     if ratio is not None:
                         changes.append(self.alarm.saw_ratio(step, ratio, solved))
+                if measurement.mean_square_stability_ratio is not None:
+                    changes.append(self.alarm.saw_mean_square(step, measurement.mean_square_stability_ratio))
         events = [e for e in changes if e is not None]
         for event in events:
             self._act_on(event)
@@ -302,6 +306,11 @@ class StabilityMonitor:
 
     def _due(self, step: int) -> list[Tier]:
         return self._cadence.due(step, stepped=self._before_step == step)
+
+    def _rates_on_host(self) -> bool:
+        """Whether reading the rates waits for no accelerator."""
+        rates = [g.get("lr") for g in unwrap(self.optimizer).param_groups]
+        return all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)
 
     def _rate(self) -> float:
         """The rate that the user's scheduler sets."""

@@ -200,7 +200,9 @@ def test_the_way_down_takes_quiet_observations() -> None:
     alarm.saw_ratio(300, 0.6, solved=False)
     events = [alarm.saw_ratio(305 + 5 * k, 0.2, solved=False) for k in range(10)]
     assert [k for k, e in enumerate(events) if e is not None] == [4, 9]
-    assert events[4] == Event(325, State.WATCH, "the last 5 stability ratios were nearer to their usual values", "calm")
+    assert events[4] == Event(
+        325, State.WATCH, "the last 5 running stability ratios were nearer to their usual values", "calm"
+    )
     assert events[9] is not None
     assert events[9].state == State.QUIET
 
@@ -334,3 +336,66 @@ def test_extreme_numbers_are_taken(losses: list[float], ratios: list[float]) -> 
         alarm.saw_loss(step, loss)
         alarm.saw_ratio(step // 2, ratio, False)  # the same step twice, as after a resume
     json.dumps(alarm.state_dict(), allow_nan=False)
+
+
+# --- the rate and the edge ------------------------------------------------------------------------------------------
+
+
+def test_a_jump_of_the_rate_is_seen_before_the_step() -> None:
+    alarm = settled(0.2)
+    assert [alarm.saw_rate(step, 0.1) for step in range(60)] == [None] * 60
+    assert alarm.saw_rate(60, 0.21) is None
+    event = alarm.saw_rate(61, 0.23)
+    assert (event.state, event.rule) == (State.WATCH, "rate")
+    assert alarm.saw_rate(61, 10.0) is None  # the same step again
+    event = alarm.saw_rate(62, 0.26)
+    assert event == Event(62, State.ALARM, "the learning rate rose to 0.26, 2.6 times its usual 0.1", "rate")
+    events = [alarm.saw_rate(step, 0.1) for step in range(63, 103)]
+    assert [e.state for e in events if e is not None] == [State.WATCH, State.QUIET]
+    assert "the last 20 learning rates" in alarm.reason
+
+
+def test_a_rate_that_matters_little_may_jump() -> None:
+    alarm = settled(0.001)
+    for step in range(60):
+        alarm.saw_rate(step, 0.1)
+    assert alarm.saw_rate(60, 1.0) is None  # ten times as near to the edge as next to nothing
+    assert alarm.saw_rate(61, 10.0).state is State.ALARM
+
+
+@pytest.mark.parametrize("warmup", [5, 30, 200, 2000])
+def test_a_linear_warm_up_and_a_cosine_are_healthy(warmup: int) -> None:
+    alarm = Alarm()
+    rates = [min(1.0, (t + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * t / 3000)) for t in range(3000)]
+    assert [alarm.saw_rate(step, rate) for step, rate in enumerate(rates)] == [None] * 3000
+    assert alarm.saw_rate(3001, 0.0) is None  # no step is taken
+
+
+def test_past_the_edge_in_the_mean_square() -> None:
+    alarm = Alarm()
+    assert [alarm.saw_mean_square(5 * i, 3.0) for i in range(10)] == [None] * 10  # still settling
+    event = alarm.saw_mean_square(50, 3.0)
+    assert (event.state, event.rule) == (State.ALARM, "edge")
+    assert "the stability ratio in the mean square is 3, not < 1" in event.reason
+    healthy = Alarm()
+    values = [0.9, 0.5, 3.0] * 20  # single ones above; 1.1 in the mean
+    assert all(
+        e is None or e.state is State.WATCH for e in (healthy.saw_mean_square(i, v) for i, v in enumerate(values))
+    )
+    assert healthy.saw_mean_square(70, math.nan) is None
+
+
+def test_rates_and_mean_squares_survive_a_resume() -> None:
+    def told(alarm: Alarm, steps: range) -> list[Event | None]:
+        out: list[Event | None] = []
+        for step in steps:
+            out.append(alarm.saw_rate(step, 0.1 if step < 70 else 0.4))
+            out.append(alarm.saw_mean_square(step, 0.5 if step < 80 else 2.0))
+        return out
+
+    whole, first, second = Alarm(), Alarm(), Alarm()
+    before = told(first, range(66))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before + told(second, range(66, 120)) == told(whole, range(120))
+    assert whole.state_dict() == second.state_dict()
+    assert whole.state is State.ALARM

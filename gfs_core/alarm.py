@@ -186,9 +186,7 @@ class Alarm:
         self._noisy_seen += 1
         mean = math.exp(sum(map(math.log, self._noisy)) / len(self._noisy))
         found = self._passed(mean, _PAST) if self._noisy_seen > _SETTLED else State.QUIET
-        reason = (
-            f"steps on mini-batches are past the edge: the stability ratio in the mean square is {mean:.2g}, not < 1"
-        )
+        reason = f"noisy steps are past the edge: the stability ratio in the mean square is {mean:.2g}, not < 1"
         return self._changed(step, _MEAN_SQUARE, _Verdict(found, reason, "edge"))
 
     def saw_ratio(self, step: int, ratio: float, solved: bool) -> Event | None:

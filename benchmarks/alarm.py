@@ -89,11 +89,12 @@ class Training:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    overhead: float | None = None
     gain: list[float] = field(default_factory=lambda: [1.0])
 
     def __post_init__(self) -> None:
         self.monitor = gfs.StabilityMonitor(
-            self.model, self.optimizer, gfs.GFSConfig(tier="running", every=EVERY, max_overhead=None)
+            self.model, self.optimizer, gfs.GFSConfig(tier="running", every=EVERY, max_overhead=self.overhead)
         )
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
 
@@ -149,7 +150,7 @@ def workloads() -> dict[str, Workload]:
 Stream = dict[str, list[Any]]  # "loss", "gradient", "ratio": one value per step; no ratio: None
 
 
-def record(workload: Workload, optimizer: str, seed: int) -> dict[str, Any]:
+def record(workload: Workload, optimizer: str, seed: int, overhead: float | None = None) -> dict[str, Any]:
     """All runs of one seed: two without a fault, and one per fault, from the same state."""
     data = workload.data()
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -162,12 +163,15 @@ def record(workload: Workload, optimizer: str, seed: int) -> dict[str, Any]:
     def made() -> Training:
         torch.manual_seed(seed)
         model = workload.model()
-        return Training(model, {"momentum": sgd, "AdamW": adamw}[optimizer](model, workload.rates[optimizer]))
+        made_for = {"momentum": sgd, "AdamW": adamw}[optimizer](model, workload.rates[optimizer])
+        return Training(model, made_for, overhead)
 
     def run(
         training: Training, begin: int, end: int, fault: Fault, schedule: Callable[[int], float] = lambda step: 1.0
     ) -> Stream:
         out: Stream = {"loss": [], "gradient": [], "ratio": []}
+        clock = training.monitor._cadence.clock
+        clock.load(times if begin else clock.state())  # a run's budget does not grow while another one runs
         for step in range(begin, end):
             k = step - begin
             rows = order[step * BATCH : (step + 1) * BATCH]
@@ -186,7 +190,9 @@ def record(workload: Workload, optimizer: str, seed: int) -> dict[str, Any]:
         return out
 
     training = made()
+    times: dict[str, Any] = {}
     before = run(training, 0, start, Fault())
+    times |= training.monitor._cadence.clock.state()
     tails = {name: run(copy.deepcopy(training), start, start + AFTER, fault) for name, fault in FAULTS.items()}
     rest = run(training, start, LONG, Fault())
     constant = {name: before[name] + rest[name] for name in before}
@@ -202,11 +208,12 @@ def warm_cosine(step: int) -> float:
     return min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / LONG))
 
 
-def recorded(name: str, workload: Workload, optimizer: str, seed: int) -> dict[str, Any]:
-    path = RUNS / f"{name.split(',')[0]}-{optimizer}-{seed}.json"
+def recorded(name: str, workload: Workload, optimizer: str, seed: int, overhead: float | None = None) -> dict[str, Any]:
+    budget = "" if overhead is None else f"-{overhead}"
+    path = RUNS / f"{name.split(',')[0]}-{optimizer}-{seed}{budget}.json"
     if not path.is_file():
         RUNS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record(workload, optimizer, seed)))
+        path.write_text(json.dumps(record(workload, optimizer, seed, overhead)))
         print(f"recorded {path.name}", flush=True)
     held: dict[str, Any] = json.loads(path.read_text())
     return held
@@ -418,12 +425,12 @@ class Case:
         return None
 
 
-def cases() -> list[Case]:
+def cases(overhead: float | None = None, seeds: range | None = None) -> list[Case]:
     out = []
     for name, workload in workloads().items():
-        for seed in workload.seeds:
+        for seed in workload.seeds if seeds is None else seeds:
             for optimizer in workload.rates:
-                held = recorded(name, workload, optimizer, seed)
+                held = recorded(name, workload, optimizer, seed, overhead)
                 start = held["start"]
                 rates = {"constant": [1.0] * LONG, "schedule": [warm_cosine(step) for step in range(LONG)]}
                 for kind, rate in rates.items():

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 import warnings
 from collections import Counter, deque
@@ -23,8 +24,10 @@ from statistics import fmean, median
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from lightning.fabric.utilities.spike import SpikeDetection, TrainingSpikeException
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import gfs_core as gfs
@@ -694,6 +697,8 @@ NUMBERS = {
 HEAD = """# Early warning: who speaks first?
 
     OMP_NUM_THREADS=1 python -m benchmarks.alarm
+
+![Steps from a fault to the alarm, by rule](alarm.svg)
 """
 METHOD = """\
 Three trainings (an MLP on digits, a CNN on 3000 images of Fashion-MNIST, a transformer on the characters of Python's
@@ -735,8 +740,48 @@ harm, and the steps that were left in the median; the other rule is the one that
 """
 
 
+DRAWN = (
+    "alarm",
+    "alarm, without the rate",
+    "loss > mean + k·σ of 50",
+    "mean loss (0.9) over median of 50",
+    "Lightning, rtol",
+    "gradient over median of 50",
+)
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Delays as a picture: median and quartiles of every fault; at the top, what never came."""
+    mpl.rcParams["svg.hashsalt"] = "alarm"
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axes, optimizer in zip(figure.subplots(2, 1, sharex=True), OPTIMIZERS, strict=True):
+        for i, name in enumerate(DRAWN):
+            rows = {
+                r["fault"]: r
+                for r in results["rows"]
+                if (r["rule"], r["optimizer"], r["workload"]) == (name, optimizer, "all")
+            }
+            for x, fault in enumerate(FAULTS):
+                low, mid, high = (AFTER * 1.2 if q is None else q for q in rows[fault]["quartiles"])
+                place = x + 0.12 * (i - 2.5)
+                axes.plot([place, place], [low, high], color=f"C{i}", linewidth=2)
+                axes.plot(place, mid, "o", color=f"C{i}", markersize=6 if i else 9, label=name if x == 0 else None)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([0, 1, 3, 10, 30, 100, AFTER * 1.2], ["0", "1", "3", "10", "30", "100", "never"])
+        axes.set_ylabel(f"{optimizer}: steps to the alarm")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_xticks(range(len(FAULTS)), list(FAULTS), rotation=15)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.savefig(HERE / "alarm.svg", metadata={"Date": None})
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["draw"]:
+        results = json.loads((HERE / "alarm.json").read_text())
+        (HERE / "alarm.md").write_text(render(results))
+        draw(results)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = cases()
@@ -746,6 +791,7 @@ def main() -> None:
     results = {"versions": {"torch": torch.__version__, "python": platform.python_version()}, **compare(found)}
     (HERE / "alarm.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (HERE / "alarm.md").write_text(render(results))
+    draw(results)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ class Measurement:
     )
     running_stability_ratio: float | None = _key("running_sharpness / threshold: often and cheap")
     mean_square_stability_ratio: float | None = _key(
-        "running_stability_ratio with the spread of the curvature from batch to batch: 1 is the edge at which noisy "
-        "steps, momentum included, stop being stable in the mean square"
+        "stability ratio over the latest parts, with the spread of the curvature from batch to batch: 1 is the edge at "
+        "which noisy steps, momentum included, stop being stable in the mean square"
     )
     batch_sharpness: float | None = _key(
         "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -420,6 +421,36 @@ def test_a_rate_far_too_high_is_held(kind: str, control: str) -> None:
             assert m.threshold * m.lr_effective == pytest.approx(2 * 1.9)
             assert m.running_stability_ratio == pytest.approx(m.running_sharpness / m.threshold)
         assert all(m.mean_square_stability_ratio <= 0.51 for m in late) or control == "follow"
+
+
+SCHEDULERS: dict[str, Any] = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 7),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, total_steps=40),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=5),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.95),
+    "warm restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 6),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=2),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5), torch.optim.lr_scheduler.CosineAnnealingLR(o, 30)],
+        [5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_scheduler_goes_on_under_it(name: str) -> None:
+    """The rates that a scheduler sets are the same to the bit with and without a control, which holds them."""
+    rates = {}
+    for control in ("observe", "follow"):
+        fit = Fit("sgd", 1.0, control=control)
+        scheduler = SCHEDULERS[name](fit.optimizer)
+        metric = (1.0,) if name == "plateau" else ()
+        fit.scheduler.step = functools.partial(scheduler.step, *metric)  # type: ignore[method-assign]
+        rates[control] = fit.run(0, 40).rates
+    assert rates["follow"] == rates["observe"]
+    assert len(set(rates["observe"])) > 2
+    assert fit.found[-1].lr_scale != 1.0
 
 
 def test_a_rate_that_is_safe_is_left_alone() -> None:

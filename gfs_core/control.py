@@ -1,8 +1,9 @@
 """The learning rate held at the edge: policies, and the overlay that applies them to an optimizer's steps.
 
 A policy is a *scale* on the rate that the user's own scheduler sets. What it goes by is the stability ratio in the mean
-square where the running estimate is on, otherwise the solved or the empirical ratio: with ratio r at rate η, the rate
-``margin``·η/r is the one to stay below. That *limit* falls at once and grows by 2 % per step.
+square where the running estimate is on (the running ratio where that could not be had), otherwise the solved or the
+empirical ratio: with ratio r at rate η, the rate ``margin``·η/r is the one to
+stay below. That *limit* falls at once and grows by 2 % per step.
 
 ==============  ======================================================================================================
 ``observe``     nothing is changed
@@ -72,6 +73,7 @@ class Control:
         self._target: float | None = None  # rate to stay below by the measurements …
         self._limit: float | None = None  # … and with the growth limited
         self._peak = 0.0  # largest rate of the user's so far
+        self._noisy = False  # whether there has been a ratio in the mean square
         self._quiet = 0  # steps without anything to hold back, or since the last alarm
         self._down = 1.0
         self._moments = (0.0, 0.0)  # of cdat: means of uᵀHu·(critical rate) and |uᵀHu|
@@ -163,7 +165,11 @@ class Control:
         if self.policy == "cdat":
             return self._critical_along(measurement)
         ratio = measurement.mean_square_stability_ratio
-        if ratio is None:
+        if ratio is not None:
+            self._noisy = True
+        elif self._noisy:  # a solved ratio knows nothing of the noise: it does not take turns with one that does
+            ratio = measurement.running_stability_ratio
+        elif measurement.running_stability_ratio is None:  # otherwise its first part, which has no spread yet
             ratio = measurement.stability_ratio
         return rate / ratio if ratio is not None and ratio > 0 and rate > 0 else None
 

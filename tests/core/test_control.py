@@ -143,6 +143,19 @@ def test_the_solved_ratio_serves_where_there_is_no_running_one() -> None:
     assert control.scale(RATE) == pytest.approx(0.25)
 
 
+def test_the_running_ratio_serves_where_that_in_the_mean_square_could_not_be_had() -> None:
+    control = started("cap")
+    control.measured(RATE, gfs.Measurement(0, running_stability_ratio=5.0, stability_ratio=0.1))
+    assert control.step(RATE) == pytest.approx(0.1)
+    control.measured(RATE, gfs.Measurement(0, stability_ratio=0.01))  # solved for in between: without the noise
+    assert control.step(RATE) == pytest.approx(0.1)
+    fresh = Control("cap", 0.5)
+    fresh.measured(RATE, gfs.Measurement(0, running_stability_ratio=5.0))  # the very first part: nothing to go by yet
+    for _ in range(3):
+        fresh.measured(RATE, measured(1.0))
+    assert fresh.waiting
+
+
 def test_observe_changes_nothing() -> None:
     control = Control("observe", 0.5)
     control.measured(RATE, measured(100.0))

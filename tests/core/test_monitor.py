@@ -175,7 +175,7 @@ def test_nothing_is_kept_but_the_warm_start() -> None:
 
     before, weights = elements(), sum(p.numel() for p in model.parameters())
     run(model, optimizer, monitor, batches(3))
-    assert abs(elements() - before) < weights
+    assert elements() - before < weights  # what other tests left may go meanwhile
     warm = monitor.state_dict()["warm"]
     assert [sum(t.numel() for t in v) for v in warm] == [weights, weights]
 

@@ -138,6 +138,13 @@ class Workload:
     rates: dict[str, float]
     seeds: range = SEEDS
 
+    def training(self, optimizer: str, seed: int, times: float = 1.0, overhead: float | None = None) -> Training:
+        """A training at its start, its rate that of the workload times ``times``."""
+        torch.manual_seed(seed)
+        model = self.model()
+        made = {"momentum": sgd, "AdamW": adamw}[optimizer](model, times * self.rates[optimizer])
+        return Training(model, made, overhead)
+
 
 def workloads() -> dict[str, Workload]:
     characters, alphabet = text(2000, 24)
@@ -164,10 +171,7 @@ def record(workload: Workload, optimizer: str, seed: int, overhead: float | None
     start = HEALTHY + seed % EVERY  # a measurement does not always come with the fault
 
     def made() -> Training:
-        torch.manual_seed(seed)
-        model = workload.model()
-        made_for = {"momentum": sgd, "AdamW": adamw}[optimizer](model, workload.rates[optimizer])
-        return Training(model, made_for, overhead)
+        return workload.training(optimizer, seed, overhead=overhead)
 
     def run(
         training: Training, begin: int, end: int, fault: Fault, schedule: Callable[[int], float] = lambda step: 1.0

@@ -24,7 +24,6 @@ from benchmarks.alarm import (
     OPTIMIZERS,
     WORKLOADS,
     Ours,
-    Training,
     all_rules,
     cases,
     delay,
@@ -34,7 +33,6 @@ from benchmarks.alarm import (
     quantile,
     workloads,
 )
-from benchmarks.tiers import adamw, sgd
 
 BUDGET = 0.05
 SEEDS = range(5, 9)
@@ -88,10 +86,7 @@ def from_the_start() -> list[dict[str, Any]]:
     for (name, workload), optimizer, multiple, seed in itertools.product(
         workloads().items(), OPTIMIZERS, MULTIPLES, SEEDS
     ):
-        torch.manual_seed(seed)
-        model = workload.model()
-        made = {"momentum": sgd, "AdamW": adamw}[optimizer](model, multiple * workload.rates[optimizer])
-        training = Training(model, made)
+        training = workload.training(optimizer, seed, multiple)
         events: list[gfs.Event] = []
         training.monitor.on_alarm = events.append
         x, y = workload.data()

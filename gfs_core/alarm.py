@@ -205,7 +205,7 @@ class Alarm:
             return None
         held = self._ratios[solved]
         held.append((step, ratio))
-        return self._changed(step, int(solved), self._judge_ratio([*held], 2 if solved else 1))
+        return self._changed(step, _SOLVED if solved else _RUNNING, self._judge_ratio([*held], 2 if solved else 1))
 
     def _judge_rate(self, rate: float) -> _Verdict:
         if len(self._rates) < _FEWEST:

@@ -9,6 +9,7 @@ from gfs_core.errors import ConfigError
 
 Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
+Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
 _EVERY: dict[Tier, str] = {tier: f"{tier}_every" for tier in TIERS[:-1]}
 
 

@@ -2,8 +2,8 @@
 
 A policy is a *scale* on the rate that the user's own scheduler sets. What it goes by is the stability ratio in the mean
 square where the running estimate is on (the running ratio where that could not be had), otherwise the solved or the
-empirical ratio: with ratio r at rate η, the rate ``margin``·η/r is the one to
-stay below. That *limit* falls at once and grows by 2 % per step.
+empirical ratio: with ratio r at rate η, the rate ``margin``·η/r is the one to stay below. That *limit*
+falls at once and grows by 2 % per step.
 
 ==============  ======================================================================================================
 ``observe``     nothing is changed
@@ -27,16 +27,15 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gfs_core.config import Policy
 from gfs_core.errors import ConfigError
 from gfs_core.measurement import Measurement
 from gfs_core.stability import unwrap
-
-Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
 
 _GROWTH = 1.02  # of the limit, per step: a limit that is too low costs little, one that is too high the run
 _FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
@@ -189,6 +188,14 @@ def rate_of(optimizer: Any) -> float:
     return max((float(g["lr"]) for g in unwrap(optimizer).param_groups if "lr" in g), default=0.0)
 
 
+def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set the rate of one group; a tensor is changed in place, as compiled and captured steps read it there."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 def at_scale(measurement: Measurement, factor: float) -> Measurement:
     """The measurement as it were with all rates multiplied by ``factor``, but for what lies along a step taken."""
 
@@ -289,10 +296,7 @@ class Overlay:
     def _restore(self) -> None:
         groups = [g for g in self.optimizer.param_groups if "lr" in g]
         for group, rate in zip(groups, self._held, strict=False):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(rate))
-            else:
-                group["lr"] = rate
+            set_rate(group, rate)
         self._held = []
 
 

@@ -64,11 +64,10 @@ class RecentLosses:
             self._open = []
         if not self._held or not (now or isinstance(self._held[-1][1], float) or len(self._held) >= _TRANSFER):
             return []
-        steps, losses = [s for s, _ in self._held], [loss for _, loss in self._held]
-        self._held = []
-        if any(isinstance(loss, Tensor) for loss in losses):  # one transfer
-            losses = torch.stack([torch.as_tensor(loss) for loss in losses]).tolist()
-        return [(s, float(loss)) for s, loss in zip(steps, losses, strict=True)]
+        held, self._held = self._held, []
+        away = [loss for _, loss in held if isinstance(loss, Tensor)]
+        arrived = iter(torch.stack(away).tolist() if away else [])  # one transfer
+        return [(s, next(arrived) if isinstance(loss, Tensor) else loss) for s, loss in held]
 
     def state(self) -> list[tuple[int, float]]:
         """The steps held with their losses, as numbers."""
@@ -80,4 +79,4 @@ class RecentLosses:
 
 
 def _scalar(loss: Tensor | float) -> Tensor:
-    return loss.detach().double().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    return loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))

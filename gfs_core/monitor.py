@@ -176,8 +176,9 @@ class StabilityMonitor:
         """
         changes: list[Event | None] = []
         if self.alarm is not None:
-            rate = self._rate() * self.control.scale(self._rate()) if self._rates_on_host() else 0.0
-            changes.append(self.alarm.saw_rate(step, rate))
+            if self._rates_on_host():
+                rate = self._rate()
+                changes.append(self.alarm.saw_rate(step, rate * self.control.scale(rate)))
             changes += [self.alarm.saw_loss(*seen) for seen in self._losses.up_to(step, measurement is not None)]
             if measurement is not None:
                 for ratio, solved in (
@@ -192,7 +193,7 @@ class StabilityMonitor:
         for event in events:
             self._act_on(event)
         if events and measurement is None:
-            measurement = Measurement(step, self.name or type(unwrap(self.optimizer)).__name__)
+            measurement = Measurement(step, self._label())
         if measurement is None:
             return None
         reasons = (*measurement.reasons, *(e.reason for e in events))
@@ -271,7 +272,7 @@ class StabilityMonitor:
             measurement,
             seconds=self._cadence.clock.last,
             overhead=self._cadence.clock.overhead(),
-            optimizer_name=self._label(measurement),
+            optimizer_name=self._label(),
             batch_sharpness=self._averaged(measurement.batch_sharpness),
         )
         for reason in measurement.reasons:
@@ -281,7 +282,7 @@ class StabilityMonitor:
 
     def _controlled(self, measurement: Measurement, before: float) -> Measurement:
         """What was measured at the scale ``before``, at that of the coming step: the control takes it in."""
-        if not self.control.measures and self.control.policy != "step_down":
+        if self.control.policy == "observe":
             return measurement
         rate = self._rate()
         along = before / self.control.last  # what lies along the last step belongs to the rate that it was taken at
@@ -453,8 +454,8 @@ class StabilityMonitor:
             where = f" of {self.name}" if self.name else ""
             warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)
 
-    def _label(self, measurement: Measurement) -> str:
-        return self.name or measurement.optimizer_name
+    def _label(self) -> str:
+        return self.name or type(unwrap(self.optimizer)).__name__
 
 
 def _to(batch: Any, device: torch.device) -> Any:

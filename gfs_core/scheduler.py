@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from gfs_core.control import Control, Policy, scheduled_by
+from gfs_core.config import Policy
+from gfs_core.control import Control, scheduled_by, set_rate
 from gfs_core.errors import ConfigError
 
 
@@ -74,7 +75,7 @@ class EdgeOfStabilityLR(LRScheduler):
         scale = self.control.scale(self.users_rate)
         groups = self.optimizer.param_groups
         for group, rate in zip(groups, self._users, strict=True):
-            _set(group, rate * scale)
+            set_rate(group, rate * scale)
         self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
 
     def get_lr(self) -> list[Any]:
@@ -83,7 +84,7 @@ class EdgeOfStabilityLR(LRScheduler):
             self.control.step(self.users_rate)  # the step that has been taken
             if self.base_scheduler is not None:
                 for group, rate in zip(self.optimizer.param_groups, self._users, strict=True):
-                    _set(group, rate)  # schedulers go on from the rate that they find
+                    set_rate(group, rate)  # schedulers go on from the rate that they find
                 self.base_scheduler.step()
                 self._users = [float(g["lr"]) for g in self.optimizer.param_groups]
         scale = self.control.scale(self.users_rate)
@@ -104,10 +105,3 @@ class EdgeOfStabilityLR(LRScheduler):
         if self.base_scheduler is not None and base is not None:
             self.base_scheduler.load_state_dict(base)
         self.control.load_state_dict(control)
-
-
-def _set(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

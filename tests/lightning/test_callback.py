@@ -29,6 +29,7 @@ import gfs_core as gfs
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.core.options import BESIDE, NOT_DEFAULT
+from tests.lightning.trainers import quiet
 from tests.wandb_files import logged
 
 
@@ -85,17 +86,8 @@ class Net(L.LightningModule):
 def train(folder: Path, callbacks=(), model=None, workers=0, batch=32, shuffle=True, logger=None, **options):
     L.seed_everything(0, verbose=False)
     model = (model or Net)()  # built after seeding
-    options = {"max_epochs": 2} | options
-    trainer = L.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        logger=TensorBoardLogger(folder, name="tb", version="") if logger is None else logger,
-        **options,
-    )
+    logger = TensorBoardLogger(folder, name="tb", version="") if logger is None else logger
+    trainer = quiet(folder, callbacks, **{"max_epochs": 2, "logger": logger} | options)
     loader = DataLoader(digits(), batch_size=batch, shuffle=shuffle, num_workers=workers)
     trainer.fit(model, loader)
     return model, trainer

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
+from tests.lightning.trainers import quiet
 
 LABELS = torch.randint(4, (256,), generator=torch.Generator().manual_seed(1))
 DATA = TensorDataset(nn.functional.one_hot(LABELS, 8) + 0.5 * torch.randn(256, 8), LABELS)
@@ -56,15 +57,8 @@ def fit(folder: Path, model: Net, *callbacks: Any, resume: Any = None, **options
     L.seed_everything(0, verbose=False)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
-    trainer = L.Trainer(
-        **{"max_epochs": 3, "logger": False, "enable_checkpointing": False} | options,
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    defaults = {"max_epochs": 3, "logger": False, "enable_checkpointing": False}
+    trainer = quiet(folder, callbacks, **defaults | options)
     trainer.fit(model, DataLoader(DATA, batch_size=32, shuffle=False), ckpt_path=resume)
     return trainer
 

@@ -7,7 +7,8 @@ anywhere below 1.
 * *growth*: it grows steadily, and the fitted pace takes it to the edge of stability soon: the step is named.
 * *edge*: the ratio in the mean square, of which 1 is the edge, stays past it: so a run looks that was wrong from the
   start.
-* *rate*: the learning rate itself jumps. Known before the step is taken, and without a measurement.
+* *rate*: the learning rate itself jumps. Known before the step is taken, and without a measurement. Where a control goes
+  by measurements, the rate does not jump, and the rule is not asked.
 * *loss*: what curvature cannot see. One loss far above the others, a mean loss above them, a loss that is not finite.
 
 A ratio also rises at the start of a healthy run, and while the learning rate warms up. So the rules wait until the
@@ -210,6 +211,8 @@ class Alarm:
     def _judge_rate(self, rate: float) -> _Verdict:
         if len(self._rates) < _FEWEST:
             return _Verdict(State.QUIET)
+        if self._passed(rate / min(self._rates) - 1, _JUMPED) is State.QUIET:  # the median is no lower, and dearer
+            return _Verdict(State.QUIET)
         usual = median(self._rates)
         known = max((held[-1][1] for held in self._ratios if held), default=None)
         if known is not None and known * rate / usual < _FLOOR:
@@ -263,6 +266,8 @@ class Alarm:
         return usual - self._mean > _FALLING * abs(usual)
 
     def _changed(self, step: int, source: int, verdict: _Verdict) -> Event | None:
+        if verdict.state is self._sources[source].state is State.QUIET:
+            return None
         self._sources[source].take(verdict.state)
         state = max(s.state for s in self._sources)
         if state == self.state:

@@ -17,7 +17,7 @@ class Clock:
 
     The first measurement is on the house: it is cold, and holds one-time costs of the libraries. So is the first of a
     tier that was not part of it, but for the flow, which may cost minutes: its first price is guessed from that of the
-    sharpness. And so are the first 30 that a control of the learning rate goes by. From then on, measuring (the one to
+    sharpness. And so are the first 20 that a control of the learning rate goes by. From then on, measuring (the one to
     come included, at the price of the last) may take the budgeted fraction.
     """
 

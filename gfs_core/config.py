@@ -84,7 +84,11 @@ class GFSConfig:
         "cap until nothing is held back any more; cdat, put at `margin` of the critical rate along the steps. The "
         "user's scheduler and logged rate stay as they are.",
     )
-    margin: float = _option(0.5, "Stability ratio that a control keeps below; 1 is the edge of stability.")
+    margin: float | None = _option(
+        None,
+        "Stability ratio that a control keeps below; 1 is the edge of stability. null: 0.5, and 1 for optimizers with "
+        "second moments (Adam and its kind).",
+    )
     alarm: Literal["off", "log", "warn", "stop"] = _option(
         "log",
         "What an early warning does: off, there is none; log, it is logged and kept in the history; warn, it is also "
@@ -112,7 +116,7 @@ class GFSConfig:
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
-        if not 0 < self.margin <= 1:
+        if self.margin is not None and not 0 < self.margin <= 1:
             raise ConfigError(f"`margin` must be in (0, 1], the edge of stability; got {self.margin}")
         no_ratio = self.tier == "directional" or (self.tier == "batch_sharpness" and self.running_every is None)
         if self.control in ("cap", "follow", "warmup") and no_ratio:

@@ -3,7 +3,7 @@
 A policy is a *scale* on the rate that the user's own scheduler sets. What it goes by is the stability ratio in the mean
 square where the running estimate is on (the running ratio where that could not be had), otherwise the solved or the
 empirical ratio: with ratio r at rate η, the rate ``margin``·η/r is the one to stay below. That *limit*
-falls at once and grows by 2 % per step.
+falls at once and grows by 2 % per step, with adaptive optimizers by 5 %.
 
 ==============  ======================================================================================================
 ``observe``     nothing is changed
@@ -11,7 +11,7 @@ falls at once and grows by 2 % per step.
 ``follow``      rate = limit (of the ratio's exponential mean), times the user's rate over its largest so far: the
                 schedule keeps its shape, but not its height; a warm-up in it is replaced by one that is measured
 ``warmup``      ``cap`` until it has had nothing to hold back for 100 steps
-``step_down``   halved by every alarm, held for 100 steps, then let up by 2 % per step
+``step_down``   halved by every alarm, held for 100 steps, then let up as the limit is
 ``cdat``        as ``follow``, with the critical rate along the last step in place of the ratio: margin ½ is σ = 1 of
                 Roulet et al. 2024, arXiv 2407.06183, and 1 the edge
 ==============  ======================================================================================================
@@ -37,10 +37,13 @@ from gfs_core.errors import ConfigError
 from gfs_core.measurement import Measurement
 from gfs_core.stability import unwrap
 
-_GROWTH = 1.02  # of the limit, per step: a limit that is too low costs little, one that is too high the run
+# What optimizers without and with second moments stand was measured, in benchmarks/control.md: the edge itself and fast
+# growth destroy runs with momentum, and are best with AdamW, whose steps keep their size where gradients explode.
+_GROWTH = {False: 1.02, True: 1.05}  # of the limit, per step
+_MARGIN = {False: 0.5, True: 1.0}
 _FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
 _FIRST = 4  # measurements before the limit is trusted, …
-_FREE = 30  # measurements that no budget holds back: the curvature changes fastest at the start
+_FREE = 20  # measurements that no budget holds back: the curvature changes fastest at the start
 _FIRST_SCALE = 0.01  # … the scale until then, …
 _FIRST_SHARE = 0.3  # … and the part of the limit to start from
 _PATIENCE = 50  # steps without those measurements after which the rate is given free
@@ -55,16 +58,21 @@ class Control:
 
     Args:
         policy: see the module's table.
-        margin: stability ratio to stay below, in (0, 1].
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and 1 for adaptive optimizers, but for ``cdat``.
+        adaptive: whether the optimizer divides by second moments, as Adam does.
 
     Attributes:
         policy: the policy; may be changed to ``"observe"`` at any time.
+        margin: the stability ratio to stay below.
+        growth: factor by which the limit may grow per step.
         last: the scale of the last step taken.
         lost: whether a policy that needs measurements has had too few for too long; the scale is 1 then.
     """
 
-    def __init__(self, policy: Policy, margin: float) -> None:
-        self.policy, self.margin = policy, margin
+    def __init__(self, policy: Policy, margin: float | None = None, adaptive: bool = False) -> None:
+        self.policy = policy
+        self.margin = _MARGIN[adaptive and policy != "cdat"] if margin is None else margin
+        self.growth = _GROWTH[adaptive]
         self.lost = False
         self.last = 1.0
         self._seen = 0  # measurements
@@ -92,6 +100,11 @@ class Control:
         """Whether the curvature may still be changing so fast that measurements should not wait for a budget."""
         return self.measures and self._seen < _FREE and not self.lost
 
+    @property
+    def holding(self) -> bool:
+        """Whether measurements decide the rate now: it does not jump then, whatever the user's rate does."""
+        return self.measures and not self.lost and not self._finished()
+
     def measured(self, rate: float, measurement: Measurement) -> None:
         """Take in a measurement made while the user's rate was ``rate``, without the scale."""
         critical = self._critical(rate, measurement) if self.measures else None
@@ -115,8 +128,8 @@ class Control:
     def scale(self, rate: float) -> float:
         """The scale for a step at the user's rate ``rate``, > 0; nothing is changed."""
         if self.policy == "step_down":
-            return min(self._down * (_GROWTH if self._quiet >= _HOLD else 1.0), 1.0)
-        if not self.measures or self.lost or self._finished():
+            return min(self._down * (self.growth if self._quiet >= _HOLD else 1.0), 1.0)
+        if not self.holding:
             return 1.0
         limit = self._next_limit()
         if limit is None:
@@ -143,7 +156,7 @@ class Control:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
-        return {name: value for name, value in vars(self).items() if name not in ("policy", "margin")}
+        return {name: value for name, value in vars(self).items() if name not in ("policy", "margin", "growth")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off; the policy and its margin stay those of this object."""
@@ -157,7 +170,7 @@ class Control:
     def _next_limit(self) -> float | None:
         if self._limit is None or self._target is None:
             return None
-        return min(self._limit * _GROWTH, self._target)
+        return min(self._limit * self.growth, self._target)
 
     def _critical(self, rate: float, measurement: Measurement) -> float | None:
         """The user's rate at which the ratio would be 1."""

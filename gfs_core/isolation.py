@@ -56,6 +56,7 @@ class Isolation:
         named = [(name or "model", m) for name, m in self.model.named_modules()]
         self._state = PythonState(named, skip=self.parameters)
         self._rng = RandomState(self.parameters)
+        self._evaluated = False
         for p in self.parameters:
             p.grad = None
             if p._backward_hooks:
@@ -64,28 +65,28 @@ class Isolation:
 
     def rewind(self) -> None:
         """Put back everything but the parameters: the next evaluation starts from the same state."""
-        self._state.restore()
-        self._rng.restore()
+        if self._evaluated:
+            self._state.restore()
+            self._rng.restore()
+        self._evaluated = True
 
     def __exit__(self, *exc: object) -> None:
         self._state.restore()
-        with torch.no_grad():
-            for p, held, grad, requires_grad, hooks in zip(
-                self.parameters, self._weights, self._grads, self._requires_grad, self._hooks, strict=True
-            ):
-                p.copy_(held)
-                p.grad = grad
-                p.requires_grad_(requires_grad)
-                if hooks:
-                    p._backward_hooks = hooks
+        self.restore_weights()
+        for p, grad, requires_grad, hooks in zip(
+            self.parameters, self._grads, self._requires_grad, self._hooks, strict=True
+        ):
+            p.grad = grad
+            p.requires_grad_(requires_grad)
+            if hooks:
+                p._backward_hooks = hooks
         self._rng.restore()
         del self._weights, self._grads, self._state
 
     def restore_weights(self) -> None:
         """Put the parameters back to where the measurement found them."""
         with torch.no_grad():
-            for p, held in zip(self.parameters, self._weights, strict=True):
-                p.copy_(held)
+            torch._foreach_copy_(self.parameters, self._weights)
 
     @property
     def leaks(self) -> list[str]:

@@ -108,7 +108,7 @@ class StabilityMonitor:
         self.should_stop = self.wants_checkpoint = False
         self._losses = RecentLosses()
         self._scheduler = scheduler_of(optimizer)
-        self.control = Control(self.config.control, self.config.margin)
+        self.control = Control(self.config.control, self.config.margin, stability.adaptive)
         if self._scheduler is not None:
             self.control = self._scheduler.control
         if self._scheduler is not None and self.config.control != "observe":
@@ -176,7 +176,7 @@ class StabilityMonitor:
         """
         changes: list[Event | None] = []
         if self.alarm is not None:
-            if self._rates_on_host():
+            if not self.control.holding and self._rates_on_host():
                 rate = self._rate()
                 changes.append(self.alarm.saw_rate(step, rate * self.control.scale(rate)))
             changes += [self.alarm.saw_loss(*seen) for seen in self._losses.up_to(step, measurement is not None)]

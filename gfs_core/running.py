@@ -24,7 +24,7 @@ from typing import Any
 
 from gfs_core.curvature import Operator
 from gfs_core.eigen import largest_eigenvalues
-from gfs_core.vectors import Vector, axpy, clone, combine, dots, norm, scale
+from gfs_core.vectors import Vector, clone, combine, dots
 
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
@@ -87,15 +87,26 @@ class RunningSharpness:
             self.vector = first.vector
             return first.value
         product = operator(self.vector)
-        quotient, square = dots([(self.vector, product), (product, product)])
+        one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
+        quotient, square = quotient / one, square / one
         if math.isfinite(square) and square > 0.0:
             self._spread_over(quotient, square)
-            if quotient < 0:  # towards the largest eigenvalue, not the largest in magnitude
-                axpy(2 * math.sqrt(square), self.vector, product)
-            scale(1 / norm(product), product)
-            combine(_TURN, product, 1 - _TURN, self.vector)
-            scale(1 / norm(self.vector), self.vector)
+            self._turn_to(product, quotient, square, math.sqrt(one))
         return quotient
+
+    def _turn_to(self, product: Vector, quotient: float, square: float, length: float) -> None:
+        """Turn the direction towards ``product``; every norm follows from the inner products, without another transfer.
+
+        With v of norm 1 and p = H_B·v + s·v, the shift s being 0, or 2‖H_B·v‖ where vᵀH_B·v is negative (so that the
+        turn is towards the largest eigenvalue, not the largest in magnitude): v ← ½v + ½p/‖p‖, and back to norm 1.
+        """
+        assert self.vector is not None
+        shift = 2 * math.sqrt(square) if quotient < 0 else 0.0
+        along = quotient + shift
+        size = math.sqrt(square + 2 * shift * quotient + shift * shift)
+        turned = math.sqrt((1 - _TURN) ** 2 + _TURN**2 + 2 * _TURN * (1 - _TURN) * along / size)
+        stay, turn = (1 - _TURN + _TURN * shift / size) / turned, _TURN / (size * turned)
+        combine(turn / length, product, stay / length, self.vector)
 
     def _spread_over(self, quotient: float, square: float) -> None:
         """Take in one part: |vᵀH_B·v| and ‖H_B·v‖²."""

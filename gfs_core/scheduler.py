@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from gfs_core.config import Policy
 from gfs_core.control import Control, scheduled_by, set_rate
 from gfs_core.errors import ConfigError
+from gfs_core.stability import parameters_of, stability_of
 
 
 class EdgeOfStabilityLR(LRScheduler):
@@ -26,7 +27,7 @@ class EdgeOfStabilityLR(LRScheduler):
         optimizer: the torch optimizer.
         base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
         policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"`` or ``"cdat"``.
-        margin: stability ratio to stay below, in (0, 1].
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and 1 for optimizers with second moments.
 
     Raises:
         ConfigError: the policy is not known, the margin out of its range, or the base scheduler does not fit.
@@ -46,11 +47,11 @@ class EdgeOfStabilityLR(LRScheduler):
         optimizer: Optimizer,
         base_scheduler: LRScheduler | None = None,
         policy: Policy = "cap",
-        margin: float = 0.5,
+        margin: float | None = None,
     ) -> None:
         if policy not in get_args(Policy):
             raise ConfigError(f"`policy` must be one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}")
-        if not 0 < margin <= 1:
+        if margin is not None and not 0 < margin <= 1:
             raise ConfigError(f"`margin` must be in (0, 1], the edge of stability; got {margin}")
         if isinstance(base_scheduler, ReduceLROnPlateau):
             raise ConfigError(
@@ -60,7 +61,8 @@ class EdgeOfStabilityLR(LRScheduler):
         if base_scheduler is not None and base_scheduler.optimizer is not optimizer:
             raise ConfigError("`base_scheduler` belongs to another optimizer; give one of the same")
         self.base_scheduler = base_scheduler
-        self.control = Control(policy, margin)
+        adaptive = stability_of(optimizer, parameters_of(optimizer)).adaptive
+        self.control = Control(policy, margin, adaptive)
         self._users = [float(g["lr"]) for g in optimizer.param_groups]
         super().__init__(optimizer)
         scheduled_by(optimizer, self)

@@ -7,8 +7,10 @@ one long tensor, so a vector costs exactly one copy of the weights. Everything g
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -86,8 +88,9 @@ def dots(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[flo
     Each tensor's own product is accumulated in its dtype (float32 for half precision), the sum over
     tensors in float64.
     """
-    parts = [torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]) for x, y in pairs]
-    return cast(list[float], torch.stack([p.sum() for p in parts]).tolist())
+    parts = [_dot(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)]
+    values = iter(torch.stack(parts).double().tolist())
+    return [math.fsum(itertools.islice(values, len(x))) for x, _ in pairs]
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
@@ -103,4 +106,4 @@ def norm(x: Sequence[Tensor]) -> float:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
-    return torch.dot(a.reshape(-1), b.reshape(-1)).double()
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -53,6 +53,32 @@ def test_cap_starts_low_grows_by_two_per_cent_and_falls_at_once() -> None:
     assert control.scale(0.0) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["monitor", "scheduler"])
+def test_the_margin_and_the_growth_are_those_that_the_optimizer_stands(kind: str) -> None:
+    def control(make: Any, policy: Any, margin: float | None = None) -> Control:
+        model = net()
+        optimizer = make(model.parameters(), lr=0.1)
+        if kind == "scheduler":
+            return gfs.EdgeOfStabilityLR(optimizer, None, policy, margin).control
+        return gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(control=policy, margin=margin)).control
+
+    found = [control(torch.optim.SGD, "cap"), control(torch.optim.AdamW, "cap"), control(torch.optim.RMSprop, "follow")]
+    assert [(c.margin, c.growth) for c in found] == [(0.5, 1.02), (1.0, 1.05), (1.0, 1.05)]
+    assert control(torch.optim.AdamW, "cdat").margin == 0.5
+    assert control(torch.optim.AdamW, "cap", 0.25).margin == 0.25
+    adaptive = found[1]
+    for _ in range(4):
+        adaptive.step(RATE)
+        adaptive.measured(RATE, measured(10.0))  # a tenth of the rate is allowed
+    assert [adaptive.step(RATE) for _ in range(3)] == pytest.approx([0.03 * 1.05**k for k in (1, 2, 3)])
+    for _ in range(100):
+        adaptive.step(RATE)
+    assert adaptive.scale(RATE) == pytest.approx(0.1)
+    kept = Control("cap", 0.5, adaptive=True)
+    kept.load_state_dict(adaptive.state_dict())
+    assert (kept.margin, kept.growth) == (0.5, 1.05)
+
+
 def test_the_limit_is_a_rate_whatever_the_schedule_does() -> None:
     control = started("cap")
     for _ in range(100):
@@ -436,6 +462,23 @@ def test_a_rate_far_too_high_is_held(kind: str, control: str) -> None:
         assert all(m.mean_square_stability_ratio <= 0.51 for m in late) or control == "follow"
 
 
+def test_a_rate_that_the_control_lets_rise_is_no_alarm() -> None:
+    fit = Fit("sgd", 10.0)  # held far below that
+    assert fit.monitor.alarm is not None
+    fit.monitor.alarm.saw_ratio(0, 0.5, solved=True)  # far from the edge the rule for the rate says nothing
+    events: list[gfs.Event] = []
+    fit.monitor.on_alarm = events.append
+    fit.run(0, 41)
+    control = fit.monitor.control
+    assert control._limit is not None
+    assert control._target is not None
+    control._limit, control._target = 5 * control._limit, 5 * control._target  # what a measurement may find
+    before = control.last
+    fit.run(41, 43)
+    assert control.last > 4 * before
+    assert [e for e in events if e.rule == "rate"] == []
+
+
 SCHEDULERS: dict[str, Any] = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 7),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, total_steps=40),
@@ -496,7 +539,7 @@ def test_switched_off_in_the_middle_the_rate_is_the_users() -> None:
 
 def test_the_budget_waits_until_the_control_has_started() -> None:
     fit = Fit("sgd", 0.5, 400, max_overhead=1e-9, tier="running", every=1).run(0, 80)
-    assert [m.step for m in fit.found if m.hvps] == list(range(31))  # the first has no spread, and does not count
+    assert [m.step for m in fit.found if m.hvps] == list(range(21))  # the first has no spread, and does not count
     assert fit.found[0].mean_square_stability_ratio is None
 
 
@@ -536,6 +579,8 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     events: list[gfs.Event] = []
     fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", alarm_checkpoint=True, history=f"{tmp_path}/h.jsonl")
     fit.monitor.on_alarm = events.append
+    assert fit.monitor.alarm is not None
+    fit.monitor.alarm.saw_ratio(0, 0.5, solved=True)  # the rule says nothing far from the edge
     fit.run(0, 100)
     assert not fit.monitor.should_stop
     with pytest.warns(gfs.GFSWarning, match="alarm at step 100: the loss is .* times as far above its median"):

@@ -41,6 +41,23 @@ def test_single_products_average_to_the_largest_eigenvalue() -> None:
     assert max(values) < 1.5 * 4.0
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_direction_turns_by_half_of_a_product_whatever_its_length(sign: float) -> None:
+    """Against the turn written out; a direction whose length has drifted comes back to 1."""
+    start = torch.tensor([0.5, 0.5, 0.1, 0.4], dtype=torch.float64)
+    start /= start.norm()
+    hessian = sign * torch.tensor([4.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    product = hessian * start
+    quotient = float(start @ product)
+    shifted = product + (2 * product.norm() * start if quotient < 0 else 0.0)
+    turned = 0.5 * start + 0.5 * shifted / shifted.norm()
+    for length in (1.0, 3.0):
+        estimate = RunningSharpness()
+        estimate.vector = [length * start.clone()]
+        assert estimate.update(lambda v: [hessian * v[0]], []) == pytest.approx(quotient, rel=1e-12)
+        assert torch.allclose(estimate.vector[0], turned / turned.norm(), rtol=1e-12)
+
+
 def test_a_quotient_is_corrected_for_the_loss_of_its_part() -> None:
     """Curvature in proportion to the loss: the corrected estimate has none of the noise of the parts."""
     generator = torch.Generator().manual_seed(0)

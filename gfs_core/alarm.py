@@ -7,8 +7,8 @@ anywhere below 1.
 * *growth*: it grows steadily, and the fitted pace takes it to the edge of stability soon: the step is named.
 * *edge*: the ratio in the mean square, of which 1 is the edge, stays past it: so a run looks that was wrong from the
   start.
-* *rate*: the learning rate itself jumps. Known before the step is taken, and without a measurement. A control that goes by
-  measurements decides itself how fast the rate rises; the rule is not asked then.
+* *rate*: the learning rate itself jumps. Known before the step is taken, and without a measurement. A control that
+  goes by measurements decides itself how fast the rate rises; the rule is not asked then.
 * *loss*: what curvature cannot see. One loss far above the others, a mean loss above them, a loss that is not finite.
 
 A ratio also rises at the start of a healthy run, and while the learning rate warms up. So the rules wait until the

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gfs_core.budget import Clock
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control
 from gfs_core.measure import SOLVED
+from gfs_core.ranks import Ranks
 
 _CHEAP_SHARE = 0.75
 
@@ -19,6 +20,7 @@ class Cadence:
         config: the options.
         control: its first measurements do not wait for the budget.
         empirical: the optimizer's threshold is not known, so that its steps are measured.
+        ranks: the processes that decide together: by the clock of rank 0. ``None``: there is only this one.
 
     Attributes:
         every: steps between measurements of each tier, cheapest first.
@@ -26,8 +28,9 @@ class Cadence:
         leading: the tier that the control goes by.
     """
 
-    def __init__(self, config: GFSConfig, control: Control, empirical: bool) -> None:
-        self.config, self.control = config, control
+    def __init__(self, config: GFSConfig, control: Control, empirical: bool, ranks: Ranks | None = None) -> None:
+        self.config, self.control, self.ranks = config, control, ranks
+        self._decided: tuple[int, list[Tier]] = (-1, [])  # step, and what all of the processes measure there
         self.every = config.cadence()
         by_the_step = empirical or control.policy == "cdat"
         if by_the_step and "directional" not in self.every:
@@ -45,11 +48,26 @@ class Cadence:
         Args:
             step: optimizer steps taken so far.
             stepped: whether the last step was seen, without which nothing directional is measured.
+
+        Raises:
+            RanksLost: another process does not answer.
         """
+        if self.ranks is None:
+            return self._due(step, stepped, self._affords)
+        if self._decided[0] != step:
+            wanted = self._due(step, stepped, lambda tiers: True)
+            if wanted and self.config.max_overhead is not None:
+                own = self._due(step, stepped, self._affords)
+                said = self.ranks.total([float(self.ranks.rank == 0 and tier in own) for tier in wanted])
+                wanted = [tier for tier, yes in zip(wanted, said, strict=True) if yes]
+            self._decided = (step, wanted)
+        return list(self._decided[1])
+
+    def _due(self, step: int, stepped: bool, affords: Callable[[list[Tier]], bool]) -> list[Tier]:
         due: list[Tier] = []
         for tier, every in self.every.items():
             free = tier == self.leading and self.control.starting
-            wanted = step % every == 0 and (free or self._affords([*due, tier]))
+            wanted = step % every == 0 and (free or affords([*due, tier]))
             if (stepped or tier != "directional") and (wanted or (free and self.control.waiting)):
                 due.append(tier)
         return due
@@ -60,7 +78,8 @@ class Cadence:
             return False
         if self.leading == "directional" and self.control.waiting:
             return True
-        return any(step % every == 0 and self._affords([tier]) for tier, every in self.every.items())
+        together = self.ranks is not None  # all of them keep their weights, whatever each one's clock says
+        return any(step % every == 0 and (together or self._affords([t])) for t, every in self.every.items())
 
     def free(self, tiers: Sequence[Tier]) -> bool:
         """Whether a measurement of ``tiers`` is one that the control needs to start."""

@@ -68,6 +68,11 @@ class GFSConfig:
     )
     probe_batches: int = _option(1, "Batches in the fixed probe.")
     probe_size: int | None = _option(None, "Examples of a batch used for measuring; null: all of them.")
+    sync: Literal["global", "local"] = _option(
+        "global",
+        "With several processes: global measures the mean loss over all of them; local that of rank 0 alone, whose "
+        "values all of them use, and sends no vector.",
+    )
     hvp: Literal["auto", "exact", "gradients"] = _option(
         "auto", "How Hessian-vector products are computed: by double backward, from gradients, or whichever works."
     )

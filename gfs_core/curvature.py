@@ -34,6 +34,10 @@ class _SilentlyWrong(RuntimeError):
     pass
 
 
+class _OnAnotherRank(RuntimeError):
+    pass
+
+
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|does not currently support double backward|use_reentrant=True"
     r"|not compatible with \.grad\(\)|once_differentiable|Trying to backward through the graph a second time"
@@ -95,7 +99,7 @@ class Hessian:
         check = self._from_gradients(vector) if self.method != "gradients" and not self.trusted else None
         while self.method != "gradients":
             try:
-                product = self._exact(vector)
+                product = self._exact_on_all(vector)
                 if check is not None:
                     self._compare(product, check)
             except RuntimeError as error:
@@ -120,20 +124,25 @@ class Hessian:
         if self._graph is None:
             return dots([(self.objective.gradient()[1], vector)])[0]
         held = [(g.detach(), v) for g, v in zip(self._graph.gradient, vector, strict=True) if g is not None]
-        return dots([([g for g, _ in held], [v for _, v in held])])[0]
+        slope = dots([([g for g, _ in held], [v for _, v in held])])[0]
+        ranks = self.objective.ranks
+        return slope if ranks is None else ranks.mean(slope)
 
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""
         self._graph = None
+
+    def _may_be_met(self, error: RuntimeError) -> bool:
+        """Whether another way to the product may get around this error."""
+        ours = isinstance(error, (MeasurementError, torch.OutOfMemoryError))
+        return isinstance(error, _OnAnotherRank) or (not ours and bool(_NO_SECOND_DERIVATIVE.search(str(error))))
 
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
         if isinstance(error, _SilentlyWrong):
             self._plain_kernels = True  # no other kernel would help
-        elif isinstance(error, (MeasurementError, torch.OutOfMemoryError)) or not _NO_SECOND_DERIVATIVE.search(
-            str(error)
-        ):
+        elif not self._may_be_met(error):
             raise error
         if not self._plain_kernels:
             self._plain_kernels = True
@@ -145,6 +154,24 @@ class Hessian:
             raise MeasurementError(
                 f"hvp='exact' was asked for, but this model has no second derivative ({text}); use hvp='auto'"
             ) from error
+
+    def _exact_on_all(self, vector: Vector) -> Vector:
+        """The exact product, its mean over the processes; where one of them cannot, none of them can."""
+        ranks = self.objective.ranks
+        if ranks is None:
+            return self._exact(vector)
+        problem = product = None
+        try:
+            product = self._exact(vector)
+        except RuntimeError as error:
+            if not self._may_be_met(error):
+                raise
+            problem = error
+        if ranks.any(problem is not None):
+            raise problem or _OnAnotherRank("there is none on another rank")
+        assert product is not None
+        self.loss = ranks.mean_of(self.loss, product)
+        return product
 
     def _exact(self, vector: Vector) -> Vector:
         batches = self.objective.batches

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core.config import Tier
 from gfs_core.curvature import Hessian, HvpMethod
@@ -21,6 +22,7 @@ from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
 from gfs_core.objective import LossFn, Objective
 from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
+from gfs_core.ranks import Ranks
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, norm, scale
@@ -182,13 +184,15 @@ def measure(
     seed: int = 0,
     step: int = 0,
     warm: WarmStart | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Measurement, Hessian, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
     ``tiers`` names what is measured, ``before`` the weights before the last optimizer step (consumed; without them
     nothing directional is measured), and ``directional`` how: ``"product"``, or ``"losses"`` for forward passes only.
     ``running`` is the running estimate, renewed (without it nothing running is measured), and ``current`` the batch
-    whose batch sharpness is measured, by default ``batches``.
+    whose batch sharpness is measured, by default ``batches``. ``ranks`` are the processes that measure together, each
+    on its own data: the loss is the mean over all of them.
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
@@ -206,8 +210,8 @@ def measure(
     seconds: dict[Tier, float] = {}
     # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
     known = stability.threshold is not None or stability.empirical
-    with Isolation(model, params) as isolation:
-        objective = Objective(model, loss_fn, batches, params, isolation)
+    with Isolation(model, params) as isolation, _unsynchronised(model):
+        objective = Objective(model, loss_fn, batches, params, isolation, ranks)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         if running is not None and known and "running" in tiers:
             with _timed(seconds, "running"), probe.on([running.part]):
@@ -300,6 +304,11 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
         "running_stability_ratio": value / stability.threshold,
         "mean_square_stability_ratio": None if noisy is None else noisy / stability.threshold,
     }
+
+
+def _unsynchronised(model: nn.Module) -> Any:
+    """Without the gradient exchange that a forward pass of DistributedDataParallel prepares for."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
 from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
+from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
 from gfs_core.vectors import Vector, clone, combine, norm, random_like
@@ -43,13 +44,16 @@ class StabilityMonitor:
         optimizer: its torch optimizer, or a wrapper of one.
         config: the options; ``None``: the defaults.
         name: name of the optimizer in the log, where there are several.
-        on_alarm: called with each change of the early warning's state.
+        on_alarm: called with each change of the early warning's state; with several processes on each of them.
 
     Attributes:
         control: what decides the learning rate's scale.
         alarm: the early warning; ``None`` where it is off.
         should_stop: whether the early warning asks for the end of the training (``alarm="stop"``).
         wants_checkpoint: whether it asks for a checkpoint (``alarm_checkpoint=True``); whoever saves one takes it back.
+
+    With several processes (an initialised default process group) every one of them makes a monitor at the same place
+    and calls :meth:`step` for every optimizer step; the values are the same on all, and rank 0 alone writes.
 
     Raises:
         ConfigError: there is nothing to measure, or the rate of this optimizer cannot be controlled.
@@ -76,7 +80,9 @@ class StabilityMonitor:
     ) -> None:
         self.model, self.optimizer, self.name = model, optimizer, name
         self.config = GFSConfig() if config is None else config
-        self.history: Path | None = Path(self.config.history) if self.config.history else None
+        self.ranks = Ranks.here()
+        self.writes = self.ranks is None or self.ranks.rank == 0
+        self.history: Path | None = Path(self.config.history) if self.config.history and self.writes else None
         try:
             params = parameters_of(optimizer)
         except TypeError as error:
@@ -106,7 +112,7 @@ class StabilityMonitor:
         self.alarm = None if self.config.alarm == "off" else Alarm()
         self.on_alarm = on_alarm
         self.should_stop = self.wants_checkpoint = False
-        self._losses = RecentLosses()
+        self._losses = RecentLosses(self.ranks)
         self._scheduler = scheduler_of(optimizer)
         self.control = Control(self.config.control, self.config.margin, stability.adaptive)
         if self._scheduler is not None:
@@ -118,7 +124,7 @@ class StabilityMonitor:
         self._overlay: Overlay | None = None
         if self._scheduler is None and self.config.control != "observe":
             self._overlay = Overlay(optimizer, self.control)
-        self._cadence = Cadence(self.config, self.control, stability.empirical)
+        self._cadence = Cadence(self.config, self.control, stability.empirical, self.ranks)
         if stability.reason and not stability.adaptive:
             self._tell(stability.reason)
 
@@ -179,7 +185,7 @@ class StabilityMonitor:
             if not self.control.holding and self._rates_on_host():
                 rate = self._rate()
                 changes.append(self.alarm.saw_rate(step, rate * self.control.scale(rate)))
-            changes += [self.alarm.saw_loss(*seen) for seen in self._losses.up_to(step, measurement is not None)]
+            changes += [self.alarm.saw_loss(*seen) for seen in self._new_losses(step, measurement is not None)]
             if measurement is not None:
                 for ratio, solved in (
                     (measurement.running_stability_ratio, False),
@@ -207,8 +213,19 @@ class StabilityMonitor:
                 self.history = None
         return measurement
 
+    def _new_losses(self, step: int, now: bool) -> list[tuple[int, float]]:
+        if self.ranks is not None and self.ranks.lost:
+            return []
+        try:
+            return self._losses.up_to(step, now)
+        except RanksLost as error:
+            self._failed(error)
+            return []
+
     def close(self) -> None:
-        """Take the control's hooks off the optimizer; nothing else needs closing."""
+        """Take the control's hooks off the optimizer, and leave the other processes."""
+        if self.ranks is not None:
+            self.ranks.close()
         if self._overlay is not None:
             self._overlay.close()
             self._overlay = None
@@ -249,16 +266,22 @@ class StabilityMonitor:
         free = self._cadence.free(tiers)
         scale_before = self.control.scale(self._rate())
         try:
-            measurement, seconds = self._measure(
-                lambda _model, b: loss_fn(b),
-                probe,
-                step,
-                tiers,
-                before=before,
-                running=running,
-                current=batches,
-                scale=scale_before,
-            )
+            with contextlib.nullcontext() if self.ranks is None else self.ranks.together():
+                if running is not None and self._global is not None:
+                    running.mean_loss = self._global.mean_of_known(running.mean_loss)
+                if self.ranks is None or self._global is not None or self.writes:
+                    measurement, seconds = self._measure(
+                        lambda _model, b: loss_fn(b),
+                        probe,
+                        step,
+                        tiers,
+                        before=before,
+                        running=running,
+                        current=batches,
+                        scale=scale_before,
+                    )
+                if self.ranks is not None:
+                    measurement = self.ranks.same(measurement or Measurement(step, self._label()))
         except Exception as error:
             if self.config.strict:
                 raise
@@ -306,7 +329,18 @@ class StabilityMonitor:
         return bool(self._due(step))
 
     def _due(self, step: int) -> list[Tier]:
-        return self._cadence.due(step, stepped=self._before_step == step)
+        if self.ranks is not None and self.ranks.lost:
+            return []
+        try:
+            return self._cadence.due(step, stepped=self._before_step == step)
+        except RanksLost as error:
+            self._failed(error)
+            return []
+
+    @property
+    def _global(self) -> Ranks | None:
+        """The processes over whose losses the mean is measured."""
+        return self.ranks if self.config.sync == "global" else None
 
     def _rates_on_host(self) -> bool:
         """Whether reading the rates waits for no accelerator."""
@@ -410,6 +444,7 @@ class StabilityMonitor:
                 seed=seed,
                 step=step,
                 warm=self._warm,
+                ranks=self._global,
             )
         self._trusted = hessian.trusted
         if hessian.method == "gradients":
@@ -440,14 +475,21 @@ class StabilityMonitor:
         self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-            self._tell("a measurement ran out of memory; set `probe_size` to measure on fewer examples")
-        elif isinstance(error, MeasurementError):
+            self._tell("a measurement ran out of memory; set `probe_size` to measure on fewer examples", own=True)
+        elif isinstance(error, RanksLost):
+            self._tell(f"{error}; nothing is measured any more in this run", own=True)
+        elif isinstance(error, OtherRankFailed):
+            self._parts = 1 if error.foreign else self._parts  # the same on all of them
             self._tell(str(error))
+        elif isinstance(error, MeasurementError):
+            self._tell(str(error), own=True)
         else:
             self._parts = 1  # it may be that this loss needs whole batches
-            self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}")
+            self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}", own=True)
 
-    def _tell(self, reason: str, always: bool = False) -> None:
+    def _tell(self, reason: str, always: bool = False, own: bool = False) -> None:
+        if not (own or self.writes):  # what all of them know, one says
+            return
         kind = re.sub(r"[0-9.e+-]+|\b(nan|inf)\b", "", reason)  # the same with other numbers is not told again
         if always or kind not in self._told:
             self._told.add(kind)

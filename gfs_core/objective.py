@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gfs_core.errors import MeasurementError
 from gfs_core.isolation import Isolation
+from gfs_core.ranks import Ranks
 from gfs_core.vectors import Vector, axpy, owned
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -33,6 +34,8 @@ class Objective:
         params: the space in which curvature is measured; those with ``requires_grad`` count, each once.
             By default all parameters of ``model``.
         isolation: rewound before every evaluation, so that all evaluations are the same function.
+        ranks: the processes over whose losses the mean is taken as well; each evaluation is an exchange, and all of
+            them make it. ``None``: this process alone.
 
     Raises:
         MeasurementError: where there is nothing to measure.
@@ -45,6 +48,7 @@ class Objective:
         batches: Sequence[Any],
         params: Sequence[Tensor] | None = None,
         isolation: Isolation | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         given = list(model.parameters()) if params is None else params
         self.params: Vector = list({id(p): p for p in given if p.requires_grad}.values())
@@ -53,6 +57,7 @@ class Objective:
         if not batches:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
+        self.ranks = ranks
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = False  # gradients only arrive through .backward(), as under re-entrant checkpointing
@@ -94,7 +99,8 @@ class Objective:
         self.grad_evals += 1
         if len(self.batches) > 1:
             torch._foreach_div_(out, float(len(self.batches)))
-        return finite(total / len(self.batches)), out
+        value = total / len(self.batches)
+        return finite(value if self.ranks is None else self.ranks.mean_of(value, out)), out
 
     def loss(self) -> float:
         """The loss at the present weights, without its gradient.
@@ -103,7 +109,8 @@ class Objective:
             MeasurementError: it is not finite.
         """
         values = [float(self.forward(batch).detach()) for batch in self.batches]
-        return finite(sum(values) / len(values))
+        value = sum(values) / len(values)
+        return finite(value if self.ranks is None else self.ranks.mean(value))
 
     def _differentiate(self, batch: Any) -> tuple[float, Vector]:
         if not self.needs_backward:

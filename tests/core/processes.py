@@ -1,0 +1,134 @@
+"""Several processes that train one model with gloo, and what each of them does; imports little, as each imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gfs_core as gfs
+import gfs_core.ranks
+
+BATCH = 32
+PATIENCE = 120.0  # seconds until a test that hangs is ended
+
+
+def run(work: Callable[..., Any], size: int, folder: Path, *args: Any) -> list[Any]:
+    """What ``work(rank, size, *args)`` returns on each of ``size`` processes."""
+    context = torch.multiprocessing.spawn(_enter, (size, str(folder), work, args), size, join=False)
+    ends = time.monotonic() + PATIENCE
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"the processes did not end within {PATIENCE:g} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _enter(rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+    torch.save(work(rank, size, *args), f"{folder}/{rank}.pt")
+    with contextlib.suppress(RuntimeError):  # a rank that leaves while the other still talks can abort it
+        distributed.barrier()
+    os._exit(0)  # torch's threads, not ours, can abort the interpreter's own way out (seen once: SIGABRT)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+
+
+def examples(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
+    return x, (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0).long()
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, 0.3, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, 0.02),
+    "lion-like": lambda params: torch.optim.Adafactor(params, 0.02),  # its threshold is not known
+}
+FAULTS: dict[str, Callable[[], None]] = {}
+
+
+def fault(make: Callable[[], None]) -> Callable[[], None]:
+    FAULTS[make.__name__] = make
+    return make
+
+
+@fault
+def raises() -> None:
+    raise ValueError("the user's own")
+
+
+@fault
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("no memory left")
+
+
+@fault
+def sleeps() -> None:
+    time.sleep(8)
+
+
+def train(
+    rank: int,
+    size: int,
+    kind: str,
+    options: dict[str, Any],
+    steps: int = 12,
+    wrong: tuple[str, int, int] | None = None,
+    timeout: float = 60.0,
+    wrapped: bool = False,
+) -> dict[str, Any]:
+    """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails."""
+    gfs_core.ranks.TIMEOUT = timeout
+    model = net()
+    trained = DistributedDataParallel(model) if size > 1 else model
+    optimizer = OPTIMIZERS[kind](trained.parameters())
+    events: list[gfs.Event] = []
+    config = gfs.GFSConfig(**options)
+    measured = trained if wrapped else model
+    monitor = gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append)
+    found: list[gfs.Measurement] = []
+    losses, rates = [], []
+    optimizer.register_step_post_hook(lambda o, a, k: None)
+    for step in range(steps):
+        x, y = examples(step)
+        own = x[rank::size], y[rank::size]
+
+        def loss_of(batch: Any, step: int = step) -> Tensor:
+            if wrong is not None and (rank, step) == wrong[1:]:
+                FAULTS[wrong[0]]()
+            return nn.functional.cross_entropy(measured(batch[0]), batch[1])
+
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(trained(own[0]), own[1])
+        loss.backward()
+        measurement = monitor.step(loss_of, own, step, loss=loss)
+        if measurement is not None:
+            found.append(measurement)
+        optimizer.step()
+        rates.append(monitor.control.last)
+        losses.append(float(loss.detach()))
+    monitor.close()
+    return {
+        "found": [asdict(m) for m in found],
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "events": [(e.step, int(e.state), e.rule) for e in events],
+        "scales": rates,
+        "losses": losses,
+        "lost": monitor.ranks is not None and monitor.ranks.lost,
+    }

@@ -1,0 +1,126 @@
+"""Several processes measure as one, decide the same at the same step, and never wait for one that failed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gfs_core as gfs
+from tests.core import processes
+
+ALL = {
+    "tier": "gfs",
+    "every": 2,
+    "running_every": 1,
+    "running_parts": 4,
+    "directional_every": 2,
+    "batch_sharpness_every": 3,
+    "max_overhead": None,
+    "tol": 1e-8,
+    "max_hvps": 500,
+    "probe_size": None,
+}
+NUMBERS = [k.removeprefix("gfs/") for k in gfs.log_keys()]
+CLOCK = ("overhead", "seconds", "hvps", "grad_evals", "residual")
+
+
+def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: float) -> None:
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in NUMBERS:
+            if name not in CLOCK:
+                assert (a[name] is None) == (b[name] is None), (a["step"], name)
+                assert a[name] is None or a[name] == pytest.approx(b[name], rel=rel), (a["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "hvp", "wrapped"),
+    [(2, "sgd", "auto", False), (4, "adamw", "auto", False), (2, "adamw", "gradients", True), (2, "sgd", "auto", True)],
+)
+def test_the_values_are_those_of_one_process_on_the_joined_batch(
+    size: int, kind: str, hvp: str, wrapped: bool, tmp_path: Path
+) -> None:
+    options = {**ALL, "hvp": hvp} | ({"tol": 1e-6} if hvp == "gradients" else {})
+    alone = processes.train(0, 1, kind, options)
+    ranks = processes.run(processes.train, size, tmp_path, kind, options, 12, None, 60.0, wrapped)
+    assert len(alone["found"]) == 12
+    seen = {name for m in alone["found"] for name in NUMBERS if m[name] is not None}
+    assert seen >= {"sharpness", "gfs_sharpness", "running_sharpness", "mean_square_stability_ratio"}
+    assert seen >= {"batch_sharpness", "directional_sharpness", "critical_lr", "stability_ratio"}
+    for rank in ranks:
+        assert_close(rank["found"], alone["found"], 1e-5)
+    for name in NUMBERS:  # among themselves to the bit
+        if name not in CLOCK:
+            assert [m[name] for m in ranks[0]["found"]] == [m[name] for m in ranks[-1]["found"]], name
+
+
+def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    without = {"tier": "running", "every": 10**6, "alarm": "off"}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    plain = processes.run(processes.train, 2, tmp_path / "a", "adamw", without)
+    measured = processes.run(processes.train, 2, tmp_path / "b", "adamw", ALL, 12, None, 60.0, True)
+    assert plain[0]["losses"] != plain[1]["losses"]
+    for a, b in zip(plain, measured, strict=True):
+        assert a["losses"] == b["losses"]
+        assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
+
+
+@pytest.mark.parametrize("fault", ["raises", "out_of_memory"])
+def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(fault: str, tmp_path: Path) -> None:
+    history = tmp_path / "history.jsonl"
+    options = {"tier": "sharpness", "every": 2, "running_every": None, "max_overhead": None, "history": str(history)}
+    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 12, (fault, 1, 6))
+    for rank in ranks:
+        assert [m["step"] for m in rank["found"]] == [0, 2, 4, 8, 10]
+        assert not rank["lost"]
+    assert [m.step for m in gfs.history.read(history)] == [0, 2, 4, 8, 10]  # one rank writes
+
+
+def test_a_rank_that_does_not_answer_ends_measuring_and_not_training(tmp_path: Path) -> None:
+    options = {"tier": "sharpness", "every": 2, "running_every": None, "max_overhead": None}
+    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 12, ("sleeps", 1, 6), 2.0)
+    for rank in ranks:
+        assert [m["step"] for m in rank["found"]] == [0, 2, 4]
+        assert rank["lost"]
+        assert len(rank["losses"]) == 12
+
+
+def test_the_budget_is_that_of_one_clock(tmp_path: Path) -> None:
+    options = {"tier": "gfs", "every": 1, "directional_every": 2, "max_overhead": 0.3}
+    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 60)
+    tiers = [[(m["step"], m["sharpness"], m["running_sharpness"]) for m in rank["found"]] for rank in ranks]
+    assert tiers[0] == tiers[1]
+    counts = [sum(m[i] is not None for m in tiers[0]) for i in (1, 2)]
+    assert 0 < counts[0] < 60  # not all of them
+    assert 0 < counts[1]
+
+
+def test_local_values_are_those_of_the_first_rank(tmp_path: Path) -> None:
+    options = {"tier": "sharpness", "every": 3, "max_overhead": None, "tol": 1e-8, "sync": "local"}
+    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options)
+    model = processes.net()
+    x, y = processes.examples(0)
+    own = gfs.sharpness(
+        model, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]), (x[::2], y[::2]), tol=1e-8
+    )
+    for rank in ranks:
+        assert rank["found"][0]["sharpness"] == pytest.approx(own.value, rel=1e-6)
+    assert_close(ranks[0]["found"], ranks[1]["found"], 0.0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion-like"])
+def test_control_and_early_warning_are_the_same_on_all(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tier": "running", "every": 2, "max_overhead": 0.2, "control": "follow"}
+    if kind == "lion-like":
+        options |= {"tier": "sharpness", "control": "cdat"}
+    ranks = processes.run(processes.train, 2, tmp_path, kind, options, 60)
+    assert ranks[0]["scales"] == ranks[1]["scales"]
+    assert len(set(ranks[0]["scales"])) > 5
+    assert ranks[0]["events"] == ranks[1]["events"]
+    assert all(torch.equal(p, q) for p, q in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True))
+    assert all(math.isfinite(loss) for loss in ranks[0]["losses"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -164,11 +165,15 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def _verify(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether the replayed loss is the trainer's; measuring ends here where it is not."""
         assert self._replay is not None
-        exact = isinstance(self._replay, TrainerReplay)
+        assert self.monitor is not None
+        exact, ranks = isinstance(self._replay, TrainerReplay), self.monitor.ranks
         try:
-            if not self._replay.inputs:
-                raise MeasurementError("no forward pass of the model was seen during the step")
-            problem = disagreement(self._replay, model, parameters_of(optimizer), self._reference)
+            with contextlib.nullcontext() if ranks is None else ranks.together():
+                if not self._replay.inputs:
+                    raise MeasurementError("no forward pass of the model was seen during the step")
+                problem = disagreement(self._replay, model, parameters_of(optimizer), self._reference, ranks)
+                if ranks is not None and ranks.any(bool(problem)) and not problem:
+                    problem = "on another rank"
         except Exception as error:
             if self.config.strict:
                 raise

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core import Isolation, MeasurementError, Objective
 from gfs_core.isolation import PythonState, RandomState
 from gfs_core.objective import LossFn
-from gfs_core.vectors import Vector, dots
+from gfs_core.ranks import Ranks
+from gfs_core.vectors import Vector, clone, dots
 
 _COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
 _LENGTH = 1e-3
@@ -128,7 +130,10 @@ class TrainerReplay(Replay):
         seen = self._seen.get(id(inputs))
         if seen is not None:
             seen.random.restore()
-        with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager():
+        module = self._module
+        # Its forward would prepare for an exchange of gradients that a replay does not make.
+        alone = module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+        with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone:
             loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=seen and seen.items)
         if isinstance(loss, Tensor) and loss.ndim:
             loss = loss.mean()
@@ -206,11 +211,14 @@ def _loss_in(out: Any) -> Tensor | None:
 _ARGS = "__positional__"
 
 
-def disagreement(replay: Replay, model: nn.Module, params: Sequence[Tensor], reference: Reference | None) -> str:
+def disagreement(
+    replay: Replay, model: nn.Module, params: Sequence[Tensor], reference: Reference | None, ranks: Ranks | None = None
+) -> str:
     """Whether the replayed loss is what the trainer differentiated: a description of the difference, empty if none.
 
     The replayed gradient is compared with the ``.grad`` fields in direction (they may have been clipped), and with
     ``reference`` in length. Where the same evaluation twice does not give the same gradient, that noise is allowed for.
+    With several processes, ``ranks``, the ``.grad`` fields hold the mean over them, and the reference does not.
 
     Raises:
         MeasurementError: the replayed loss has no gradient or is not finite.
@@ -223,13 +231,20 @@ def disagreement(replay: Replay, model: nn.Module, params: Sequence[Tensor], ref
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with Isolation(model, params) as isolation:
         objective = Objective(model, loss_fn, replay.inputs, params, isolation)
-        loss, again = objective.gradient()
+        loss, own = objective.gradient()
+        again = own
+        if ranks is not None:
+            again = clone(own)
+            ranks.mean_of(loss, again)
         apart = _apart(again, true)
-        noise = _apart(objective.gradient()[1], again) if apart > _COSINE else 0.0
+        noise = 0.0
+        if apart > _COSINE:  # the same on all processes
+            noise = _apart(objective.gradient()[1], own)
+            noise = noise if ranks is None else ranks.mean(noise)
     if apart > _COSINE + 10 * noise:
         return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
     if reference is not None and (length := reference.length()):
-        for g, p in zip(again, params, strict=True):
+        for g, p in zip(own, params, strict=True):
             if p is reference.param and abs(float(g.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
                 return f"its gradient is {float(g.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
     return ""

@@ -1,0 +1,79 @@
+"""A Lightning training, by one process or by several. Run: python -m tests.distributed.lightning_run FOLDER MODE"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_gfs import GFSCallback
+from tests.core.processes import BATCH, examples, net
+
+OPTIONS: dict[str, Any] = {
+    "tier": "gfs", "every": 3, "running_every": 1, "running_parts": 4, "max_overhead": None, "tol": 1e-8,
+    "max_hvps": 500,
+}  # fmt: skip
+
+
+class Module(L.LightningModule):
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.net, self.fails = net(), fails
+        self.dropped = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        again = any(f.function == "_loss" for f in inspect.stack()[1:4])
+        if self.fails and self.global_rank == 1 and batch_idx == 6 and again:
+            raise OSError("cannot be run again here")
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * self.dropped.square().sum()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.02)
+
+
+def main(folder: str, mode: str) -> None:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = [examples(step) for step in range(12)]
+    data = TensorDataset(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+    module, callback = Module(mode == "fails"), GFSCallback(**OPTIONS)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=size,
+        strategy="ddp" if size > 1 else "auto",
+        max_steps=12,
+        callbacks=[] if mode == "without" else [callback],
+        logger=CSVLogger(folder, version="run"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rank = int(os.environ.get("RANK", "0"))
+        sampler = DistributedSampler(data, size, rank, shuffle=False)  # Lightning's own would shuffle
+        trainer.fit(module, DataLoader(data, batch_size=BATCH // size, sampler=sampler))
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("gfs/")}
+    torch.save(
+        {
+            "weights": [p.detach().clone() for p in module.parameters()],
+            "metrics": metrics,
+            "told": [str(w.message) for w in told if "gfs:" in str(w.message)],
+        },
+        f"{folder}/{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

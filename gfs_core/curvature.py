@@ -92,6 +92,11 @@ class Hessian:
         self._slope = 0.0  # length of the gradient
         self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen in a difference
         self._may_fall_back = method == "auto"
+        if objective.sharded:  # the weights in the graph are gathered copies, which a second backward does not reach
+            if method == "exact":
+                raise MeasurementError("hvp='exact' was asked for, but the weights are sharded; use hvp='auto'")
+            self.method = "gradients"
+            self.reason = "products come from differences of gradients: the weights are sharded"
 
     def __call__(self, vector: Vector) -> Vector:
         """H·v, a new vector of the same shapes."""
@@ -206,9 +211,9 @@ class Hessian:
         grads, live, _, _ = graph
         params = self.objective.params
         if not live:  # the loss is linear in every weight
-            return [torch.zeros_like(p) for p in params]
+            return [torch.zeros_like(p) for p in self.objective.weights]
         product = torch.autograd.grad(grads, params, [vector[i] for i in live], retain_graph=keep, allow_unused=True)
-        return owned(product, params)
+        return owned(product, self.objective.weights)
 
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:
@@ -220,7 +225,7 @@ class Hessian:
             yield
 
     def _from_gradients(self, vector: Vector) -> Vector:
-        params = self.objective.params
+        params = self.objective.weights
         length = norm(vector)
         if length == 0.0:
             return [torch.zeros_like(p) for p in params]
@@ -245,7 +250,7 @@ class Hessian:
         return product
 
     def _difference(self, vector: Vector, eps: float) -> Vector:
-        params = [p.detach() for p in self.objective.params]
+        params = self.objective.weights
         held = clone(params)
         try:
             axpy(eps, vector, params)

@@ -64,7 +64,7 @@ def along_by_losses(objective: Objective, step: Vector) -> Directional:
         objective: the loss on the probe; the weights stand at the end of ``step``.
         step: the change of the weights by the last optimizer step, ‖u‖ > 0.
     """
-    params = [p.detach() for p in objective.params]
+    params = objective.weights
     held = clone(params)
 
     def loss(multiple: float) -> float:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfs_core.vectors import local
+
 # Attributes of nn.Module's own machinery hold no state of the user's, except the training flag and the buffers
 # (torchmetrics keeps its states beside them, as plain attributes).
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training", "_buffers"}
@@ -49,7 +51,7 @@ class Isolation:
         self.parameters = list({id(p): p for p in [*model.parameters(), *parameters]}.values())
 
     def __enter__(self) -> Isolation:
-        self._weights = [p.detach().clone() for p in self.parameters]
+        self._weights = [local(p).clone() for p in self.parameters]
         self._grads = [p.grad for p in self.parameters]
         self._requires_grad = [p.requires_grad for p in self.parameters]
         self._hooks = [p._backward_hooks for p in self.parameters]
@@ -86,7 +88,7 @@ class Isolation:
     def restore_weights(self) -> None:
         """Put the parameters back to where the measurement found them."""
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self._weights)
+            torch._foreach_copy_([local(p) for p in self.parameters], self._weights)
 
     @property
     def leaks(self) -> list[str]:

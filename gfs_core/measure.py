@@ -73,7 +73,7 @@ def sharpness(
         probe = Probe(Objective(model, loss_fn, _as_list(batches), isolation=isolation), hvp=hvp)
         return largest_eigenvalues(
             probe.hessian,
-            probe.objective.params,
+            probe.objective.weights,
             k=k,
             tol=tol,
             solver=solver,
@@ -282,7 +282,7 @@ def measure(
 def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
     """Curvature along the step from ``before``, which is consumed, to the present weights."""
     scale(-1.0, before)
-    axpy(1.0, [p.detach() for p in probe.objective.params], before)
+    axpy(1.0, probe.objective.weights, before)
     if norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
         return Directional(None, None)
     if how == "losses":
@@ -292,7 +292,7 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
 
 def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, Any]:
     """The running estimate after one more product on its part of the data."""
-    quotient = running.estimate.update(probe.operator(stability), probe.objective.params)
+    quotient = running.estimate.update(probe.operator(stability), probe.objective.weights)
     loss, mean = probe.hessian.loss, running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
     value = running.estimate.average(quotient, relative)

@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from gfs_core.measurement import Measurement
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
-from gfs_core.vectors import Vector, clone, combine, norm, random_like
+from gfs_core.vectors import Vector, clone, combine, local, norm, random_like, sharded
 from gfs_core.vectors import scale as times
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
@@ -266,7 +266,7 @@ class StabilityMonitor:
         free = self._cadence.free(tiers)
         scale_before = self.control.scale(self._rate())
         try:
-            with contextlib.nullcontext() if self.ranks is None else self.ranks.together():
+            with self._together():
                 if running is not None and self._global is not None:
                     running.mean_loss = self._global.mean_of_known(running.mean_loss)
                 if self.ranks is None or self._global is not None or self.writes:
@@ -318,6 +318,15 @@ class StabilityMonitor:
         if self._scheduler is not None:
             self._scheduler.refresh()
         return replace(at_scale(measurement, scale / before), lr_scale=scale, lr_effective=rate * scale)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around a measurement: with several processes it is made by all of them or none."""
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.together(), sharded(self.ranks.sharding(parameters_of(self.optimizer))):
+            yield
 
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` would do anything with a batch at this step."""
@@ -383,6 +392,9 @@ class StabilityMonitor:
                 return None
             return [t.to(device=p.device, dtype=p.dtype, copy=True) for t, p in zip(vector, params, strict=True)]
 
+        if self.ranks is not None and self.ranks.sharding(params) is not None:
+            state = {k: v for k, v in state.items() if k not in ("warm", "before", "running")}  # another rank's shards
+
         raw, preconditioned = (fitted(v) for v in state.get("warm", [None, None]))
         self._warm = WarmStart(raw, preconditioned)
         device = params[0].device
@@ -420,7 +432,7 @@ class StabilityMonitor:
             self._solved += 1
             if self._solved % _MIX_EVERY == 0:
                 self._mix(seed)
-        if before is not None and [t.shape for t in before] != [p.shape for p in parameters_of(self.optimizer)]:
+        if before is not None and [t.shape for t in before] != [local(p).shape for p in parameters_of(self.optimizer)]:
             before = None  # weights were frozen or added since
         scaled = contextlib.nullcontext() if self._overlay is None else self._overlay.scaled(scale)
         with scaled:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gfs_core.errors import MeasurementError
 from gfs_core.isolation import Isolation
 from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, axpy, owned
+from gfs_core.vectors import Vector, axpy, local, owned
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -58,9 +58,16 @@ class Objective:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
         self.ranks = ranks
+        self.weights: Vector = [local(p) for p in self.params]  # what is moved, and the shape of every vector
+        self.sharded = any(hasattr(p, "to_local") for p in self.params)
+        if self.sharded and ranks is None:
+            raise MeasurementError(
+                "the weights are sharded over several processes: measure with a StabilityMonitor or a callback, "
+                "and sync='global'"
+            )
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
-        self.needs_backward = False  # gradients only arrive through .backward(), as under re-entrant checkpointing
+        self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
         self._unused_are_unused = False
 
     def forward(self, batch: Any) -> Tensor:
@@ -100,7 +107,10 @@ class Objective:
         if len(self.batches) > 1:
             torch._foreach_div_(out, float(len(self.batches)))
         value = total / len(self.batches)
-        return finite(value if self.ranks is None else self.ranks.mean_of(value, out)), out
+        if self.ranks is not None:  # FSDP has exchanged the gradients of what it shards
+            own = [g for g, p in zip(out, self.params, strict=True) if not hasattr(p, "to_local")]
+            value = self.ranks.mean_of(value, own)
+        return finite(value), out
 
     def loss(self) -> float:
         """The loss at the present weights, without its gradient.
@@ -108,7 +118,14 @@ class Objective:
         Raises:
             MeasurementError: it is not finite.
         """
-        values = [float(self.forward(batch).detach()) for batch in self.batches]
+        try:
+            values = [float(self.forward(batch).detach()) for batch in self.batches]
+        finally:
+            if self.sharded:  # without a backward FSDP keeps gathered weights, which the next step would not change
+                for module in self.model.modules():
+                    reshard: Any = getattr(module, "reshard", None)
+                    if reshard is not None:
+                        reshard()
         value = sum(values) / len(values)
         return finite(value if self.ranks is None else self.ranks.mean(value))
 
@@ -126,7 +143,7 @@ class Objective:
                 # Some layers hide their weights from torch.autograd.grad without any error. Where a weight seems
                 # unused, .backward() tells, once, whether it is.
                 if self._unused_are_unused or self.isolation is None or all(g is not None for g in grads):
-                    return float(loss.detach()), owned(grads, self.params)
+                    return float(loss.detach()), owned(grads, self.weights)
                 value, full = self._backward(batch)
                 unused = [f for f, g in zip(full, grads, strict=True) if g is None]
                 self.needs_backward = any(bool(f.any()) for f in unused)
@@ -141,7 +158,7 @@ class Objective:
         held = [p.grad for p in self.params]
         for p in self.isolation.parameters:
             p.grad = None  # the isolation holds the user's own
-        return float(loss.detach()), owned(held, self.params)
+        return float(loss.detach()), owned([None if g is None else local(g) for g in held], self.weights)
 
 
 def finite(value: float) -> float:

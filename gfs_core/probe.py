@@ -92,7 +92,7 @@ class Probe:
         """Largest eigenvalue at the present weights, of H or of the optimizer's operator."""
         return largest_eigenvalues(
             self.operator(stability),
-            self.objective.params,
+            self.objective.weights,
             tol=self.tol if tol is None else tol,
             max_hvps=self.max_hvps,
             start=None if start is None else [start],

@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 
 from gfs_core.errors import MeasurementError
 from gfs_core.measurement import Measurement
-from gfs_core.vectors import Vector
+from gfs_core.vectors import Sharding, Vector
 
 TIMEOUT = 60.0  # seconds within which every process answers; between two words lies one gradient
 _WORD = 32  # numbers
@@ -122,6 +122,25 @@ class Ranks:
             for name, v in zip(numbers, found, strict=True)
         }
         return replace(measurement or Measurement(0), **values)
+
+    def sharding(self, params: Sequence[Tensor]) -> Sharding | None:
+        """How ``params`` are spread over the processes; ``None``: every process holds all of them.
+
+        Raises:
+            MeasurementError: in a way that is not known here.
+        """
+        if not any(hasattr(p, "to_local") for p in params):
+            return None
+        return Sharding([self._share(p) for p in params], self.total, _WORD)
+
+    def _share(self, param: Any) -> float:
+        if not hasattr(param, "to_local"):
+            return 1 / self.size
+        mesh, placements = param.device_mesh, param.placements
+        if mesh.size() != self.size or any(p.is_partial() for p in placements):
+            raise MeasurementError(f"weights laid out as {placements} over {mesh.size()} of {self.size} processes")
+        copies: int = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_replicate())
+        return 1 / copies
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

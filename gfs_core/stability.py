@@ -50,6 +50,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+from gfs_core.vectors import local
+
 Group: TypeAlias = dict[str, Any]
 
 
@@ -131,7 +133,7 @@ class Diagonal:
             else:
                 preconditioner = _RULES[type(self.optimizer)].preconditioner
                 assert preconditioner is not None
-                diagonal = preconditioner(self.optimizer, group, p).rsqrt_().to(p.dtype)
+                diagonal = local(preconditioner(self.optimizer, group, p).rsqrt_().to(p.dtype))
                 yield diagonal.mul_(relative).pow_(self.power)
 
     def squared(self) -> Diagonal:

@@ -3,13 +3,19 @@
 A *vector* here is a list of tensors with the shapes of the parameters: nothing is ever flattened into
 one long tensor, so a vector costs exactly one copy of the weights. Everything goes through
 ``torch._foreach_*``, and inner products come back to the host together, in one transfer.
+
+Where the weights are sharded over processes, a vector holds this process's shards alone: it is never gathered, and
+inner products are summed over the processes (:func:`sharded`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -18,9 +24,43 @@ from torch import Tensor
 Vector: TypeAlias = list[Tensor]
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How a vector is spread over processes.
+
+    Attributes:
+        shares: of each tensor, one over the number of processes that hold the same part of it.
+        total: sums numbers over the processes, up to ``most`` at once.
+        most: how many.
+    """
+
+    shares: list[float]
+    total: Callable[[Sequence[float]], list[float]]
+    most: int
+
+
+_sharding: ContextVar[Sharding | None] = ContextVar("sharding", default=None)
+
+
+@contextlib.contextmanager
+def sharded(how: Sharding | None) -> Iterator[None]:
+    """Vectors are spread like this while the context lasts."""
+    token = _sharding.set(how)
+    try:
+        yield
+    finally:
+        _sharding.reset(token)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor detached, of a DTensor this process's shard: in the same memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def clone(vector: Sequence[Tensor]) -> Vector:
-    """Copy of ``vector``, detached."""
-    return [t.detach().clone() for t in vector]
+    """Copy of ``vector``, detached; of sharded weights, of this process's shards."""
+    return [local(t).clone() for t in vector]
 
 
 def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
@@ -90,7 +130,13 @@ def dots(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[flo
     """
     parts = [_dot(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)]
     values = iter(torch.stack(parts).double().tolist())
-    return [math.fsum(itertools.islice(values, len(x))) for x, _ in pairs]
+    how = _sharding.get()
+    if how is None:
+        return [math.fsum(itertools.islice(values, len(x))) for x, _ in pairs]
+    own = [
+        math.fsum(s * v for s, v in zip(how.shares, itertools.islice(values, len(x)), strict=True)) for x, _ in pairs
+    ]
+    return [t for i in range(0, len(own), how.most) for t in how.total(own[i : i + how.most])]
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gfs_core as gfs
 import gfs_core.ranks
+from gfs_core.vectors import local
 
 BATCH = 32
 PATIENCE = 120.0  # seconds until a test that hangs is ended
@@ -92,11 +94,19 @@ def train(
     wrong: tuple[str, int, int] | None = None,
     timeout: float = 60.0,
     wrapped: bool = False,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails."""
     gfs_core.ranks.TIMEOUT = timeout
     model = net()
-    trained = DistributedDataParallel(model) if size > 1 else model
+    trained: nn.Module = model
+    if size > 1 and shard:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        fully_shard(model)
+    elif size > 1:
+        trained = DistributedDataParallel(model)
     optimizer = OPTIMIZERS[kind](trained.parameters())
     events: list[gfs.Event] = []
     config = gfs.GFSConfig(**options)
@@ -126,7 +136,7 @@ def train(
     monitor.close()
     return {
         "found": [asdict(m) for m in found],
-        "weights": [p.detach().clone() for p in model.parameters()],
+        "weights": [local(p).clone() for p in model.parameters()],
         "events": [(e.step, int(e.state), e.rule) for e in events],
         "scales": rates,
         "losses": losses,

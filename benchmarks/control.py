@@ -454,7 +454,7 @@ def _larger(self: Control, rate: float, measurement: gfs.Measurement) -> float |
     return rate / ratio if ratio > 0 and rate > 0 else None
 
 
-DEFAULT = "default: every 5, 1/16, mean square; momentum: margin 0.5, growth 1.02; AdamW: 1, 1.05"
+DEFAULT = "default: every 5, 1/16, mean square; momentum: margin 0.5, growth 1.02; AdamW: 0.75, 1.05"
 SOLVED: dict[str, Any] = {"tier": "sharpness", "running_every": None, "every": 10}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options, and what is patched
     DEFAULT: ({}, {}),

@@ -91,8 +91,8 @@ class GFSConfig:
     )
     margin: float | None = _option(
         None,
-        "Stability ratio that a control keeps below; 1 is the edge of stability. null: 0.5, and 1 for optimizers with "
-        "second moments (Adam and its kind).",
+        "Stability ratio that a control keeps below; 1 is the edge of stability. null: 0.5, and 0.75 for optimizers "
+        "with second moments (Adam and its kind).",
     )
     alarm: Literal["off", "log", "warn", "stop"] = _option(
         "log",

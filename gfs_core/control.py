@@ -37,10 +37,10 @@ from gfs_core.errors import ConfigError
 from gfs_core.measurement import Measurement
 from gfs_core.stability import unwrap
 
-# What optimizers without and with second moments stand was measured, in benchmarks/control.md: the edge itself and fast
-# growth destroy runs with momentum, and are best with AdamW, whose steps keep their size where gradients explode.
+# What optimizers without and with second moments stand was measured, in benchmarks/control.md: nearer to the edge, and
+# with faster growth, momentum loses runs; AdamW, whose steps keep their size where gradients explode, gains a point.
 _GROWTH = {False: 1.02, True: 1.05}  # of the limit, per step
-_MARGIN = {False: 0.5, True: 1.0}
+_MARGIN = {False: 0.5, True: 0.75}
 _FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
 _FIRST = 4  # measurements before the limit is trusted, …
 _FREE = 20  # measurements that no budget holds back: the curvature changes fastest at the start
@@ -58,7 +58,7 @@ class Control:
 
     Args:
         policy: see the module's table.
-        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and 1 for adaptive optimizers, but for ``cdat``.
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and ¾ for adaptive optimizers, but for ``cdat``.
         adaptive: whether the optimizer divides by second moments, as Adam does.
 
     Attributes:

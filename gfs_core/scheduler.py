@@ -27,7 +27,7 @@ class EdgeOfStabilityLR(LRScheduler):
         optimizer: the torch optimizer.
         base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
         policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"`` or ``"cdat"``.
-        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and 1 for optimizers with second moments.
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and ¾ for optimizers with second moments.
 
     Raises:
         ConfigError: the policy is not known, the margin out of its range, or the base scheduler does not fit.

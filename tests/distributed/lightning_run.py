@@ -11,9 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from gfs_core.vectors import local
 from lightning_gfs import GFSCallback
 from tests.core.processes import BATCH, examples, net
 
@@ -24,18 +27,21 @@ OPTIONS: dict[str, Any] = {
 
 
 class Module(L.LightningModule):
-    def __init__(self, fails: bool) -> None:
+    def __init__(self, fails: bool, shard: bool) -> None:
         super().__init__()
-        self.net, self.fails = net(), fails
-        self.dropped = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.net, self.fails, self.shard = net(), fails, shard
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         again = any(f.function == "_loss" for f in inspect.stack()[1:4])
         if self.fails and self.global_rank == 1 and batch_idx == 6 and again:
             raise OSError("cannot be run again here")
-        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * self.dropped.square().sum()
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)
         return loss
+
+    def configure_model(self) -> None:
+        if self.shard and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), 0.02)
@@ -45,13 +51,17 @@ def main(folder: str, mode: str) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parts = [examples(step) for step in range(12)]
     data = TensorDataset(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-    module, callback = Module(mode == "fails"), GFSCallback(**OPTIONS)
+    shard = mode.startswith("sharded")
+    options = {**OPTIONS, "tier": "sharpness", "tol": 1e-6, "hvp": "gradients"} if mode == "gradients" else OPTIONS
+    options = {**OPTIONS, "tier": "sharpness", "tol": 1e-6} if shard else options
+    module, callback = Module(mode == "fails", shard), GFSCallback(**options)
+    sharding = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=size,
-        strategy="ddp" if size > 1 else "auto",
+        strategy=sharding if shard else "ddp" if size > 1 else "auto",
         max_steps=12,
-        callbacks=[] if mode == "without" else [callback],
+        callbacks=[] if mode.endswith("without") else [callback],
         logger=CSVLogger(folder, version="run"),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -67,7 +77,7 @@ def main(folder: str, mode: str) -> None:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("gfs/")}
     torch.save(
         {
-            "weights": [p.detach().clone() for p in module.parameters()],
+            "weights": [local(p).clone() for p in module.parameters()],
             "metrics": metrics,
             "told": [str(w.message) for w in told if "gfs:" in str(w.message)],
         },

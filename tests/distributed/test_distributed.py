@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gfs_core as gfs
-from tests.core.test_ranks import NUMBERS, assert_close
+from tests.core.test_ranks import NUMBERS, RUNNING, assert_close
 from tests.distributed.launch import launch
 
 
@@ -45,6 +45,19 @@ def test_lightning_ddp_goes_on_where_one_rank_cannot_measure(tmp_path: Path) -> 
     assert steps == [s for s in range(12) if s != 6]
     assert ["OSError" in text for text in ranks[1]["told"]] == [True]
     assert ["failed on rank 1" in text for text in ranks[0]["told"]] == [True]
+
+
+def test_lightning_with_sharded_weights_logs_what_one_process_does(tmp_path: Path) -> None:
+    module = "tests.distributed.lightning_run"
+    launch(module, tmp_path / "one", 1, "gradients")
+    two = launch(module, tmp_path / "two", 2, "sharded")
+    without = launch(module, tmp_path / "without", 2, "sharded, without")
+    for a, b in zip(two, without, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
+        assert sum(p.numel() for p in a["weights"]) < 123  # shards
+    alone, together = (history(next((tmp_path / name).rglob("history.jsonl"))) for name in ("one", "two"))
+    assert sum(m["preconditioned_sharpness"] is not None for m in alone) == 3
+    assert_close(together, alone, 1e-5, without=RUNNING)
 
 
 @pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])

@@ -266,7 +266,7 @@ class StabilityMonitor:
         free = self._cadence.free(tiers)
         scale_before = self.control.scale(self._rate())
         try:
-            with self._together():
+            with self.together():
                 if running is not None and self._global is not None:
                     running.mean_loss = self._global.mean_of_known(running.mean_loss)
                 if self.ranks is None or self._global is not None or self.writes:
@@ -320,7 +320,7 @@ class StabilityMonitor:
         return replace(at_scale(measurement, scale / before), lr_scale=scale, lr_effective=rate * scale)
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Around a measurement: with several processes it is made by all of them or none."""
         if self.ranks is None:
             yield

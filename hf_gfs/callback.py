@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 import weakref
@@ -168,7 +167,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         assert self.monitor is not None
         exact, ranks = isinstance(self._replay, TrainerReplay), self.monitor.ranks
         try:
-            with contextlib.nullcontext() if ranks is None else ranks.together():
+            with self.monitor.together():
                 if not self._replay.inputs:
                     raise MeasurementError("no forward pass of the model was seen during the step")
                 problem = disagreement(self._replay, model, parameters_of(optimizer), self._reference, ranks)

@@ -24,7 +24,7 @@ from gfs_core import Isolation, MeasurementError, Objective
 from gfs_core.isolation import PythonState, RandomState
 from gfs_core.objective import LossFn
 from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, clone, dots
+from gfs_core.vectors import Vector, clone, dots, local
 
 _COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
 _LENGTH = 1e-3
@@ -226,14 +226,15 @@ def disagreement(
     pairs = [(p, p.grad) for p in params if p.grad is not None]
     if not pairs:
         return ""
-    true = [g for _, g in pairs]
+    true = [local(g) for _, g in pairs]
     params = [p for p, _ in pairs]
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with Isolation(model, params) as isolation:
-        objective = Objective(model, loss_fn, replay.inputs, params, isolation)
+        sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
+        objective = Objective(model, loss_fn, replay.inputs, params, isolation, ranks if sharded else None)
         loss, own = objective.gradient()
         again = own
-        if ranks is not None:
+        if ranks is not None and not sharded:
             again = clone(own)
             ranks.mean_of(loss, again)
         apart = _apart(again, true)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
-from gfs_core.batches import copied, first_of_all, fraction_of, rotating_part
+from gfs_core.batches import batch_size, copied, first_of_all, fraction_of, rotating_part
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
@@ -99,6 +99,7 @@ class StabilityMonitor:
         self._running = RunningSharpness()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
         self._parts = self.config.running_parts
+        self._fits: int | None = None  # examples of a probe that memory has room for, where it once had none
         self._mean_loss = MeanLoss()
         self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
@@ -251,7 +252,7 @@ class StabilityMonitor:
         tiers = self._due(step)
         if not tiers:
             return None
-        probe = self._probe if self.config.probe == "fixed" else batches
+        probe = first_of_all(self._probe if self.config.probe == "fixed" else batches, self._fits)
         began = time.perf_counter()
         measurement = None
         before = self._before if self._before_step == step else None
@@ -277,7 +278,7 @@ class StabilityMonitor:
                         tiers,
                         before=before,
                         running=running,
-                        current=batches,
+                        current=first_of_all(batches, self._fits),
                         scale=scale_before,
                     )
                 if self.ranks is not None:
@@ -285,6 +286,8 @@ class StabilityMonitor:
         except Exception as error:
             if self.config.strict:
                 raise
+            if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OtherRankFailed) and error.memory):
+                self._make_room(tiers, probe)
             self._failed(error)
         early = self.measured == 0 and self._before_second_moments()
         self._cadence.clock.measured(began, time.perf_counter(), tiers, seconds, early=early, free=free)
@@ -366,6 +369,7 @@ class StabilityMonitor:
             "count": self.count,
             "measured": self.measured,
             "solved": self._solved,
+            "fits": self._fits,
             "method": self._method,
             "trusted": self._trusted,
             "warm": [self._warm.raw, self._warm.preconditioned],
@@ -381,7 +385,7 @@ class StabilityMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off. A warm start that does not fit the model is dropped."""
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
-        self._solved = int(state.get("solved", 0))
+        self._solved, self._fits = int(state.get("solved", 0)), state.get("fits")
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
@@ -487,7 +491,7 @@ class StabilityMonitor:
         self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-            self._tell("a measurement ran out of memory; set `probe_size` to measure on fewer examples", own=True)
+            self._tell("a measurement ran out of memory; the next one is on half as many examples", own=True)
         elif isinstance(error, RanksLost):
             self._tell(f"{error}; nothing is measured any more in this run", own=True)
         elif isinstance(error, OtherRankFailed):
@@ -498,6 +502,13 @@ class StabilityMonitor:
         else:
             self._parts = 1  # it may be that this loss needs whole batches
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}", own=True)
+
+    def _make_room(self, tiers: list[Tier], probe: list[Any]) -> None:
+        """Halve what did not fit into memory: the part of the running estimate, or the probe."""
+        if tiers == ["running"]:
+            self._parts *= 2
+        elif count := sum(batch_size(b) or 0 for b in probe):
+            self._fits = max(1, count // 2)
 
     def _tell(self, reason: str, always: bool = False, own: bool = False) -> None:
         if not (own or self.writes):  # what all of them know, one says

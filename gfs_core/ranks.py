@@ -26,6 +26,8 @@ from gfs_core.vectors import Sharding, Vector
 
 TIMEOUT = 60.0  # seconds within which every process answers; between two words lies one gradient
 _WORD = 32  # numbers
+_MOST_NAMED = 16  # ranks that a word can name; of more, by the remainder
+_OURS, _FOREIGN, _MEMORY = 1.0, 2.0, 3.0  # how a rank failed: a reason of ours, the user's loss, no memory
 _BUCKET = 1 << 23  # elements that travel together: few calls, and little memory beside the vector
 
 
@@ -34,12 +36,13 @@ class OtherRankFailed(MeasurementError):
 
     Attributes:
         foreign: whether it was the user's loss that failed there.
+        memory: whether one ran out of memory.
     """
 
-    def __init__(self, ranks: Sequence[int], foreign: bool) -> None:
-        where = ", ".join(map(str, ranks))
+    def __init__(self, said: dict[int, float]) -> None:
+        where = ", ".join(map(str, said))
         super().__init__(f"the measurement failed on rank {where}, and is skipped on all of them")
-        self.foreign = foreign
+        self.foreign, self.memory = (kind in said.values() for kind in (_FOREIGN, _MEMORY))
 
 
 class RanksLost(MeasurementError):
@@ -83,7 +86,7 @@ class Ranks:
             OtherRankFailed: one of them has failed since the last exchange.
             RanksLost: one does not answer.
         """
-        found = self._exchange([0.0] * min(self.size, _WORD // 2), values)
+        found = self._exchange([0.0] * min(self.size, _MOST_NAMED), values)
         return found[: len(values)]
 
     def mean(self, value: float) -> float:
@@ -153,9 +156,9 @@ class Ranks:
         except (OtherRankFailed, RanksLost):
             raise
         except BaseException as error:
-            foreign = not isinstance(error, (MeasurementError, torch.OutOfMemoryError))
-            failed = [0.0] * min(self.size, _WORD // 2)
-            failed[self.rank % len(failed)] = 2.0 if foreign else 1.0
+            kind = _OURS if isinstance(error, MeasurementError) else _FOREIGN
+            failed = [0.0] * min(self.size, _MOST_NAMED)
+            failed[self.rank % len(failed)] = _MEMORY if isinstance(error, torch.OutOfMemoryError) else kind
             with contextlib.suppress(MeasurementError):
                 self._exchange(failed, [])
             raise
@@ -173,9 +176,9 @@ class Ranks:
             why = str(error).splitlines()[0]
             raise RanksLost(f"another process does not answer within {TIMEOUT:g} s ({why})") from None
         numbers = [float(v) for v in word.tolist()]
-        bad = [rank for rank, said in enumerate(numbers[_WORD:]) if said > 0]
+        bad = {rank: said for rank, said in enumerate(numbers[_WORD:]) if said > 0}
         if bad and not any(failed):
-            raise OtherRankFailed(bad, max(numbers[_WORD:]) > 1.0)
+            raise OtherRankFailed(bad)
         return numbers
 
 

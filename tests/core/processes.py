@@ -114,7 +114,7 @@ def train(
     monitor = gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append)
     found: list[gfs.Measurement] = []
     losses, rates = [], []
-    optimizer.register_step_post_hook(lambda o, a, k: None)
+    sizes: dict[int, int] = {}
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]
@@ -122,6 +122,8 @@ def train(
         def loss_of(batch: Any, step: int = step) -> Tensor:
             if wrong is not None and (rank, step) == wrong[1:]:
                 FAULTS[wrong[0]]()
+            if rank == 0:
+                sizes.setdefault(step, len(batch[0]))
             return nn.functional.cross_entropy(measured(batch[0]), batch[1])
 
         optimizer.zero_grad()
@@ -140,5 +142,6 @@ def train(
         "events": [(e.step, int(e.state), e.rule) for e in events],
         "scales": rates,
         "losses": losses,
+        "sizes": sizes,
         "lost": monitor.ranks is not None and monitor.ranks.lost,
     }

@@ -144,6 +144,41 @@ def test_failures_are_told_once_and_training_goes_on() -> None:
         strict.step(lambda b: model(b), x)
 
 
+@pytest.mark.parametrize("probe", ["batch", "fixed"])
+def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
+    options = gfs.GFSConfig(tier="sharpness", every=1, running_every=4, running_parts=2, max_overhead=None, probe=probe)
+    model, _, monitor = setup(options)
+    sizes: list[int] = []
+
+    def loss_fn(b):
+        sizes.append(len(b))
+        if len(b) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return (model(b) - b[:, :3].sin()).square().mean()
+
+    x = batches(1)[0]  # 12 examples
+    with pytest.warns(gfs.GFSWarning, match="half as many"):
+        found = [monitor.step(loss_fn, x, step) for step in range(4)]
+    assert [m is not None for m in found] == [False, False, True, True]
+    assert sizes[:3] == [12, 6, 3]
+    assert set(sizes[3:]) == {3}
+    kept = setup(options)[2]
+    kept.load_state_dict(monitor.state_dict())
+    sizes.clear()
+    assert kept.step(lambda b: loss_fn(b), x, 5) is not None
+    assert sizes[0] == 3
+
+    sizes.clear()
+    running = gfs.StabilityMonitor(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        gfs.GFSConfig(tier="running", every=1, running_parts=2, max_overhead=None),
+    )
+    with pytest.warns(gfs.GFSWarning, match="half as many"):
+        assert [running.step(loss_fn, x, step) is not None for step in range(3)] == [False, True, True]
+    assert sizes[:2] == [6, 3]
+
+
 def test_an_eigenvalue_that_overtakes_is_found() -> None:
     class Crossing(nn.Module):
         def __init__(self) -> None:

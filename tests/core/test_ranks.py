@@ -96,6 +96,8 @@ def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(fault: str, tmp_
     for rank in ranks:
         assert [m["step"] for m in rank["found"]] == [0, 2, 4, 8, 10]
         assert not rank["lost"]
+    half = 8 if fault == "out_of_memory" else 16  # what did not fit on one is halved on all
+    assert [ranks[0]["sizes"][step] for step in (4, 8)] == [16, half]
     assert [m.step for m in gfs.history.read(history)] == [0, 2, 4, 8, 10]  # one rank writes
 
 

@@ -141,7 +141,7 @@ def test_training_is_bitwise_the_same(tmp_path: Path, options: dict) -> None:
         ("raise", "OSError: cannot be run twice"),
         ("midway", "OSError: fails while the weights are elsewhere"),
         ("nan", "not finite"),
-        ("memory", "out of memory; set `probe_size`"),
+        ("memory", "out of memory; the next one is on half"),
     ],
 )
 def test_a_failing_measurement_changes_nothing_and_is_told_once(

@@ -402,7 +402,8 @@ class StabilityMonitor:
         raw, preconditioned = (fitted(v) for v in state.get("warm", [None, None]))
         self._warm = WarmStart(raw, preconditioned)
         device = params[0].device
-        self._probe = [_to(b, device) for b in state.get("probe", [])] if self.config.probe == "fixed" else []
+        kept = self.config.probe == "fixed" and self.ranks is None  # of several processes it is rank 0's alone
+        self._probe = [_to(b, device) for b in state.get("probe", [])] if kept else []
         self._before_step, before = state.get("before", [-1, None])
         self._before = fitted(before)
         if "running" in state:

@@ -15,6 +15,7 @@ NOT_DEFAULT = {
     "probe": "fixed",
     "probe_batches": 2,
     "probe_size": 300,
+    "sync": "local",
     "hvp": "gradients",
     "tol": 0.05,
     "rtol": 0.002,

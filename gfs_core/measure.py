@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core.config import Tier
 from gfs_core.curvature import Hessian, HvpMethod
@@ -22,7 +21,7 @@ from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
 from gfs_core.objective import LossFn, Objective
 from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
-from gfs_core.ranks import Ranks
+from gfs_core.ranks import Ranks, alone
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, norm, scale
@@ -210,7 +209,7 @@ def measure(
     seconds: dict[Tier, float] = {}
     # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
     known = stability.threshold is not None or stability.empirical
-    with Isolation(model, params) as isolation, _unsynchronised(model):
+    with Isolation(model, params) as isolation, alone(model):
         objective = Objective(model, loss_fn, batches, params, isolation, ranks)
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         if running is not None and known and "running" in tiers:
@@ -304,11 +303,6 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
         "running_stability_ratio": value / stability.threshold,
         "mean_square_stability_ratio": None if noisy is None else noisy / stability.threshold,
     }
-
-
-def _unsynchronised(model: nn.Module) -> Any:
-    """Without the gradient exchange that a forward pass of DistributedDataParallel prepares for."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

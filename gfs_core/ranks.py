@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core.errors import MeasurementError
 from gfs_core.measurement import Measurement
@@ -180,6 +181,20 @@ class Ranks:
         if bad and not any(failed):
             raise OtherRankFailed(bad)
         return numbers
+
+
+@contextlib.contextmanager
+def alone(module: Any) -> Iterator[None]:
+    """Without what DistributedDataParallel exchanges in a forward pass: buffers, and gradients that it prepares for."""
+    if not isinstance(module, DistributedDataParallel):
+        yield
+        return
+    held, module.require_forward_param_sync = module.require_forward_param_sync, False
+    try:
+        with module.no_sync():
+            yield
+    finally:
+        module.require_forward_param_sync = held
 
 
 def _buckets(vector: Vector) -> Iterator[list[Tensor]]:

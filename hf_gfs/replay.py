@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core import Isolation, MeasurementError, Objective
 from gfs_core.isolation import PythonState, RandomState
 from gfs_core.objective import LossFn
-from gfs_core.ranks import Ranks
+from gfs_core.ranks import Ranks, alone
 from gfs_core.vectors import Vector, clone, dots, local
 
 _COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
@@ -130,10 +129,7 @@ class TrainerReplay(Replay):
         seen = self._seen.get(id(inputs))
         if seen is not None:
             seen.random.restore()
-        module = self._module
-        # Its forward would prepare for an exchange of gradients that a replay does not make.
-        alone = module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
-        with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone:
+        with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
             loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=seen and seen.items)
         if isinstance(loss, Tensor) and loss.ndim:
             loss = loss.mean()

@@ -95,10 +95,18 @@ def train(
     timeout: float = 60.0,
     wrapped: bool = False,
     shard: bool = False,
+    normed: bool = False,
+    poor: int | None = None,
 ) -> dict[str, Any]:
-    """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails."""
+    """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
+
+    ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2; ``normed``: with BatchNorm, whose
+    buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first measurement.
+    """
     gfs_core.ranks.TIMEOUT = timeout
     model = net()
+    if normed:
+        model.insert(1, nn.BatchNorm1d(12).double())
     trained: nn.Module = model
     if size > 1 and shard:
         for layer in model:
@@ -115,6 +123,8 @@ def train(
     found: list[gfs.Measurement] = []
     losses, rates = [], []
     sizes: dict[int, int] = {}
+    if poor == rank:
+        monitor._cadence.clock.spent["gfs"] = 1e9
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,21 @@ def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
         assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
 
 
+def test_losses_along_a_step_of_sharded_weights(tmp_path: Path) -> None:
+    options = {"tier": "directional", "every": 2, "directional": "losses", "max_overhead": None}
+    alone = processes.train(0, 1, "sgd", options)
+    ranks = processes.run(functools.partial(processes.train, shard=True), 2, tmp_path, "sgd", options)
+    assert sum(m["critical_lr"] is not None for m in alone["found"]) >= 3
+    for rank in ranks:
+        assert_close(rank["found"], alone["found"], 1e-5)
+
+
 @pytest.mark.parametrize("fault", ["raises", "out_of_memory"])
 def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(fault: str, tmp_path: Path) -> None:
     history = tmp_path / "history.jsonl"
     options = {"tier": "sharpness", "every": 2, "running_every": None, "max_overhead": None, "history": str(history)}
-    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 12, (fault, 1, 6))
+    work = functools.partial(processes.train, wrapped=True, normed=True)
+    ranks = processes.run(work, 2, tmp_path, "sgd", options, 12, (fault, 1, 6))
     for rank in ranks:
         assert [m["step"] for m in rank["found"]] == [0, 2, 4, 8, 10]
         assert not rank["lost"]
@@ -112,12 +123,14 @@ def test_a_rank_that_does_not_answer_ends_measuring_and_not_training(tmp_path: P
 
 def test_the_budget_is_that_of_one_clock(tmp_path: Path) -> None:
     options = {"tier": "gfs", "every": 1, "directional_every": 2, "max_overhead": 0.3}
-    ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 60)
+    poor = {"poor": 1}  # the other's allows nothing after the first measurement
+    ranks = processes.run(functools.partial(processes.train, **poor), 2, tmp_path, "sgd", options, 60, None, 10.0)
     tiers = [[(m["step"], m["sharpness"], m["running_sharpness"]) for m in rank["found"]] for rank in ranks]
     assert tiers[0] == tiers[1]
     counts = [sum(m[i] is not None for m in tiers[0]) for i in (1, 2)]
     assert 0 < counts[0] < 60  # not all of them
-    assert counts[1] > 0
+    assert counts[1] > 1
+    assert not ranks[0]["lost"]
 
 
 def test_local_values_are_those_of_the_first_rank(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,10 +110,11 @@ def train(
         model.insert(1, nn.BatchNorm1d(12).double())
     trained: nn.Module = model
     if size > 1 and shard:
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer)
-        fully_shard(model)
+        # Four: two shards, two copies of each. The second layer belongs to the root, which stays gathered after a forward.
+        shape, names = ((2, 2), ("copies", "shards")) if size == 4 else ((size,), ("shards",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
     elif size > 1:
         trained = DistributedDataParallel(model)
     optimizer = OPTIMIZERS[kind](trained.parameters())

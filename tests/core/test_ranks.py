@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gfs_core as gfs
+from gfs_core.vectors import Sharding, dots, sharded
 from tests.core import processes
 
 ALL = {
@@ -74,7 +75,7 @@ def test_sharded_weights_give_the_values_of_one_process(size: int, kind: str, tm
         last, theirs = rank["found"][-1], alone["found"][-1]
         assert last["running_sharpness"] == pytest.approx(theirs["running_sharpness"], rel=0.1)
     whole = sum(p.numel() for p in processes.net().parameters())
-    assert sum(sum(p.numel() for p in rank["weights"]) for rank in ranks) == whole  # they were sharded
+    assert sum(sum(p.numel() for p in rank["weights"]) for rank in ranks) == whole * size // 2  # two shards of each
 
 
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
@@ -87,6 +88,21 @@ def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
     for a, b in zip(plain, measured, strict=True):
         assert a["losses"] == b["losses"]
         assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
+
+
+def test_inner_products_of_shards_count_each_part_once() -> None:
+    """Two processes with the same numbers; of the second tensor both hold the same part."""
+    asked: list[int] = []
+
+    def total(values: Any) -> list[float]:
+        asked.append(len(values))
+        return [2 * v for v in values]
+
+    x, y = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])], [torch.tensor([5.0, 7.0]), torch.tensor([11.0])]
+    with sharded(Sharding([1.0, 0.5], total, 2)):
+        assert dots([(x, y), (x, x), (y, y)]) == [2 * 19 + 33, 2 * 5 + 9, 2 * 74 + 121]
+    assert asked == [2, 1]
+    assert dots([(x, y)]) == [19 + 33]
 
 
 def test_losses_along_a_step_of_sharded_weights(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def train(
         model.insert(1, nn.BatchNorm1d(12).double())
     trained: nn.Module = model
     if size > 1 and shard:
-        # Four: two shards, two copies of each. The second layer belongs to the root, which stays gathered after a forward.
+        # Four: two shards, two copies of each. The second layer is of the root, which stays gathered after a forward.
         shape, names = ((2, 2), ("copies", "shards")) if size == 4 else ((size,), ("shards",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         fully_shard(model[0], mesh=mesh)

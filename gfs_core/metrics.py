@@ -82,7 +82,7 @@ class _Subject:
             self.check()
             # Where no optimizer is asked for, the plainest: it costs no eigenvalue but that of H.
             optimizer = SGD(self.model.parameters(), lr=1.0) if self.optimizer is None else self.optimizer
-            self.monitor = StabilityMonitor(self.model, optimizer, self.config)
+            self.monitor = StabilityMonitor(self.model, optimizer, self.config, alone=True)  # torchmetrics syncs
         return self.monitor.step(lambda b: self.loss_fn(self.model, b), batch)
 
 

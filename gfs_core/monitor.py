@@ -45,6 +45,7 @@ class StabilityMonitor:
         config: the options; ``None``: the defaults.
         name: name of the optimizer in the log, where there are several.
         on_alarm: called with each change of the early warning's state; with several processes on each of them.
+        alone: measure on this process only, whatever others do.
 
     Attributes:
         control: what decides the learning rate's scale.
@@ -77,10 +78,11 @@ class StabilityMonitor:
         *,
         name: str = "",
         on_alarm: Callable[[Event], None] | None = None,
+        alone: bool = False,
     ) -> None:
         self.model, self.optimizer, self.name = model, optimizer, name
         self.config = GFSConfig() if config is None else config
-        self.ranks = Ranks.here()
+        self.ranks = None if alone else Ranks.here()
         self.writes = self.ranks is None or self.ranks.rank == 0
         self.history: Path | None = Path(self.config.history) if self.config.history and self.writes else None
         try:

@@ -53,23 +53,24 @@ def fraction_of(part: Any, batches: Sequence[Any]) -> float:
 
 def copied(batch: Any) -> Any:
     """The batch with its tensors copied, detached."""
-    return _map(batch, lambda t: t.detach().clone())
+    return changed(batch, lambda t: t.detach().clone())
 
 
 def _rows(batch: Any, size: int, low: int, high: int) -> Any:
-    return _map(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
+    return changed(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
 
 
-def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor in it replaced by ``change`` of it."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "copy")):
         out = batch.copy()
         for key, value in batch.items():
-            out[key] = _map(value, change)
+            out[key] = changed(value, change)
         return out
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(item, change) for item in batch))
+        return type(batch)(*(changed(item, change) for item in batch))
     if type(batch) in (list, tuple):
-        return type(batch)(_map(item, change) for item in batch)
+        return type(batch)(changed(item, change) for item in batch)
     return batch

@@ -76,6 +76,12 @@ class GFSConfig:
     hvp: Literal["auto", "exact", "gradients"] = _option(
         "auto", "How Hessian-vector products are computed: by double backward, from gradients, or whichever works."
     )
+    precision: Literal["auto", "training", "float32"] = _option(
+        "auto",
+        "Precision of measuring where training uses less than float32. auto: exact products as training computes them, "
+        "checked now and then, everything else in float32, and all of it instead of float16; training: everything as "
+        "training computes it; float32: everything in float32.",
+    )
     tol: float = _option(1e-2, "Relative residual at which an eigenvalue counts as converged.")
     rtol: float = _option(1e-2, "Relative error of the sharpness that the flow aims at.")
     max_hvps: int = _option(100, "Hessian-vector products allowed per eigenvalue.")

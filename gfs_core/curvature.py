@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
-from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned
+from gfs_core.precision import PrecisionChoice
+from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
@@ -124,6 +125,11 @@ class Hessian:
         if self.objective.needs_backward or apart > doubt:
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
 
+    @property
+    def precision(self) -> PrecisionChoice:
+        """In which precision is measured now: ``"auto"`` settles on another where it does not do."""
+        return self.objective.precision.choice
+
     def slope_along(self, vector: Vector) -> float:
         """∇L·v at the present weights; free where the graph of an exact product is kept."""
         if self._graph is None:
@@ -145,6 +151,11 @@ class Hessian:
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
+        precision = self.objective.precision
+        if isinstance(error, _SilentlyWrong) and precision.choice == "auto" and precision.half is not None:
+            precision.choice = "float32"
+            precision.reason = f"exact products are too far off in {precision.half} here; all is measured in float32"
+            return
         if isinstance(error, _SilentlyWrong):
             self._plain_kernels = True  # no other kernel would help
         elif not self._may_be_met(error):
@@ -180,12 +191,18 @@ class Hessian:
 
     def _exact(self, vector: Vector) -> Vector:
         batches = self.objective.batches
-        with self._kernels():
+        precision = self.objective.precision
+        full = self.objective.in_float32() if precision.full_for_products else contextlib.nullcontext()
+        lasting = precision.is_full or not (precision.full_for_products and precision.moves)
+        with self._kernels(), full:
             if len(batches) == 1:
                 if self._graph is None:
                     self._graph = self._differentiate(batches[0])
                 self.loss = self._graph.loss
-                return self._second(self._graph, vector, keep=True)
+                product = self._second(self._graph, vector, keep=lasting)
+                if not lasting:  # the weights that the graph leads to are copies, and gone now
+                    self.release()
+                return product
             total: Vector = []
             self.loss = 0.0
             for batch in batches:
@@ -211,8 +228,9 @@ class Hessian:
         grads, live, _, _ = graph
         params = self.objective.params
         if not live:  # the loss is linear in every weight
-            return [torch.zeros_like(p) for p in self.objective.weights]
-        product = torch.autograd.grad(grads, params, [vector[i] for i in live], retain_graph=keep, allow_unused=True)
+            return zeros_like(self.objective.weights)
+        along = [vector[i].to(g.dtype) for i, g in zip(live, grads, strict=True)]
+        product = torch.autograd.grad(grads, params, along, retain_graph=keep, allow_unused=True)
         return owned(product, self.objective.weights)
 
     @contextlib.contextmanager
@@ -225,11 +243,15 @@ class Hessian:
             yield
 
     def _from_gradients(self, vector: Vector) -> Vector:
+        with self.objective.in_float32():
+            return self._from_differences(vector)
+
+    def _from_differences(self, vector: Vector) -> Vector:
         params = self.objective.weights
         length = norm(vector)
         if length == 0.0:
-            return [torch.zeros_like(p) for p in params]
-        eps = torch.finfo(params[0].dtype).eps
+            return zeros_like(params)
+        eps = self.objective.eps
         size = norm(params)
         longest, shortest = eps ** (1 / 3) * max(1.0, size), 30 * eps * max(1.0, size)
         turn = 2 * eps ** (1 / 3)  # how far the gradient may turn, relative to its length
@@ -264,7 +286,7 @@ class Hessian:
         after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
         self._slope = 0.5 * (after + before)
         # What rounding of the two gradients alone can make of their difference, with room to spare.
-        self._noise = 100 * torch.finfo(params[0].dtype).eps * after / eps
+        self._noise = 100 * self.objective.eps * after / eps
         axpy(-1.0, minus, plus)
         torch._foreach_div_(plus, 2 * eps)
         return plus

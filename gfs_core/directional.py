@@ -64,6 +64,11 @@ def along_by_losses(objective: Objective, step: Vector) -> Directional:
         objective: the loss on the probe; the weights stand at the end of ``step``.
         step: the change of the weights by the last optimizer step, ‖u‖ > 0.
     """
+    with objective.in_float32():
+        return _along_by_losses(objective, step)
+
+
+def _along_by_losses(objective: Objective, step: Vector) -> Directional:
     params = objective.weights
     held = clone(params)
 

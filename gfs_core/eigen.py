@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.vectors import Vector, axpy, clone, combine, dots, norm, random_like, scale
+from gfs_core.vectors import Vector, axpy, clone, combine, dots, is_half, norm, random_like, scale, zeros_like
 
 Solver: TypeAlias = Literal["ritz", "power"]
 
@@ -136,7 +136,7 @@ class _Ritz:
         self.generator = generator
         self.hvps = 0
         self.bound = 0.0  # the largest ‖Hv‖ seen for ‖v‖ = 1: a lower bound of the operator's norm
-        self.eps = torch.finfo(like[0].dtype).eps
+        self.eps = torch.finfo(torch.float32 if is_half(like[0]) else like[0].dtype).eps
         self.x: list[Vector] = list(start)[:k]
         for v in self.x:
             if not self._orthonormalise(v, self.x[: self.x.index(v)]):
@@ -273,7 +273,7 @@ def _mix(x: list[Vector], p: list[Vector], s: Tensor) -> None:
         return
     steps = []
     for j in range(k):
-        step = [torch.zeros_like(t) for t in x[0]]
+        step = zeros_like(x[0])
         for i in range(m):
             axpy(float(s[k + i, j]), p[i], step)
         steps.append(step)

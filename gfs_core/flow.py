@@ -134,7 +134,7 @@ class Flow:
         self.grad_evals = 0
         self._rho = 0.0
         self._rho_age = math.inf
-        self.eps = torch.finfo(objective.weights[0].dtype).eps
+        self.eps = objective.eps
         # Rounding errors of a step grow as s²·eps (Sommeijer et al. 1998, §2.1).
         self.max_stages = max(8, min(_MAX_STAGES, int((rtol / (10 * self.eps)) ** 0.5)))
 

@@ -20,12 +20,14 @@ from gfs_core.errors import MeasurementError, Reason
 from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
 from gfs_core.objective import LossFn, Objective
+from gfs_core.precision import Precision, PrecisionChoice
 from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
 from gfs_core.ranks import Ranks, alone
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
-from gfs_core.vectors import Vector, axpy, clone, norm, scale
+from gfs_core.vectors import Vector, axpy, clone, is_half, norm, scale
 
+WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
 # A short-horizon value that needs more gradients is not worth its price, and left out. At rtol 1e-2; a method of second
 # order needs rtol^-1/2 times as many.
@@ -42,6 +44,7 @@ def sharpness(
     k: int = 1,
     solver: Solver = "ritz",
     hvp: HvpMethod = "auto",
+    precision: PrecisionChoice = "auto",
     max_hvps: int = 200,
     seed: int = 0,
 ) -> EigenResult:
@@ -55,6 +58,7 @@ def sharpness(
         k: how many.
         solver: ``"ritz"``, or ``"power"`` for the literature's power iteration.
         hvp: how products are computed.
+        precision: as in :class:`~gfs_core.GFSConfig`, for losses with autocast and weights in half precision.
         max_hvps: products allowed.
         seed: of the random start.
 
@@ -68,8 +72,12 @@ def sharpness(
         >>> gfs.sharpness(model, lambda m, b: 0.5 * m(b).square().mean(), x).value  # ½(3w)²: 9
         9.0
     """
-    with Isolation(model) as isolation:
-        probe = Probe(Objective(model, loss_fn, _as_list(batches), isolation=isolation), hvp=hvp)
+    computed = Precision(precision, model, model.parameters())
+    with Isolation(model) as isolation, computed.governing(), contextlib.ExitStack() as stack:
+        objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation, precision=computed)
+        if computed.full_for_products:
+            stack.enter_context(objective.in_float32())
+        probe = Probe(objective, hvp=hvp)
         return largest_eigenvalues(
             probe.hessian,
             probe.objective.weights,
@@ -91,6 +99,7 @@ def gfs_sharpness(
     rtol: float = 1e-2,
     tol: float = 1e-3,
     hvp: HvpMethod = "auto",
+    precision: PrecisionChoice = "auto",
     max_grads: int = 100_000,
     loss_cutoff: float | None = None,
     estimate_error: bool = False,
@@ -108,6 +117,7 @@ def gfs_sharpness(
         rtol: relative error of the sharpness aimed at.
         tol: relative residual of the eigenvalue.
         hvp: how products are computed.
+        precision: ``"training"``, or float32: half precision does not do for a flow.
         max_grads: gradients allowed.
         loss_cutoff: full solution only: stop at this loss.
         estimate_error: compute the value again at a tenth of ``rtol`` and give the difference as ``error``.
@@ -121,14 +131,16 @@ def gfs_sharpness(
         raise ValueError(f"`horizon` and `learning_rate` must be > 0, got {horizon} and {learning_rate}")
     results = []
     for tolerance in (rtol, rtol / 10) if estimate_error else (rtol,):
-        with Isolation(model) as isolation:
-            objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation)
-            probe = Probe(objective, hvp=hvp, tol=tol, seed=seed, max_hvps=500)
-            flowing = probe.flow(probe.top(), None, tolerance, max_grads)
-            if math.isinf(horizon):
-                results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
-            else:
-                results.append(flow_for(flowing, horizon * learning_rate))
+        computed = Precision(precision, model, model.parameters())
+        with Isolation(model) as isolation, computed.governing():
+            objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation, precision=computed)
+            with objective.in_float32():
+                probe = Probe(objective, hvp=hvp, tol=tol, seed=seed, max_hvps=500)
+                flowing = probe.flow(probe.top(), None, tolerance, max_grads)
+                if math.isinf(horizon):
+                    results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
+                else:
+                    results.append(flow_for(flowing, horizon * learning_rate))
     last = results[-1]
     if not estimate_error:
         return last
@@ -176,6 +188,8 @@ def measure(
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
     trusted: bool = False,
+    precision: PrecisionChoice = "auto",
+    check_precision: bool = True,
     tol: float = 1e-2,
     rtol: float = 1e-2,
     max_hvps: int = 100,
@@ -187,11 +201,12 @@ def measure(
 ) -> tuple[Measurement, Hessian, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
-    ``tiers`` names what is measured, ``before`` the weights before the last optimizer step (consumed; without them
-    nothing directional is measured), and ``directional`` how: ``"product"``, or ``"losses"`` for forward passes only.
-    ``running`` is the running estimate, renewed (without it nothing running is measured), and ``current`` the batch
-    whose batch sharpness is measured, by default ``batches``. ``ranks`` are the processes that measure together, each
-    on its own data: the loss is the mean over all of them.
+    ``trusted`` is what the last measurement's Hessian found, and ``check_precision`` whether half precision is held
+    against float32 (one product). ``tiers`` names what is measured, ``before`` the weights before the last optimizer
+    step (consumed; without them nothing directional is measured), and ``directional`` how: ``"product"``, or
+    ``"losses"`` for forward passes only. ``running`` is the running estimate, renewed (without it nothing running is
+    measured), and ``current`` the batch whose batch sharpness is measured, by default ``batches``. ``ranks`` are the
+    processes that measure together, each on its own data: the loss is the mean over all of them.
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
@@ -209,8 +224,16 @@ def measure(
     seconds: dict[Tier, float] = {}
     # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
     known = stability.threshold is not None or stability.empirical
-    with Isolation(model, params) as isolation, alone(model):
-        objective = Objective(model, loss_fn, batches, params, isolation, ranks)
+    computed = Precision(precision, model, params, proven=trusted)
+    with (
+        Isolation(model, params) as isolation,
+        alone(model),
+        computed.governing(),
+        contextlib.ExitStack() as stack,
+    ):
+        objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed)
+        if computed.full_for_products:
+            stack.enter_context(objective.in_float32())
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
         if running is not None and known and "running" in tiers:
             with _timed(seconds, "running"), probe.on([running.part]):
@@ -234,24 +257,21 @@ def measure(
             with _timed(seconds, "sharpness"):
                 if "loss_probe" not in values:
                     values["loss_probe"] = objective.loss()
-                top = probe.top(start=warm.raw)
-                usable = _usable(top, reasons)
-                warm.raw = top.vector if usable else None
-                if usable:
-                    values["sharpness"], values["residual"] = top.value, top.error_bound
-                if stability.threshold is not None and not stability.plain:
-                    top = probe.top(stability, start=warm.preconditioned)
-                    usable = _usable(top, reasons)
-                    warm.preconditioned = top.vector if usable else None
-                    if usable:
-                        values["preconditioned_sharpness"] = top.value
-                if usable and stability.threshold is not None:
-                    values["stability_ratio"] = top.value / stability.threshold
-        if probe.hessian.reason:
-            reasons.append(probe.hessian.reason)
+                top, usable, solved = _solve(probe, stability, warm, reasons)
+                if usable and check_precision and probe.in_half_precision:
+                    solved["precision_error"] = off = probe.precision_error(stability, top)
+                    if off > WORST_PRECISION and computed.choice == "auto":
+                        computed.choice = "float32"
+                        computed.reason = (
+                            f"{computed.half} changes the sharpness by {off:.0%}; all is measured in float32"
+                        )
+                        top, usable, anew = _solve(probe, stability, warm, reasons)
+                        solved |= anew
+                values |= solved
+        reasons += [r for r in (probe.hessian.reason, computed.reason) if r]
         dear = "gfs" in tiers or "gfs_full" in tiers
         if usable and dear and stability.threshold is not None and stability.learning_rate is not None:
-            with _timed(seconds, "gfs"):
+            with _timed(seconds, "gfs"), objective.in_float32():
                 short = min(max_grads, int(SHORT_FLOW_GRADS * max(1.0, (1e-2 / rtol) ** 0.5)))
                 flow = flow_for(probe.flow(top, stability, rtol, short), horizon * stability.learning_rate)
                 if flow.converged:
@@ -262,7 +282,7 @@ def measure(
                     why = f"it needs more than {short} gradients here" if too_long else flow.reason
                     reasons.append(f"short-horizon GFS sharpness left out: {why}")
         if "gfs_full" in tiers and stability.learning_rate:
-            with _timed(seconds, "gfs_full"):
+            with _timed(seconds, "gfs_full"), objective.in_float32():
                 probe.hessian.release()
                 isolation.restore_weights()
                 again = probe.top(start=None if warm.raw is None else clone(warm.raw))
@@ -278,8 +298,30 @@ def measure(
     return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian, seconds
 
 
+def _solve(
+    probe: Probe, stability: Stability, warm: WarmStart, reasons: list[str]
+) -> tuple[EigenResult, bool, dict[str, Any]]:
+    """The sharpness, and the optimizer's own where it differs: the last one, whether it is usable, and the values."""
+    values: dict[str, Any] = {}
+    top = probe.top(start=warm.raw)
+    usable = _usable(top, reasons)
+    warm.raw = top.vector if usable else None
+    if usable:
+        values["sharpness"], values["residual"] = top.value, top.error_bound
+    if stability.threshold is not None and not stability.plain:
+        top = probe.top(stability, start=warm.preconditioned)
+        usable = _usable(top, reasons)
+        warm.preconditioned = top.vector if usable else None
+        if usable:
+            values["preconditioned_sharpness"] = top.value
+    if usable and stability.threshold is not None:
+        values["stability_ratio"] = top.value / stability.threshold
+    return top, usable, values
+
+
 def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
     """Curvature along the step from ``before``, which is consumed, to the present weights."""
+    before = [b.float() if is_half(b) else b for b in before]
     scale(-1.0, before)
     axpy(1.0, probe.objective.weights, before)
     if norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0

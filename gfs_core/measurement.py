@@ -58,6 +58,9 @@ class Measurement:
     hvps: int | None = _key("Hessian-vector products of this measurement")
     grad_evals: int | None = _key("gradients of this measurement")
     residual: float | None = _key("bound on the distance of the sharpness to an eigenvalue, relative to it")
+    precision_error: float | None = _key(
+        "relative change of the (preconditioned) sharpness by half precision, where that was checked against float32"
+    )
     seconds: float | None = _key("wall time of this measurement")
     reasons: tuple[str, ...] = ()
 
@@ -70,7 +73,7 @@ class Measurement:
 _LOGGED = {
     f.name: str(f.metadata["help"])
     for f in fields(Measurement)
-    if "help" in f.metadata and f.name not in ("residual", "seconds", "learning_rate")
+    if "help" in f.metadata and f.name not in ("residual", "precision_error", "seconds", "learning_rate")
 }
 
 

@@ -25,10 +25,11 @@ from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
 from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
+from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
-from gfs_core.vectors import Vector, clone, combine, local, norm, random_like, sharded
+from gfs_core.vectors import Vector, clone, combine, is_half, local, norm, random_like, sharded
 from gfs_core.vectors import scale as times
 
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
@@ -96,6 +97,7 @@ class StabilityMonitor:
         self._warm = WarmStart()
         self._method: HvpMethod = self.config.hvp
         self._trusted = False
+        self._precision: PrecisionChoice = self.config.precision
         self._probe: list[Any] = []
         self._told: set[str] = set()
         self._running = RunningSharpness()
@@ -374,6 +376,7 @@ class StabilityMonitor:
             "fits": self._fits,
             "method": self._method,
             "trusted": self._trusted,
+            "precision": self._precision,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe,
             "before": [self._before_step, self._before],
@@ -391,12 +394,16 @@ class StabilityMonitor:
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
+        if state.get("precision") in ("training", "float32") and self.config.precision == "auto":
+            self._precision = state["precision"]
         params = parameters_of(self.optimizer)
 
         def fitted(vector: list[Tensor] | None) -> list[Tensor] | None:
             if vector is None or [t.shape for t in vector] != [p.shape for p in params]:
                 return None
-            return [t.to(device=p.device, dtype=p.dtype, copy=True) for t, p in zip(vector, params, strict=True)]
+            dtypes = [torch.float32 if is_half(p) else p.dtype for p in params]
+            pairs = zip(vector, params, dtypes, strict=True)
+            return [t.to(device=p.device, dtype=dtype, copy=True) for t, p, dtype in pairs]
 
         if self.ranks is not None and self.ranks.sharding(params) is not None:
             state = {k: v for k, v in state.items() if k not in ("warm", "before", "running")}  # another rank's shards
@@ -456,6 +463,8 @@ class StabilityMonitor:
                 horizon=config.horizon,
                 hvp=self._method,
                 trusted=self._trusted,
+                precision=self._precision,
+                check_precision=self._solved % _MIX_EVERY == 1,
                 tol=config.tol,
                 rtol=config.rtol,
                 max_hvps=config.max_hvps,
@@ -465,7 +474,7 @@ class StabilityMonitor:
                 warm=self._warm,
                 ranks=self._global,
             )
-        self._trusted = hessian.trusted
+        self._trusted, self._precision = hessian.trusted, hessian.precision
         if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
         return measurement, seconds

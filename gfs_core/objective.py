@@ -6,9 +6,10 @@ working, because what is evaluated is the user's own module with its own paramet
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from gfs_core.errors import MeasurementError
 from gfs_core.isolation import Isolation
+from gfs_core.precision import Precision
 from gfs_core.ranks import Ranks
 from gfs_core.vectors import Vector, axpy, local, owned
 
@@ -34,6 +36,7 @@ class Objective:
         params: the space in which curvature is measured; those with ``requires_grad`` count, each once.
             By default all parameters of ``model``.
         isolation: rewound before every evaluation, so that all evaluations are the same function.
+        precision: how the loss is computed; ``None``: as it comes.
         ranks: the processes over whose losses the mean is taken as well; each evaluation is an exchange, and all of
             them make it. ``None``: this process alone.
 
@@ -49,6 +52,7 @@ class Objective:
         params: Sequence[Tensor] | None = None,
         isolation: Isolation | None = None,
         ranks: Ranks | None = None,
+        precision: Precision | None = None,
     ) -> None:
         given = list(model.parameters()) if params is None else params
         self.params: Vector = list({id(p): p for p in given if p.requires_grad}.values())
@@ -58,6 +62,7 @@ class Objective:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
         self.ranks = ranks
+        self.precision = Precision("training", model, self.params) if precision is None else precision
         self.weights: Vector = [local(p) for p in self.params]  # what is moved, and the shape of every vector
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
         if self.sharded and ranks is None:
@@ -70,6 +75,47 @@ class Objective:
         self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
         self._unused_are_unused = False
 
+    @property
+    def eps(self) -> float:
+        """Unit roundoff of the precision in which the loss is computed now."""
+        return self.precision.eps or torch.finfo(self.weights[0].dtype).eps
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """The loss is computed in float32 here, unless training's precision is asked for (:class:`Precision`).
+
+        Moves of half-precision weights are lost at the end, so a flow is to stay inside.
+        """
+        if not self.precision.proven:
+            self._try_float32()
+        with contextlib.ExitStack() as stack:
+            if self.precision.moves:
+                stack.callback(self._locate)
+            stack.enter_context(self.precision.full())
+            if self.precision.moves:
+                self._locate()
+            yield
+
+    def _locate(self) -> None:
+        self.weights = [local(p) for p in self.params]
+
+    def _try_float32(self) -> None:
+        """Settle, on all processes, whether the loss works in float32; where not, all is in training's precision."""
+        problem: Exception | None = None
+        with self.precision.full():
+            try:
+                self.forward(self.batches[0])
+            except (MeasurementError, torch.OutOfMemoryError):
+                raise  # not for its precision
+            except Exception as error:
+                problem = error
+        failed = problem is not None if self.ranks is None else self.ranks.any(problem is not None)
+        self.precision.proven = True
+        if failed:
+            self.precision.choice = "training"
+            text = str(problem).splitlines()[0] if problem else "on another rank"
+            self.precision.reason = f"the loss fails in float32 ({text}); all is measured in training's precision"
+
     def forward(self, batch: Any) -> Tensor:
         """The loss on one batch, with its graph.
 
@@ -79,13 +125,13 @@ class Objective:
         if self.isolation is not None:
             self.isolation.rewind()
         with torch.enable_grad():
-            loss = self.loss_fn(self.model, batch)
+            loss = self.loss_fn(self.model, self.precision.of(batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise MeasurementError(f"the loss function must return a 0-dim tensor, got {got}")
         if not loss.requires_grad:
             raise MeasurementError("the loss does not depend on any trainable parameter (no graph)")
-        self.loss_eps = torch.finfo(loss.dtype).eps
+        self.loss_eps = max(self.eps, torch.finfo(loss.dtype).eps)
         return loss.reshape(())
 
     def gradient(self) -> tuple[float, Vector]:

@@ -15,7 +15,7 @@ from gfs_core.errors import Reason
 from gfs_core.flow import Flow, FlowState
 from gfs_core.objective import Objective
 from gfs_core.stability import Stability
-from gfs_core.vectors import Vector
+from gfs_core.vectors import Vector, dots
 
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
@@ -99,6 +99,20 @@ class Probe:
             generator=self.generator,
             product_error=self.hessian.error,
         )
+
+    @property
+    def in_half_precision(self) -> bool:
+        """Whether the eigenvalue is found by products in half precision."""
+        precision = self.objective.precision
+        return self.hessian.method == "exact" and precision.half is not None and not precision.full_for_products
+
+    def precision_error(self, stability: Stability, top: EigenResult) -> float:
+        """How far the Rayleigh quotient of ``top`` in float32 is from its value, relative to it; costs a product."""
+        self.hessian.release()
+        with self.objective.in_float32():
+            value = dots([(top.vector, self.operator(stability)(top.vector))])[0]
+        self.hessian.release()
+        return abs(value / top.value - 1)
 
     def flow(self, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int) -> Flowing:
         """A flow from the present weights, in the coordinates of ``stability``."""

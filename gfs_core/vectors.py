@@ -2,7 +2,8 @@
 
 A *vector* here is a list of tensors with the shapes of the parameters: nothing is ever flattened into
 one long tensor, so a vector costs exactly one copy of the weights. Everything goes through
-``torch._foreach_*``, and inner products come back to the host together, in one transfer.
+``torch._foreach_*``, and inner products come back to the host together, in one transfer. Of half-precision weights
+a vector is in float32.
 
 Where the weights are sharded over processes, a vector holds this process's shards alone: it is never gathered, and
 inner products are summed over the processes (:func:`sharded`).
@@ -63,6 +64,16 @@ def clone(vector: Sequence[Tensor]) -> Vector:
     return [local(t).clone() for t in vector]
 
 
+def is_half(tensor: Tensor) -> bool:
+    """Whether the tensor is in half precision."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def zeros_like(vector: Sequence[Tensor]) -> Vector:
+    """The zero vector."""
+    return [torch.zeros_like(t, dtype=torch.float32 if is_half(t) else None) for t in vector]
+
+
 def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
     """A vector that may be changed in place, from what autograd returned; ``None`` counts as zero.
 
@@ -72,9 +83,12 @@ def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
     storages: set[int] = set()
     for part, model in zip(parts, like, strict=True):
         if part is None:
-            out.append(torch.zeros_like(model))
+            out += zeros_like([model])
             continue
         tensor = part.detach()
+        if is_half(tensor):
+            out.append(tensor.float())
+            continue
         expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
         place = tensor.untyped_storage().data_ptr()
         if expanded or place in storages:
@@ -85,12 +99,14 @@ def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
 
 
 def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
-    """Standard normal vector with the shapes, dtypes and devices of ``vector``.
+    """Standard normal vector with the shapes, dtypes (float32 for half precision) and devices of ``vector``.
 
     Drawn on the CPU so that the same ``generator`` gives the same direction on every device, and never
     touches the global random state.
     """
-    return [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in vector]
+    dtypes = (torch.float32 if is_half(t) else t.dtype for t in vector)
+    drawn = (torch.randn(t.shape, generator=generator, dtype=d) for t, d in zip(vector, dtypes, strict=True))
+    return [r.to(t.device) for r, t in zip(drawn, vector, strict=True)]
 
 
 def axpy(a: float, x: Vector, y: Vector) -> None:
@@ -150,6 +166,6 @@ def norm(x: Sequence[Tensor]) -> float:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype in (torch.float16, torch.bfloat16):
+    if is_half(a) or is_half(b):
         a, b = a.float(), b.float()
     return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -33,6 +33,20 @@ def rotating_part(batch: Any, parts: int, turn: int) -> Any:
     return _rows(batch, size, low, high)
 
 
+def pieces(batches: Sequence[Any], count: int | None) -> list[tuple[Any, float]]:
+    """The batches cut into runs of at most ``count`` examples, each with its share of the mean over the batches."""
+    out: list[tuple[Any, float]] = []
+    for batch in batches:
+        size = batch_size(batch)
+        if count is None or size is None or size <= count:
+            out.append((batch, 1 / len(batches)))
+            continue
+        for low in range(0, size, count):
+            high = min(low + count, size)
+            out.append((_rows(batch, size, low, high), (high - low) / size / len(batches)))
+    return out
+
+
 def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
     """The first ``count`` examples of several batches together; ``None``: all of them."""
     out: list[Any] = []

@@ -68,6 +68,16 @@ class GFSConfig:
     )
     probe_batches: int = _option(1, "Batches in the fixed probe.")
     probe_size: int | None = _option(None, "Examples of a batch used for measuring; null: all of them.")
+    micro_batch: int | None = _option(
+        None,
+        "Examples measured at once: the probe streams through in pieces of that size, for less memory and about twice "
+        "the time; null: each batch at once.",
+    )
+    max_memory: float | None = _option(
+        None,
+        "GiB that a measurement may take beside the weights, for its vectors and for what the loss keeps for its "
+        "backward pass; where that is not enough, the next one is on half as many examples; null: no limit.",
+    )
     sync: Literal["global", "local"] = _option(
         "global",
         "With several processes: global measures the mean loss over all of them; local that of rank 0 alone, whose "
@@ -116,7 +126,16 @@ class GFSConfig:
         hints = get_type_hints(type(self))
         for f in fields(self):
             self._check_type(f.name, hints[f.name], getattr(self, f.name))
-        counts = ("every", "running_parts", "probe_batches", "probe_size", "max_hvps", "max_grads", *_EVERY.values())
+        counts = (
+            "every",
+            "running_parts",
+            "probe_batches",
+            "probe_size",
+            "micro_batch",
+            "max_hvps",
+            "max_grads",
+            *_EVERY.values(),
+        )
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -125,6 +144,8 @@ class GFSConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
+        if self.max_memory is not None and not 0 < self.max_memory < float("inf"):
+            raise ConfigError(f"`max_memory` must be a number of GiB > 0, or None for no limit; got {self.max_memory}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
         if self.margin is not None and not 0 < self.margin <= 1:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
 from gfs_core.precision import PrecisionChoice
-from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned, zeros_like
+from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned, scale, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
@@ -105,8 +105,13 @@ class Hessian:
         check = self._from_gradients(vector) if self.method != "gradients" and not self.trusted else None
         while self.method != "gradients":
             try:
-                product = self._exact_on_all(vector)
-                if check is not None:
+                if check is None:
+                    product = self._exact_on_all(vector)
+                else:  # in float32: the noise of half precision would hide what is sought
+                    with self.objective.in_float32():
+                        product = self._exact_on_all(vector)
+                    if self.objective.precision.half is not None:
+                        self.release()
                     self._compare(product, check)
             except RuntimeError as error:
                 self._next_method(error)
@@ -151,11 +156,6 @@ class Hessian:
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
-        precision = self.objective.precision
-        if isinstance(error, _SilentlyWrong) and precision.choice == "auto" and precision.half is not None:
-            precision.choice = "float32"
-            precision.reason = f"exact products are too far off in {precision.half} here; all is measured in float32"
-            return
         if isinstance(error, _SilentlyWrong):
             self._plain_kernels = True  # no other kernel would help
         elif not self._may_be_met(error):
@@ -190,14 +190,14 @@ class Hessian:
         return product
 
     def _exact(self, vector: Vector) -> Vector:
-        batches = self.objective.batches
+        pieces = self.objective.pieces
         precision = self.objective.precision
         full = self.objective.in_float32() if precision.full_for_products else contextlib.nullcontext()
         lasting = precision.is_full or not (precision.full_for_products and precision.moves)
         with self._kernels(), full:
-            if len(batches) == 1:
+            if len(pieces) == 1:
                 if self._graph is None:
-                    self._graph = self._differentiate(batches[0])
+                    self._graph = self._differentiate(pieces[0][0])
                 self.loss = self._graph.loss
                 product = self._second(self._graph, vector, keep=lasting)
                 if not lasting:  # the weights that the graph leads to are copies, and gone now
@@ -205,21 +205,22 @@ class Hessian:
                 return product
             total: Vector = []
             self.loss = 0.0
-            for batch in batches:
-                graph = self._differentiate(batch)
-                self.loss += graph.loss / len(batches)
+            for piece, share in pieces:
+                graph = self._differentiate(piece)
+                self.loss += share * graph.loss
                 product = self._second(graph, vector, keep=False)
                 if total:
-                    axpy(1.0, product, total)
+                    axpy(share, product, total)
                 else:
                     total = product
-            torch._foreach_div_(total, float(len(batches)))
+                    scale(share, total)
             return total
 
     def _differentiate(self, batch: object) -> _Graph:
-        loss = self.objective.forward(batch)
-        value = finite(float(loss.detach()))
-        grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
+        with self.objective.allowance.counted():
+            loss = self.objective.forward(batch)
+            value = finite(float(loss.detach()))
+            grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
         self.objective.grad_evals += 1
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         return _Graph([grads[i] for i in live], live, grads, value)

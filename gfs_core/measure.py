@@ -19,6 +19,7 @@ from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.errors import MeasurementError, Reason
 from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
+from gfs_core.memory import GIB, vector_bytes
 from gfs_core.objective import LossFn, Objective
 from gfs_core.precision import Precision, PrecisionChoice
 from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
@@ -27,7 +28,6 @@ from gfs_core.running import RunningSharpness
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, is_half, norm, scale
 
-WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
 # A short-horizon value that needs more gradients is not worth its price, and left out. At rtol 1e-2; a method of second
 # order needs rtol^-1/2 times as many.
@@ -188,6 +188,8 @@ def measure(
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
     trusted: bool = False,
+    micro_batch: int | None = None,
+    max_memory: float | None = None,
     precision: PrecisionChoice = "auto",
     check_precision: bool = True,
     tol: float = 1e-2,
@@ -231,7 +233,10 @@ def measure(
         computed.governing(),
         contextlib.ExitStack() as stack,
     ):
-        objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed)
+        room = None
+        if max_memory is not None:
+            room = int(max_memory * GIB) - vector_bytes(params, tiers, not stability.plain)
+        objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, micro_batch, room)
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
         probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
@@ -258,13 +263,9 @@ def measure(
                 if "loss_probe" not in values:
                     values["loss_probe"] = objective.loss()
                 top, usable, solved = _solve(probe, stability, warm, reasons)
-                if usable and check_precision and probe.in_half_precision:
-                    solved["precision_error"] = off = probe.precision_error(stability, top)
-                    if off > WORST_PRECISION and computed.choice == "auto":
-                        computed.choice = "float32"
-                        computed.reason = (
-                            f"{computed.half} changes the sharpness by {off:.0%}; all is measured in float32"
-                        )
+                if usable and check_precision and probe.in_half_precision():
+                    solved["precision_error"] = probe.precision_error(stability, top.vector, top.value)
+                    if not probe.in_half_precision():
                         top, usable, anew = _solve(probe, stability, warm, reasons)
                         solved |= anew
                 values |= solved
@@ -333,14 +334,22 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
 
 def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, Any]:
     """The running estimate after one more product on its part of the data."""
-    quotient = running.estimate.update(probe.operator(stability), probe.objective.weights)
+    estimate, error = running.estimate, None
+    first = estimate.vector is None
+    quotient = estimate.update(probe.operator(stability), probe.objective.weights)
+    if first and estimate.vector is not None and probe.in_half_precision():
+        error = probe.precision_error(stability, estimate.vector, quotient)
+        if not probe.in_half_precision():
+            estimate.vector = None
+            quotient = estimate.update(probe.operator(stability), probe.objective.weights)
     loss, mean = probe.hessian.loss, running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
-    value = running.estimate.average(quotient, relative)
+    value = estimate.average(quotient, relative)
     if value is None or stability.threshold is None:
-        return {"running_sharpness": value}
-    noisy = running.estimate.noisy(stability.noise_factor * running.fraction)
+        return {"running_sharpness": value, "precision_error": error}
+    noisy = estimate.noisy(stability.noise_factor * running.fraction)
     return {
+        "precision_error": error,
         "running_sharpness": value,
         "running_stability_ratio": value / stability.threshold,
         "mean_square_stability_ratio": None if noisy is None else noisy / stability.threshold,

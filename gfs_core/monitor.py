@@ -25,6 +25,7 @@ from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
 from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
+from gfs_core.memory import GIB, OverLimit, vector_bytes
 from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
@@ -114,6 +115,8 @@ class StabilityMonitor:
                 "trend of its sharpness has come out reversed; use probe='batch', or a larger fixed probe"
             )
         stability = stability_of(optimizer, params)
+        if self.config.max_memory is not None:
+            self._check_memory(params, self.config.max_memory, stability.adaptive or not stability.plain)
         self.alarm = None if self.config.alarm == "off" else Alarm()
         self.on_alarm = on_alarm
         self.should_stop = self.wants_checkpoint = False
@@ -358,6 +361,14 @@ class StabilityMonitor:
         """The processes over whose losses the mean is measured."""
         return self.ranks if self.config.sync == "global" else None
 
+    def _check_memory(self, params: list[Tensor], most: float, preconditioned: bool) -> None:
+        needed = vector_bytes(params, self.config.cadence(), preconditioned) / GIB
+        if needed >= most:
+            raise ConfigError(
+                f"`max_memory` is {most} GiB, and the vectors of tier={self.config.tier!r} alone take {needed:.3g}; "
+                "allow more, or use a cheaper tier ('running', 'directional')"
+            )
+
     def _rates_on_host(self) -> bool:
         """Whether reading the rates waits for no accelerator."""
         rates = [g.get("lr") for g in unwrap(self.optimizer).param_groups]
@@ -463,6 +474,8 @@ class StabilityMonitor:
                 horizon=config.horizon,
                 hvp=self._method,
                 trusted=self._trusted,
+                micro_batch=config.micro_batch,
+                max_memory=config.max_memory,
                 precision=self._precision,
                 check_precision=self._solved % _MIX_EVERY == 1,
                 tol=config.tol,
@@ -503,7 +516,8 @@ class StabilityMonitor:
         self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-            self._tell("a measurement ran out of memory; the next one is on half as many examples", own=True)
+            why = str(error) if isinstance(error, OverLimit) else "a measurement ran out of memory"
+            self._tell(f"{why}; the next one is on half as many examples", own=True)
         elif isinstance(error, RanksLost):
             self._tell(f"{error}; nothing is measured any more in this run", own=True)
         elif isinstance(error, OtherRankFailed):

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfs_core.batches import pieces
 from gfs_core.errors import MeasurementError
 from gfs_core.isolation import Isolation
+from gfs_core.memory import Allowance
 from gfs_core.precision import Precision
 from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, axpy, local, owned
+from gfs_core.vectors import Vector, axpy, local, owned, scale
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -33,6 +35,8 @@ class Objective:
         model: the module whose parameters the loss depends on.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor: the mean over the batch.
         batches: the probe. With several batches one graph is alive at a time.
+        memory: bytes that the graph of a piece may keep; ``None``: any number.
+        micro_batch: larger batches are cut into pieces of so many examples; ``None``: none is.
         params: the space in which curvature is measured; those with ``requires_grad`` count, each once.
             By default all parameters of ``model``.
         isolation: rewound before every evaluation, so that all evaluations are the same function.
@@ -53,6 +57,8 @@ class Objective:
         isolation: Isolation | None = None,
         ranks: Ranks | None = None,
         precision: Precision | None = None,
+        micro_batch: int | None = None,
+        memory: int | None = None,
     ) -> None:
         given = list(model.parameters()) if params is None else params
         self.params: Vector = list({id(p): p for p in given if p.requires_grad}.values())
@@ -60,8 +66,10 @@ class Objective:
             raise MeasurementError("the model has no trainable parameter: every `requires_grad` is False")
         if not batches:
             raise MeasurementError("the probe is empty; give at least one batch")
-        self.model, self.loss_fn, self.batches, self.isolation = model, loss_fn, batches, isolation
+        self.model, self.loss_fn, self.isolation, self.micro_batch = model, loss_fn, isolation, micro_batch
+        self.batches = batches
         self.ranks = ranks
+        self.allowance = Allowance(memory, self.params)
         self.precision = Precision("training", model, self.params) if precision is None else precision
         self.weights: Vector = [local(p) for p in self.params]  # what is moved, and the shape of every vector
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
@@ -74,6 +82,16 @@ class Objective:
         self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
         self._unused_are_unused = False
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The probe."""
+        return self._batches
+
+    @batches.setter
+    def batches(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+        self.pieces = pieces(batches, self.micro_batch)
 
     @property
     def eps(self) -> float:
@@ -104,7 +122,7 @@ class Objective:
         problem: Exception | None = None
         with self.precision.full():
             try:
-                self.forward(self.batches[0])
+                self.forward(self.pieces[0][0])
             except (MeasurementError, torch.OutOfMemoryError):
                 raise  # not for its precision
             except Exception as error:
@@ -124,7 +142,7 @@ class Objective:
         """
         if self.isolation is not None:
             self.isolation.rewind()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.allowance.counted():
             loss = self.loss_fn(self.model, self.precision.of(batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -142,17 +160,17 @@ class Objective:
         """
         total = 0.0
         out: Vector = []
-        for batch in self.batches:
-            loss, grads = self._differentiate(batch)
-            total += loss
+        for piece, share in self.pieces:
+            loss, grads = self._differentiate(piece)
+            total += share * loss
             if out:
-                axpy(1.0, grads, out)
+                axpy(share, grads, out)
             else:
                 out = grads
+                if share != 1.0:
+                    scale(share, out)
         self.grad_evals += 1
-        if len(self.batches) > 1:
-            torch._foreach_div_(out, float(len(self.batches)))
-        value = total / len(self.batches)
+        value = total
         if self.ranks is not None:  # FSDP has exchanged the gradients of what it shards
             own = [g for g, p in zip(out, self.params, strict=True) if not hasattr(p, "to_local")]
             value = self.ranks.mean_of(value, own)
@@ -165,14 +183,13 @@ class Objective:
             MeasurementError: it is not finite.
         """
         try:
-            values = [float(self.forward(batch).detach()) for batch in self.batches]
+            value = sum(share * float(self.forward(piece).detach()) for piece, share in self.pieces)
         finally:
             if self.sharded:  # without a backward FSDP keeps gathered weights, which the next step would not change
                 for module in self.model.modules():
                     reshard: Any = getattr(module, "reshard", None)
                     if reshard is not None:
                         reshard()
-        value = sum(values) / len(values)
         return finite(value if self.ranks is None else self.ranks.mean(value))
 
     def _differentiate(self, batch: Any) -> tuple[float, Vector]:

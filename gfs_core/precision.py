@@ -79,8 +79,7 @@ class Precision:
         dtype = torch.get_autocast_dtype(device)
         if self._full or (self.choice == "auto" and dtype is torch.float16):
             torch.set_autocast_enabled(device, False)  # leaving the autocast puts back what was before
-        else:
-            self.half = dtype
+        self.half = dtype
 
     @property
     def is_full(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from gfs_core.objective import Objective
 from gfs_core.stability import Stability
 from gfs_core.vectors import Vector, dots
 
+WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
 LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
 SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 
@@ -100,19 +102,31 @@ class Probe:
             product_error=self.hessian.error,
         )
 
-    @property
     def in_half_precision(self) -> bool:
-        """Whether the eigenvalue is found by products in half precision."""
+        """Whether an eigenvalue is found by products in half precision."""
         precision = self.objective.precision
         return self.hessian.method == "exact" and precision.half is not None and not precision.full_for_products
 
-    def precision_error(self, stability: Stability, top: EigenResult) -> float:
-        """How far the Rayleigh quotient of ``top`` in float32 is from its value, relative to it; costs a product."""
+    def precision_error(self, stability: Stability, vector: Vector, value: float) -> float:
+        """How far a Rayleigh quotient found in half precision is from its value in float32; costs a product.
+
+        Where it is too far, all is computed in float32 from then on, unless training's precision was asked for.
+
+        Args:
+            stability: whose operator's quotient it is.
+            vector: of norm 1.
+            value: of the quotient, as found.
+        """
         self.hessian.release()
         with self.objective.in_float32():
-            value = dots([(top.vector, self.operator(stability)(top.vector))])[0]
+            true = dots([(vector, self.operator(stability)(vector))])[0]
         self.hessian.release()
-        return abs(value / top.value - 1)
+        error = abs(value / true - 1) if true else math.inf
+        precision = self.objective.precision
+        if error > WORST_PRECISION and precision.choice == "auto":
+            precision.choice = "float32"
+            precision.reason = f"{precision.half} changes the sharpness by {error:.0%}; all is measured in float32"
+        return error
 
     def flow(self, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int) -> Flowing:
         """A flow from the present weights, in the coordinates of ``stability``."""

@@ -252,6 +252,8 @@ class Hessian:
         length = norm(vector)
         if length == 0.0:
             return zeros_like(params)
+        if self.objective.precision.choice == "training" and not self._slope:
+            self.objective.gradient()  # tells in which precision the loss is computed
         eps = self.objective.eps
         size = norm(params)
         longest, shortest = eps ** (1 / 3) * max(1.0, size), 30 * eps * max(1.0, size)

@@ -67,8 +67,8 @@ class Precision:
         try:
             with contextlib.ExitStack() as stack:
                 for device in self._devices:  # what is on already, around the measurement
-                    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-                    stack.enter_context(torch.autocast(device, dtype, enabled=on))
+                    if torch.is_autocast_enabled(device):
+                        stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device)))
                 yield
         finally:
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
@@ -76,6 +76,7 @@ class Precision:
     def _saw(self, device: str) -> None:
         if not torch.is_autocast_enabled(device):
             return
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of weights that move on
         dtype = torch.get_autocast_dtype(device)
         if self._full or (self.choice == "auto" and dtype is torch.float16):
             torch.set_autocast_enabled(device, False)  # leaving the autocast puts back what was before

@@ -139,13 +139,12 @@ def swap(x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
 
 
 def dots(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[float]:
-    """Inner products of several pairs of vectors, in float64 on the host with a single transfer.
+    """Inner products of several pairs of vectors, in float64 on the host with a single transfer from each device.
 
     Each tensor's own product is accumulated in its dtype (float32 for half precision), the sum over
-    tensors in float64.
+    tensors in float64. There is no ``torch._foreach_*`` for inner products: one call for each tensor.
     """
-    parts = [_dot(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)]
-    values = iter(torch.stack(parts).double().tolist())
+    values = iter(_on_host([_dot(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)]))
     how = _sharding.get()
     if how is None:
         return [math.fsum(itertools.islice(values, len(x))) for x, _ in pairs]
@@ -163,6 +162,17 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
 def norm(x: Sequence[Tensor]) -> float:
     """Euclidean norm of a vector."""
     return float(dot(x, x) ** 0.5)
+
+
+def _on_host(scalars: list[Tensor]) -> list[float]:
+    places: dict[torch.device, list[int]] = {}
+    for i, scalar in enumerate(scalars):
+        places.setdefault(scalar.device, []).append(i)
+    values = [0.0] * len(scalars)
+    for where in places.values():
+        for i, value in zip(where, torch.stack([scalars[i] for i in where]).double().tolist(), strict=True):
+            values[i] = value
+    return values
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

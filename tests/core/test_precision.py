@@ -180,3 +180,11 @@ def test_everything_is_as_before_after_an_error() -> None:
     assert torch.autocast.__enter__ is enter
     assert objective.weights[0].dtype is torch.bfloat16
     assert math.isfinite(gfs.sharpness(model, loss_fn, batch(torch.bfloat16)).value)
+
+
+def test_differences_in_half_precision_see_the_weights_move() -> None:
+    """Autocast keeps its casts of weights while an outer autocast lasts."""
+    model, true = make(), gfs.sharpness(make(), loss_fn, batch(), tol=1e-5).value
+    with torch.autocast("cpu", torch.float16):
+        found = gfs.sharpness(model, loss_fn, batch(), tol=3e-2, hvp="gradients", precision="training")
+    assert found.value == pytest.approx(true, rel=0.3)  # rough, as is to be expected, but no zero

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gfs_core as gfs
 import gfs_core.ranks
 from gfs_core.vectors import local
+from tests.core import engines
 
 BATCH = 32
 PATIENCE = 120.0  # seconds until a test that hangs is ended
@@ -98,14 +99,16 @@ def train(
     shard: bool = False,
     normed: bool = False,
     poor: int | None = None,
+    made: str = "",
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
 
     ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2; ``normed``: with BatchNorm, whose
-    buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first measurement.
+    buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first measurement;
+    ``made``: a model of ``engines``.
     """
     gfs_core.ranks.TIMEOUT = timeout
-    model = net()
+    model = engines.MADE[made]() if made else net()
     if normed:
         model.insert(1, nn.BatchNorm1d(12).double())
     trained: nn.Module = model

@@ -104,7 +104,7 @@ class Objective:
 
         Moves of half-precision weights are lost at the end, so a flow is to stay inside.
         """
-        if not self.precision.proven:
+        if not (self.precision.proven or self.sharded):  # a forward pass alone would leave gathered weights behind
             self._try_float32()
         with contextlib.ExitStack() as stack:
             if self.precision.moves:

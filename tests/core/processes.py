@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gfs_core as gfs
@@ -97,13 +97,14 @@ def train(
     timeout: float = 60.0,
     wrapped: bool = False,
     shard: bool = False,
+    half: bool = False,
     normed: bool = False,
     poor: int | None = None,
     made: str = "",
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
 
-    ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2; ``normed``: with BatchNorm, whose
+    ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``: with BatchNorm, whose
     buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first measurement;
     ``made``: a model of ``engines``.
     """
@@ -116,8 +117,9 @@ def train(
         # Four: two shards, two copies of each. The second layer is of the root, which stays gathered after a forward.
         shape, names = ((2, 2), ("copies", "shards")) if size == 4 else ((size,), ("shards",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        fully_shard(model[0], mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
     elif size > 1:
         trained = DistributedDataParallel(model)
     optimizer = OPTIMIZERS[kind](trained.parameters())
@@ -139,10 +141,10 @@ def train(
                 FAULTS[wrong[0]]()
             if rank == 0:
                 sizes.setdefault(step, len(batch[0]))
-            return nn.functional.cross_entropy(measured(batch[0]), batch[1])
+            return nn.functional.cross_entropy(measured(batch[0]).double(), batch[1])
 
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(trained(own[0]), own[1])
+        loss = nn.functional.cross_entropy(trained(own[0]).double(), own[1])
         loss.backward()
         measurement = monitor.step(loss_of, own, step, loss=loss)
         if measurement is not None:

@@ -119,8 +119,8 @@ def main() -> None:
         "",
         "Exact products bear bfloat16: that is what `auto` leaves to training's own precision; a monitor checks it",
         "against float32 at the first measurement and at every tenth, and goes over to float32 where the value changes",
-        "by more than 5 %. Differences of gradients, the flow, and everything in float16 are computed in float32. What is",
-        "left of their errors on the CNN is its ReLUs: over any finite step some of them switch.",
+        "by more than 5 %. Differences of gradients, the flow, and everything in float16 are computed in float32. What",
+        "is left of their errors on the CNN is its ReLUs: over any finite step some of them switch.",
     ]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
 

@@ -104,8 +104,8 @@ def train(
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
 
-    ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``: with
-    BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
+    ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``:
+    with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
     measurement; ``made``: a model of ``engines``.
     """
     gfs_core.ranks.TIMEOUT = timeout

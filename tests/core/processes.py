@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import gfs_core as gfs
@@ -64,6 +65,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, 0.02),
     "lion-like": lambda params: torch.optim.Adafactor(params, 0.02),  # its threshold is not known
 }
+ZERO = {"zero-sgd": torch.optim.SGD, "zero-adamw": torch.optim.AdamW}  # each process keeps the state of some weights
 FAULTS: dict[str, Callable[[], None]] = {}
 
 
@@ -122,7 +124,10 @@ def train(
         fully_shard(model, mesh=mesh, mp_policy=policy)
     elif size > 1:
         trained = DistributedDataParallel(model)
-    optimizer = OPTIMIZERS[kind](trained.parameters())
+    if kind in ZERO:
+        optimizer: Any = ZeroRedundancyOptimizer(trained.parameters(), ZERO[kind], lr=0.02)
+    else:
+        optimizer = OPTIMIZERS[kind](trained.parameters())
     events: list[gfs.Event] = []
     config = gfs.GFSConfig(**options)
     measured = trained if wrapped else model

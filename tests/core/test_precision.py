@@ -188,3 +188,28 @@ def test_differences_in_half_precision_see_the_weights_move() -> None:
     with torch.autocast("cpu", torch.float16):
         found = gfs.sharpness(model, loss_fn, batch(), tol=3e-2, hvp="gradients", precision="training")
     assert found.value == pytest.approx(true, rel=0.3)  # rough, as is to be expected, but no zero
+
+
+def test_gradient_scaling_changes_nothing_of_the_values() -> None:
+    def run(scaled: bool, measure: bool = True) -> tuple[list[Tensor], list[gfs.Measurement]]:
+        model, loss = make(), autocast(torch.float16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        config = gfs.GFSConfig(tier="gfs", every=2, max_overhead=None)
+        monitor = gfs.StabilityMonitor(model, optimizer, config)
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            value = loss(model, batch())
+            scaler.scale(value).backward()
+            if measure and (m := monitor.step(lambda b: loss(model, b), batch(), loss=value)):
+                found.append(m)
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach().clone() for p in model.parameters()], found
+
+    weights, found = run(True)
+    assert all(torch.equal(a, b) for a, b in zip(weights, run(True, measure=False)[0], strict=True))
+    for a, b in zip(found, run(False)[1], strict=True):
+        assert a.stability_ratio is None or a.stability_ratio == pytest.approx(b.stability_ratio, rel=1e-2)
+    assert sum(m.gfs_sharpness is not None for m in found) == 3

@@ -91,6 +91,17 @@ def test_shards_that_are_gathered_in_bfloat16(tmp_path: Path) -> None:
     assert first["loss_probe"] == pytest.approx(alone["found"][0]["loss_probe"], rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["zero-sgd", "zero-adamw"])
+def test_an_optimizer_whose_state_is_spread_has_an_empirical_ratio(kind: str, tmp_path: Path) -> None:
+    options = {"tier": "sharpness", "every": 1, "running_every": None, "max_overhead": None, "tol": 1e-8}
+    ranks = processes.run(processes.train, 2, tmp_path, kind, options, 4)
+    found = ranks[0]["found"]
+    assert_close(found, ranks[1]["found"], 0.0)
+    assert found[0]["sharpness"] == pytest.approx(processes.train(0, 1, "sgd", options, 1)["found"][0]["sharpness"])
+    for m in found[1:]:
+        assert m["stability_ratio"] == pytest.approx(0.02 / m["critical_lr"])
+
+
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
     without = {"tier": "running", "every": 10**6, "alarm": "off"}
     for folder in ("a", "b"):

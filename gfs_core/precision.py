@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.batches import changed
-from gfs_core.vectors import is_half
+from gfs_core.vectors import HALVES, is_half
 
 PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
 
@@ -54,16 +54,22 @@ class Precision:
     def governing(self) -> Iterator[None]:
         """Around a whole measurement: sees which autocast the loss enters, and switches it off where it is to be.
 
-        A loss enters autocast by itself, deep inside the user's code, so the class is watched: for all threads.
+        A loss enters autocast by itself, deep inside the user's code, so the class is watched: for all threads. So is
+        the default type, which Lightning's ``bf16-true`` sets around every step.
         """
         enter: Any = torch.autocast.__enter__
+        set_default = torch.set_default_dtype
 
         def watched(autocast: Any) -> Any:
             entered = enter(autocast)
             self._saw(autocast.device)
             return entered
 
+        def set_unless_half(dtype: torch.dtype) -> None:
+            set_default(torch.float32 if self._full and dtype in HALVES else dtype)
+
         torch.autocast.__enter__ = watched  # type: ignore[method-assign]
+        torch.set_default_dtype = set_unless_half
         try:
             with contextlib.ExitStack() as stack:
                 for device in self._devices:  # what is on already, around the measurement
@@ -72,6 +78,7 @@ class Precision:
                 yield
         finally:
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+            torch.set_default_dtype = set_default
 
     def _saw(self, device: str) -> None:
         if not torch.is_autocast_enabled(device):
@@ -121,7 +128,7 @@ class Precision:
                     stack.enter_context(torch.autocast(device, enabled=False))
                 if self.half is not None and "torch._dynamo" in sys.modules:  # compiled code has its precision built in
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-                if default in (torch.float16, torch.bfloat16):
+                if default in HALVES:
                     torch.set_default_dtype(torch.float32)
                 for t in self._halves:
                     t.data = t.data.float()
@@ -144,6 +151,6 @@ def _dtype_of_fsdp(model: nn.Module) -> torch.dtype | None:
     for module in model.modules():
         state: Any = getattr(module, "_get_fsdp_state", None)
         dtype = getattr(getattr(state() if state else None, "_mp_policy", None), "param_dtype", None)
-        if dtype in (torch.float16, torch.bfloat16):
+        if dtype in HALVES:
             return dtype  # type: ignore[no-any-return]
     return None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 Vector: TypeAlias = list[Tensor]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def clone(vector: Sequence[Tensor]) -> Vector:
 
 def is_half(tensor: Tensor) -> bool:
     """Whether the tensor is in half precision."""
-    return tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.dtype in HALVES
 
 
 def zeros_like(vector: Sequence[Tensor]) -> Vector:

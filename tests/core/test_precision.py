@@ -96,6 +96,10 @@ def test_a_flow_of_half_precision_weights_is_in_float32(dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_training_in_half_precision_is_bitwise_the_same_and_measured_well(dtype, how) -> None:
+    def autocasts() -> bool:
+        with torch.autocast("cpu", dtype):
+            return torch.is_autocast_enabled("cpu")
+
     def run(measure: bool) -> tuple[list[Tensor], list[gfs.Measurement]]:
         model = make() if how == "autocast" else make().to(dtype)
         loss = autocast(dtype) if how == "autocast" else loss_fn
@@ -107,12 +111,15 @@ def test_training_in_half_precision_is_bitwise_the_same_and_measured_well(dtype,
         for _ in range(9):
             optimizer.zero_grad()
             loss(model, x).backward()
-            if measure and (m := monitor.step(lambda b: loss(model, b), x)):
+            if measure and (m := monitor.step(lambda b: seen.append(autocasts()) or loss(model, b), x)):
                 found.append(m)
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()], found
 
+    seen: list[bool] = []
     measured, found = run(True)
+    if how == "autocast":
+        assert any(seen) is (dtype is torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(measured, run(False)[0], strict=True))
     solved = [m for m in found if m.sharpness is not None]
     assert len(solved) >= 4
@@ -166,6 +173,19 @@ def test_a_loss_that_fails_in_float32_is_measured_as_training_computes_it() -> N
     assert first.sharpness == pytest.approx(true, rel=0.03)
     assert model[0].weight.dtype is torch.bfloat16
     assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("choice", ["auto", "training", "float32"])
+def test_products_of_half_precision_weights_are_in_float32_and_repeatable(choice) -> None:
+    model = make().to(torch.bfloat16)
+    precision = Precision(choice, model, model.parameters())
+    with Isolation(model) as isolation, precision.governing():
+        objective = Objective(model, loss_fn, [batch(torch.bfloat16)], isolation=isolation, precision=precision)
+        hessian = gfs.Hessian(objective, "exact", trusted=True)
+        vector = [torch.ones_like(p, dtype=torch.float32) for p in model.parameters()]
+        first, again = hessian(vector), hessian(vector)
+    assert all(torch.equal(a, b) and a.dtype is torch.float32 for a, b in zip(first, again, strict=True))
+    assert sum(float(t.abs().sum()) for t in again) > 0
 
 
 def test_everything_is_as_before_after_an_error() -> None:

@@ -30,7 +30,7 @@ def fixed_steps(model: Quadratic, h: float, steps: int, s: int) -> None:
     params = [p.detach() for p in objective.params]
     state = flow.start()
     for _ in range(steps):
-        loss, field, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
+        loss, field, _, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
         state.field, state.loss = field, loss
 
 
@@ -148,3 +148,27 @@ def test_the_limit_of_gradients_is_kept_and_told() -> None:
     model = make("mlp")
     result = gfs.gfs_sharpness(model, cross_entropy, data(), learning_rate=0.1, max_grads=50)
     assert (result.converged, result.reason) == (False, gfs.Reason.MAX_GRADIENTS)
+
+
+def test_large_weights_that_hardly_matter_loosen_nothing() -> None:
+    """A pretrained model's embeddings, say: the error is held against the way of the flow, not against |w| alone."""
+
+    class Embedded(nn.Module):
+        def __init__(self, size: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+            self.words = nn.Parameter(torch.full((100,), size, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) + 1e-9 * self.words.mean()
+
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss_fn(model: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        return (model(b) - 3 * b[:, :2].sin()).square().mean()
+
+    true = gfs.gfs_sharpness(Embedded(1.0), loss_fn, x, horizon=16, learning_rate=0.2, rtol=1e-4)
+    for size in (1.0, 1e3, 1e5):
+        found = gfs.gfs_sharpness(Embedded(size), loss_fn, x, horizon=16, learning_rate=0.2)
+        assert found.sharpness == pytest.approx(true.sharpness, rel=1e-2)

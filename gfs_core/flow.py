@@ -14,7 +14,8 @@ Differences from that paper, and why:
    fastest direction, |F|/ρ: of a pretrained model with
    |w| = 280 the sharpness fell to a tenth within ℓ = 0.2, and a limit relative to |w| alone let it be wrong by 240 %.
    A step's error falls as h³ and there are ~1/h steps: per step the limit is rtol^1.5·min(|w|, 5ℓ), which leaves an
-   error of order rtol at the end; never below rounding, 10 ε·|w|.
+   error of order rtol at the end; never below rounding, 10 ε·|w|. Where shorter steps do not help, as at the kinks of
+   ReLUs, it is relative to |w| alone.
    The estimate overstates stiff modes by about h·ρ: of a mode of amplitude a the exact flow leaves nothing, the
    step up to a, the estimate says 0.4·hλ·a. The limit is therefore raised by h·ρ where that is above 1, up to 30:
    on the long way to a full solution the step would otherwise outgrow every control.
@@ -98,6 +99,8 @@ class FlowState:
         field: dw/dt at the present weights (first same as last: the next step's first stage).
         step: step length that the error control proposes next; 0 before the first step.
         way: length of the path so far, in the norm of the weights.
+        kinks: whether the field was found to have kinks.
+        refused: length and error of the step that was rejected last, where it was too short to be stiff.
         steps: accepted steps.
         rejected: rejected steps.
         reason: why the flow ended early; empty where it did not.
@@ -108,6 +111,8 @@ class FlowState:
     field: Vector
     step: float = 0.0
     way: float = 0.0
+    kinks: bool = False
+    refused: tuple[float, float] | None = None
     steps: int = 0
     rejected: int = 0
     reason: Reason = Reason.OK
@@ -192,7 +197,11 @@ class Flow:
             size = norm(params)
             lenient = min(max(1.0, h * rho), _MOST_LENIENT)
             way = max(state.way + moved, norm(state.field) / rho)  # the fastest direction alone will come so far
-            limit = self.rtol**1.5 * lenient * min(size, _PER_WAY * way)
+            if state.refused is not None and h * rho <= 1.0:
+                # Of a smooth flow a step's error falls as h³; at a kink as h, and then no step is short enough.
+                longer, its = state.refused
+                state.kinks = state.kinks or error > its * (h / longer) ** 2
+            limit = self.rtol**1.5 * lenient * (size if state.kinks else min(size, _PER_WAY * way))
             limit = max(limit, _ROUNDING * self.eps * size)
             ratio = error / limit if limit > 0 else (math.inf if error else 0.0)
             noise = 20 * self.eps * abs(state.loss)
@@ -201,11 +210,13 @@ class Flow:
                 state.loss, state.field = loss, field
                 state.steps += 1
                 state.way += moved
+                state.refused = None
                 self._rho_age += h * rho
                 state.step = h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3))
             else:
                 copy(held, params)
                 state.rejected += 1
+                state.refused = (h, error) if 0.0 < h * rho <= 1.0 and error < math.inf else None
                 self._rho_age = math.inf if loss > state.loss + noise else self._rho_age
                 shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
                 state.step = h * min(max(shrink, 0.1), 0.7)

@@ -172,3 +172,22 @@ def test_large_weights_that_hardly_matter_loosen_nothing() -> None:
     for size in (1.0, 1e3, 1e5):
         found = gfs.gfs_sharpness(Embedded(size), loss_fn, x, horizon=16, learning_rate=0.2)
         assert found.sharpness == pytest.approx(true.sharpness, rel=1e-2)
+
+
+def test_kinks_do_not_shorten_the_steps_without_end() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).double()
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss_fn(m: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        return (m(b) - b[:, :4].sin()).square().sum(1).mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    for _ in range(400):  # to the edge of stability
+        optimizer.zero_grad()
+        loss_fn(model, x).backward()
+        optimizer.step()
+    fine = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2, rtol=1e-4)
+    found = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2)
+    assert found.sharpness == pytest.approx(fine.sharpness, rel=2e-2)
+    assert found.grad_evals <= 100

@@ -1,7 +1,7 @@
 """What measuring costs as models, probes and numbers of processes grow, and a model of that cost.
 
 Writes growth.json and growth.md. Run: OMP_NUM_THREADS=1 python -m benchmarks.growth [--quick] [PART …]
-The parts are parameters, probe, processes, step and import. `--model` prints the tables of docs/cost.md and nothing else.
+The parts are parameters, probe, processes, step and import. `--model` prints the table of docs/cost.md, nothing else.
 Times are seconds of the processor, not of the clock, so that other work on the machine disturbs them less; but for
 several processes, which wait for each other.
 """
@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +47,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         n, t, d = x.shape
         q, k, v = self.qkv(self.norms[0](x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         later = torch.ones(t, t, dtype=torch.bool).triu(1)
@@ -65,7 +66,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:  # noqa: D102
         x = self.blocks(self.embedding(tokens) + self.place)
         return self.norm(x) @ self.embedding.weight.T
 
@@ -89,17 +90,21 @@ class Run:
         self.params = list(self.model.parameters())
 
     def loss(self, batch: Tensor) -> Tensor:
+        """Of the next token."""
         return nn.functional.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     def gradient(self, batch: Tensor) -> None:
+        """Forward and backward pass."""
         self.optimizer.zero_grad()
         self.loss(batch).backward()  # type: ignore[no-untyped-call]
 
     def step(self, batch: Tensor) -> None:
+        """A training step."""
         self.gradient(batch)
         self.optimizer.step()
 
     def monitor(self, tier: Any, **options: Any) -> gfs.StabilityMonitor:
+        """One that measures this tier alone, at every step."""
         beside = {} if tier == "running" else {"running_every": None}
         options = {"every": 1, "max_overhead": None, "strict": True, **beside, **options}
         return gfs.StabilityMonitor(self.model, self.optimizer, gfs.GFSConfig(tier=tier, **options))
@@ -259,6 +264,11 @@ def processes(quick: bool) -> list[dict[str, Any]]:
 # --- step and import ------------------------------------------------------------------------------------------------
 
 
+def _steps(monitor: gfs.StabilityMonitor, loss_of: Any, batch: Tensor, steps: range, loss: Tensor | None) -> None:
+    for step in steps:
+        monitor.step(loss_of, batch, step, loss=loss)
+
+
 def idle_step(quick: bool) -> list[dict[str, Any]]:
     """Microseconds of a step at which nothing is measured."""
     rows = []
@@ -273,7 +283,7 @@ def idle_step(quick: bool) -> list[dict[str, Any]]:
             blocks = []
             for block in range(5 if quick else 20):
                 steps = range(1 + 500 * block, 501 + 500 * block)
-                work = lambda m=monitor, s=steps, x=loss: [m.step(run.loss, batch, i, loss=x) for i in s]  # noqa: E731
+                work = partial(_steps, monitor, run.loss, batch, steps, loss)
                 blocks.append(1e6 * timed(work)[0] / 500)
             rows.append({"parameters": size, "case": name, "least": min(blocks), "median": median(blocks)})
     return rows
@@ -425,9 +435,9 @@ HEAD = f"""# Growth
 A transformer of four blocks whose width grows, float32, sequences of {LENGTH} tokens, one thread. Nothing ran on an
 accelerator. Times are processor times, but for several processes. Other work shared the machine.
 """
-COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets: gradients +
-products of a warm measurement, after the semicolon measured / predicted by [the model of cost](../docs/cost.md). A graph
-counts as a gradient. A measurement follows at every step, each on a new batch. *Isolation* is entering and leaving it.
+COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets: gradients
+and products of a warm measurement, then measured / predicted by [the model of cost](../docs/cost.md). A graph counts
+as a gradient. A measurement follows at every step, on a new batch. *Isolation* is entering and leaving it.
 """
 MEMORY_TEXT = """Copies of the weights. One example: the peak of a warm measurement with the warm start, as in
 [memory.md](memory.md). A graph is what the loss keeps for its backward pass on the whole batch; for exact products, the
@@ -435,13 +445,13 @@ gradient's graph with it.
 """
 PROCESSES = f"""## Against the number of processes
 
-gloo, 1.0e+06 parameters, {EXAMPLES} examples for each process, SGD. Wall time, as a multiple of the training step before it
-(with DDP's exchange), medians. *local* is sharpness with `sync="local"`. Words and bytes are counted at
+gloo, 1.0e+06 parameters, {EXAMPLES} examples for each process, SGD. Wall time, as a multiple of the training step before
+it (with DDP's exchange), medians. *local* is sharpness with `sync="local"`. Words and bytes are counted at
 `torch.distributed.all_reduce`; what FSDP exchanges by itself is not in it. Four processes share two cores.
 """
 IMPORT = """## Import, ms of processor time
 
-Fresh interpreters by turns. *gfs_core* is timed inside one that holds torch already; *difference* is that of whole ones.
+Fresh interpreters by turns. *gfs_core* is timed inside one that holds torch already; *difference*: of whole ones.
 """
 
 

@@ -1,8 +1,10 @@
-"""The history: one JSON line per measurement, written at once, readable after a crash."""
+"""The history: one JSON line per measurement, written at once, readable after a crash; one with the settings first."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,25 @@ from gfs_core.measurement import Measurement
 _FIELDS = {f.name for f in fields(Measurement)}
 
 
+def begin(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the line that a run begins with: its options and what it measures. A resumed run writes one again.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    _write(path, {"settings": dict(settings)})
+
+
 def append(path: Path, measurement: Measurement) -> None:
     """Write one line; values that were not had are left out.
 
     Raises:
         OSError: the file cannot be written.
     """
-    line = {k: v for k, v in asdict(measurement).items() if v is not None and v != ()}
+    _write(path, {k: v for k, v in asdict(measurement).items() if v is not None and v != ()})
+
+
+def _write(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(line, allow_nan=False)
     # A run that was killed may have left half a line: the new one starts on its own.
@@ -51,6 +65,18 @@ def read(path: str | Path) -> list[Measurement]:
     if not found:
         raise ConfigError(f"{path} holds no measurement")
     return sorted(found.values(), key=lambda m: m.step)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The latest settings of a history: plain JSON values by name; empty where it holds none or cannot be read."""
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(OSError), Path(path).open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith('{"settings"'):
+                with contextlib.suppress(ValueError):
+                    held = json.loads(line)["settings"]
+                    settings = held if isinstance(held, dict) else settings
+    return settings
 
 
 def _parse(line: str) -> Measurement | None:

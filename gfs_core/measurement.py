@@ -64,6 +64,11 @@ class Measurement:
     seconds: float | None = _key("wall time of this measurement")
     reasons: tuple[str, ...] = ()
 
+    def values(self) -> dict[str, float]:
+        """The numbers that were had, by field: those that are logged, and those that are in the history alone."""
+        held = {f.name: getattr(self, f.name) for f in fields(self) if "help" in f.metadata}
+        return {name: float(value) for name, value in held.items() if value is not None}
+
     def as_log_dict(self) -> dict[str, float]:
         """The values that were had, under their log keys."""
         values = {name: getattr(self, name) for name in _LOGGED}

@@ -7,7 +7,8 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class StabilityMonitor:
             raise ConfigError(str(error)) from None
         if not params:
             raise ConfigError("nothing to measure: the optimizer holds no parameter with `requires_grad=True`")
+        self._history_begun = False
         self.count = 0  # optimizer steps seen, in a plain loop
         self.measured = self._solved = 0
         self._warm = WarmStart()
@@ -215,6 +217,9 @@ class StabilityMonitor:
         measurement = replace(measurement, alarm=state, reasons=reasons)
         if self.history is not None:
             try:
+                if not self._history_begun:
+                    history.begin(self.history, self._settings())
+                    self._history_begun = True
                 history.append(self.history, measurement)
             except OSError as error:
                 self._tell(f"the history cannot be written ({error}); training goes on without it")
@@ -544,6 +549,16 @@ class StabilityMonitor:
             self._told.add(kind)
             where = f" of {self.name}" if self.name else ""
             warnings.warn(f"gfs: stability measurement{where}: {reason}", GFSWarning, stacklevel=3)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the history begins with."""
+        facts = {
+            "version": version("gfs-sharpness"),
+            "optimizer": type(unwrap(self.optimizer)).__name__,
+            "parameters": sum(p.numel() for p in parameters_of(self.optimizer)),
+            "processes": 1 if self.ranks is None else self.ranks.size,
+        }
+        return facts | asdict(self.config)
 
     def _label(self) -> str:
         return self.name or type(unwrap(self.optimizer)).__name__

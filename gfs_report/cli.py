@@ -1,20 +1,41 @@
-"""``gfs``: the command line."""
+"""The command line, `gfs`."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 app = typer.Typer(
-    help="How close a training run is to instability.", no_args_is_help=True, pretty_exceptions_enable=False
+    name="gfs",
+    help="How close a training run is to instability: see it, report on it, try it on your own model, compare runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keep `demo` a subcommand although it is the only one so far."""
+class Format(str, Enum):
+    """What a report is written as."""
+
+    html = "html"
+    png = "png"
+    svg = "svg"
+    md = "md"
+    json = "json"
+
+
+def fail(error: object) -> NoReturn:
+    """Say what was wrong and leave with status 2."""
+    typer.echo(f"gfs: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def fail_without(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """Say which package is missing, and how to get it."""
+    fail(f"this command needs {error.name}: pip install 'gfs-sharpness[{extra}]'")
 
 
 @app.command()
@@ -32,10 +53,73 @@ def demo(
     try:
         from gfs_report import demo as program
     except ModuleNotFoundError as error:
-        typer.echo(f"gfs demo needs {error.name}: pip install 'gfs-sharpness[demo]'", err=True)
-        raise typer.Exit(2) from None
+        fail_without(error, "demo")
     try:
         program.run(out, quick=quick)
     except OSError as error:
-        typer.echo(f"cannot write to {out}: {error}; choose another folder with --out", err=True)
-        raise typer.Exit(2) from None
+        fail(f"cannot write to {out}: {error}; choose another folder with --out")
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder, or one of its logs: history.jsonl, a TensorBoard log, Lightning's metrics.csv, the "
+            "Trainer's trainer_state.json."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write; its ending names the format.")
+    ] = None,
+    format: Annotated[Format | None, typer.Option("--format", "-f", help="Page, picture, text or numbers.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Your own key of the training loss, where it is not found.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Which optimizer, where the run has several.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write the page again while training goes on; Ctrl-C ends it.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Seconds between looks, with --watch.")] = 5,
+) -> None:
+    """Report on a run: a verdict in three sentences, then the pictures, the numbers and the settings.
+
+    One file that holds all it needs, opens without a network, and can be sent to others:
+
+        gfs report lightning_logs/version_3
+        gfs report outputs/history.jsonl -o report.md
+        gfs report lightning_logs/version_3 --watch
+    """
+    from gfs_core import ConfigError
+
+    try:
+        from gfs_report import report as program
+        from gfs_report.runs import read_run
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    if out is None:
+        out = Path(f"gfs-report.{'html' if format is None else format.value}")
+    try:
+        kind = program.format_of(out) if format is None else format.value
+        if watch:
+            if kind != "html":
+                fail(f"--watch writes a page, not {kind}; let --out end in .html")
+            typer.echo(f"{out} follows {run}; Ctrl-C ends it.")
+            program.watch(run, optimizer, out, every=every, loss_key=loss, told=_say)
+            return
+        made = program.make_report(read_run(run, optimizer), loss)
+        program.write_report(made, out, kind)
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    except ConfigError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"cannot write {out}: {error}; choose another file with --out")
+    for sentence in made.verdict.sentences:
+        typer.echo(sentence)
+    typer.echo(f"→ {out}")
+
+
+def _say(made: object) -> None:
+    from gfs_report.report import Report
+
+    assert isinstance(made, Report)
+    typer.echo(f"step {made.run.steps[1]}: {made.verdict.where}")

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gfs_core import Measurement, read_history
 from gfs_report.page import write_page
+from gfs_report.report import make_report
+from gfs_report.runs import read_run
 from lightning_gfs import GFSCallback
 
 RATE = 0.2
@@ -103,7 +105,9 @@ def run(out: Path, quick: bool = False) -> None:
     history = read_history(out / "history.jsonl")
     console.print(_table(history))
     page = out / "index.html"
-    write_page(page, history, title="Gradient descent at the edge of stability", story=_story(history, accuracy))
+    report = make_report(read_run(out / "history.jsonl"))
+    lead = [*_story(history, accuracy), *report.verdict.sentences]
+    write_page(page, title="Gradient descent at the edge of stability", lead=lead, sections=report.sections())
     console.print(
         f"Test accuracy {accuracy:.0%} on {1797 - EXAMPLES} images; {time.perf_counter() - began:.0f} s in all."
     )

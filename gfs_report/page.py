@@ -1,57 +1,77 @@
-"""One self-contained HTML page from a history: no file beside it, no request to the network."""
+"""One self-contained HTML page: no file beside it, no request to the network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bokeh.embed import components
+from bokeh.plotting import figure
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from gfs_core import Measurement
-from gfs_report.plots import pictures
+from gfs_report.plots import Picture, draw
 
 _TEMPLATES = Environment(loader=PackageLoader("gfs_report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def write_page(path: Path, history: Sequence[Measurement], *, title: str, story: Sequence[str]) -> None:
-    """Write the page: the story in words first, then the pictures, then the numbers.
+class Table(NamedTuple):
+    """Rows of text under a head; the first column names the row."""
+
+    heading: str
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Notes(NamedTuple):
+    """A list of sentences; ``anchors`` names each for links, where given."""
+
+    heading: str
+    items: Sequence[str]
+    anchors: Sequence[str] = ()
+
+
+Section = Picture | Table | Notes
+
+
+def write_page(
+    path: Path, *, title: str, lead: Sequence[str], sections: Sequence[Section], refresh: int | None = None
+) -> None:
+    """Write the page: what matters in words first, then the sections in their order.
+
+    Args:
+        path: the file, whose folder is made where it is not there.
+        title: heading of the page.
+        lead: its first sentences, a paragraph each.
+        sections: pictures, tables and notes. A picture without a point to show is left out.
+        refresh: seconds after which the page loads itself again; ``None``: never.
 
     Raises:
         OSError: ``path`` cannot be written.
     """
-    drawn = pictures(history)
-    script, divs = components([figure for _, _, figure in drawn])
+    figures: list[figure | None] = []
+    steps = None  # the range of steps that all pictures share
+    for section in sections:
+        drawn = draw(section, steps) if isinstance(section, Picture) else None
+        steps = drawn.x_range if steps is None and drawn is not None else steps
+        figures.append(drawn)
+    script, divs = components([f for f in figures if f is not None]) if any(figures) else ("", ())
+    embedded = iter(divs)
+    parts = [
+        {"kind": type(s).__name__.lower(), "of": s, "div": Markup(next(embedded)) if f is not None else ""}
+        for s, f in zip(sections, figures, strict=True)
+        if f is not None or not isinstance(s, Picture)
+    ]
     page = _TEMPLATES.get_template("page.html.j2").render(
         title=title,
-        story=story,
-        bokeh=Markup(
-            Resources(mode="inline", components=["bokeh"]).render_js()
-        ),  # the library's own code and markup; everything else is escaped
-        script=Markup(script),
-        pictures=[(head, text, Markup(div)) for (head, text, _), div in zip(drawn, divs, strict=True)],
-        rows=_rows(history),
-        reasons=sorted({reason for m in history for reason in m.reasons}),
+        lead=lead,
+        parts=parts,
+        refresh=refresh,
+        bokeh=Markup(Resources(mode="inline", components=["bokeh"]).render_js()) if divs else "",
+        script=Markup(script),  # the library's own code and markup; everything else is escaped
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-
-
-def _rows(history: Sequence[Measurement], most: int = 60) -> list[list[str]]:
-    stride = max(1, -(-len(history) // most))
-    shown = [m for i, m in enumerate(history) if i % stride == 0 or m.gfs_sharpness_full is not None]
-    columns = (
-        "loss_probe",
-        "sharpness",
-        "threshold",
-        "stability_ratio",
-        "gfs_sharpness",
-        "gfs_sharpness_full",
-        "seconds",
-    )
-    return [[str(m.step), *(_number(getattr(m, c)) for c in columns)] for m in shown]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

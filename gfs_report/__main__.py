@@ -1,0 +1,5 @@
+"""``python -m gfs_report``, the same as ``gfs``."""
+
+from gfs_report import main
+
+main()

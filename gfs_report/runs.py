@@ -1,0 +1,286 @@
+"""What a training run has left behind, read from what logged it: history, TensorBoard, CSV, the Trainer's state.
+
+Nothing that is read is executed: JSON, CSV and TensorBoard's own reader of scalars.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfs_core import ConfigError, log_keys, read_history
+from gfs_core.history import read_settings
+
+_KEYS = {key.removeprefix("gfs/") for key in log_keys()}
+_LOSSES = ("train_loss_step", "train_loss", "train/loss_step", "train/loss", "loss", "training_loss")
+_NOT_TRAINING = re.compile(r"val|eval|test|gfs/|probe", re.IGNORECASE)
+_STEPS = ("step", "global_step", "train/global_step")
+
+
+class Curve(NamedTuple):
+    """A value over training, in order of steps; both arrays are 1-dimensional and of the same length."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    @property
+    def last(self) -> float:
+        """The latest value."""
+        return float(self.values[-1])
+
+    def head(self, fraction: float) -> NDArray[np.float64]:
+        """The values in the first ``fraction`` of the steps; at least one."""
+        end = self.steps[0] + fraction * (self.steps[-1] - self.steps[0])
+        part: NDArray[np.float64] = self.values[self.steps <= end]
+        return part
+
+    def tail(self, fraction: float) -> NDArray[np.float64]:
+        """The values in the last ``fraction`` of the steps; at least one."""
+        start = self.steps[-1] - fraction * (self.steps[-1] - self.steps[0])
+        part: NDArray[np.float64] = self.values[self.steps >= start]
+        return part
+
+
+class Mark(NamedTuple):
+    """A rise of the early warning: 1 watch, 2 alarm."""
+
+    step: int
+    state: int
+    reason: str
+
+
+@dataclass
+class Run:
+    """One optimizer of one training run.
+
+    Attributes:
+        name: the folder or file it was read from, as given.
+        optimizer: the optimizer's name; empty where the log does not say.
+        gfs: what this package measured, by log key without ``gfs/``; finite values only.
+        logged: what the user logged, by its own key; values may be infinite or NaN.
+        marks: rises of the early warning.
+        reasons: why values could not be had, each with the number of measurements that say so.
+        settings: the options and facts that the history begins with.
+        sources: the files that were read.
+        notes: what was left out while reading, in sentences.
+    """
+
+    name: str
+    optimizer: str = ""
+    gfs: dict[str, Curve] = field(default_factory=dict)
+    logged: dict[str, Curve] = field(default_factory=dict)
+    marks: list[Mark] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    sources: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def loss_key(self, wanted: str | None = None) -> str | None:
+        """The key in ``logged`` under which the training loss stands; ``wanted``, where it is given.
+
+        Raises:
+            ConfigError: there is nothing under ``wanted``.
+        """
+        if wanted is not None:
+            if wanted not in self.logged:
+                known = ", ".join(sorted(self.logged)) or "nothing beside this package's own values"
+                raise ConfigError(f"{self.name} holds no `{wanted}`; it holds {known}")
+            return wanted
+        likely = [key for key in self.logged if "loss" in key.lower() and not _NOT_TRAINING.search(key)]
+        return next((key for key in (*_LOSSES, *sorted(likely)) if key in self.logged), None)
+
+    def loss(self, wanted: str | None = None) -> Curve | None:
+        """The training loss as logged; on the probe where it was not logged; ``None`` where there is neither."""
+        key = self.loss_key(wanted)
+        return self.gfs.get("loss_probe") if key is None else self.logged[key]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """First and last step at which anything was logged."""
+        ends = [(int(c.steps[0]), int(c.steps[-1])) for c in (*self.gfs.values(), *self.logged.values())]
+        return min(a for a, _ in ends), max(b for _, b in ends)
+
+
+def read_run(path: str | Path, optimizer: str | None = None) -> Run:
+    """Read a run from a file (history, TensorBoard log, ``metrics.csv``, ``trainer_state.json``) or a folder of them.
+
+    In a folder the history counts first; from the others comes what it does not hold, as the training loss.
+
+    Args:
+        path: file or folder.
+        optimizer: which one, where the run measured several.
+
+    Raises:
+        ConfigError: nothing to read is there, or several runs or optimizers where one is asked for.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"there is nothing at {path}; give a run's folder, or one of its logs")
+    run = Run(str(path))
+    for source in _sources(path):
+        try:
+            _add(run, source, optimizer)
+        except (OSError, ValueError, KeyError) as error:
+            if path.is_file() or isinstance(error, _Several):
+                raise ConfigError(f"{source}: {error}") from None
+            run.notes.append(f"{source.name} was left out: {error}")
+    if not run.gfs and not run.logged:
+        why = f" ({'; '.join(run.notes)})" if run.notes else ""
+        raise ConfigError(f"{path} holds no logged value{why}")
+    return run
+
+
+class _Several(ConfigError):
+    """One of several has to be named."""
+
+
+def _sources(path: Path) -> list[Path]:
+    """The files to read, the most telling first."""
+    if path.is_file():
+        return [path]
+    found = _in_folder(path)
+    if not found:
+        folders = sorted({p.parent for pattern in _PATTERNS for p in path.glob(f"**/{pattern}")})
+        if len(folders) > 1:
+            shown = ", ".join(str(f) for f in folders[:8]) + (", …" if len(folders) > 8 else "")
+            raise ConfigError(f"{path} holds several runs: {shown}; give one of these folders")
+        found = _in_folder(folders[0]) if folders else []
+    if not found:
+        raise ConfigError(f"{path} holds no history.jsonl, TensorBoard log, metrics.csv or trainer_state.json")
+    return found
+
+
+_EVENTS = "events.out.tfevents*"
+_PATTERNS = ("history*.jsonl", "metrics.csv", _EVENTS, "trainer_state.json")
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = [p for pattern in _PATTERNS for p in sorted(folder.glob(pattern))]
+    for pattern in ("checkpoint-*/trainer_state.json", f"runs/*/{_EVENTS}"):  # where the Hugging Face Trainer puts them
+        found += sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)[-1:]
+    return found
+
+
+def _add(run: Run, source: Path, optimizer: str | None) -> None:
+    """Add what a file holds and the run does not have yet."""
+    if source.suffix == ".jsonl":
+        if run.gfs and source.name.startswith("history"):
+            raise _Several("there are several histories here; give the path of one of them")
+        _add_history(run, source, optimizer)
+    elif "tfevents" in source.name:
+        _add_logged(run, _of_tensorboard(source))
+    elif source.suffix == ".csv":
+        _add_logged(run, _of_csv(source))
+    elif source.suffix == ".json":
+        _add_logged(run, _of_trainer_state(source))
+    else:
+        raise ValueError("not a history.jsonl, a TensorBoard log, a CSV log or a trainer_state.json")
+    run.sources.append(source)
+
+
+def _add_history(run: Run, source: Path, optimizer: str | None) -> None:
+    measurements = read_history(source)
+    names = sorted({m.optimizer_name for m in measurements})
+    if optimizer is not None and optimizer not in names:
+        raise _Several(f"there is no optimizer {optimizer!r}; there are {', '.join(map(repr, names))}")
+    if optimizer is None and len(names) > 1:
+        raise _Several(f"it holds several optimizers, {', '.join(map(repr, names))}; name one of them")
+    held = [m for m in measurements if optimizer in (None, m.optimizer_name)]
+    run.optimizer = held[0].optimizer_name
+    run.settings = read_settings(source)
+    points: dict[str, list[tuple[int, float]]] = {}
+    state = 0
+    for m in held:
+        for key, value in m.values().items():
+            points.setdefault(key, []).append((m.step, value))
+        told = m.alarm if m.alarm is not None else state
+        if told > state:
+            run.marks.append(Mark(m.step, told, m.reasons[-1] if m.reasons else ""))
+        elif m.reasons and told == state:
+            for reason in m.reasons:
+                run.reasons[reason] = run.reasons.get(reason, 0) + 1
+        state = told
+    run.gfs = {key: curve for key, p in points.items() if (curve := _curve(p, finite=True)) is not None}
+
+
+def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:
+    for key, held in points.items():
+        own = key.removeprefix("gfs/").removeprefix("train/gfs/")
+        ours = own != key and own in _KEYS
+        curve = _curve(held, finite=ours)
+        if curve is not None:
+            (run.gfs if ours else run.logged).setdefault(own if ours else key, curve)
+    alarm = run.gfs.get("alarm")
+    if alarm is not None and not run.marks:
+        before = 0.0
+        for step, state in zip(alarm.steps, alarm.values, strict=True):
+            if state > before:
+                run.marks.append(Mark(int(step), int(state), "the reason is in the run's history.jsonl"))
+            before = float(state)
+
+
+def _curve(points: Iterable[tuple[int, float]], finite: bool) -> Curve | None:
+    """In order of steps; of a step that was logged twice (a resumed run) the later value counts."""
+    held = {step: value for step, value in points if math.isfinite(value) or not finite}
+    if not held:
+        return None
+    steps = sorted(held)
+    return Curve(np.array(steps, np.int64), np.array([held[s] for s in steps], np.float64))
+
+
+def _of_tensorboard(source: Path) -> dict[str, list[tuple[int, float]]]:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a TensorBoard log needs {error.name}: pip install 'gfs-sharpness[report]'") from None
+    events = EventAccumulator(str(source), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def _of_csv(source: Path) -> dict[str, list[tuple[int, float]]]:
+    with source.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        column = next((s for s in _STEPS if s in (rows.fieldnames or ())), None)
+        if column is None:
+            raise ValueError(f"it has no column `step`, but {', '.join(map(str, rows.fieldnames or ['nothing']))}")
+        return _points(rows, column)
+
+
+def _of_trainer_state(source: Path) -> dict[str, list[tuple[int, float]]]:
+    held = json.loads(source.read_text(encoding="utf-8", errors="replace"))
+    log = held.get("log_history") if isinstance(held, dict) else None
+    if not isinstance(log, list):
+        raise ValueError("it has no `log_history`")
+    return _points((row for row in log if isinstance(row, dict)), "step")
+
+
+def _points(rows: Iterable[dict[str, Any]], column: str) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        step = _number(row.get(column))
+        if step is None or not math.isfinite(step):
+            continue
+        for key, value in row.items():
+            number = _number(value)
+            if number is not None and isinstance(key, str) and key not in (column, "epoch"):
+                points.setdefault(key, []).append((int(step), number))
+    return points
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+import gfs_core as gfs
+from gfs_core import history
+from gfs_report.cli import app
+from gfs_report.plots import thinned
+from gfs_report.report import make_report
+from gfs_report.runs import Curve, Mark, Run
+from gfs_report.verdict import judge
+from tests.report.test_runs import written
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def over(steps: int, value: Any) -> Curve:
+    """A value for each step; a function of the step, or a constant."""
+    at = np.arange(steps)
+    return Curve(at, np.array([value(s) if callable(value) else value for s in at], float))
+
+
+def run_with(loss: Any = lambda s: 1 / (1 + s), marks: list[Mark] | None = None, **gfs_values: Any) -> Run:
+    return Run(
+        "r",
+        gfs={key: over(100, v) for key, v in gfs_values.items()},
+        logged={"loss": over(100, loss)},
+        marks=marks or [],
+    )
+
+
+ALARM = [Mark(40, 2, "the loss is 9")]
+
+
+@pytest.mark.parametrize(
+    ("run", "standing", "where", "what", "do"),
+    [
+        (run_with(), "unknown", "not known", "the loss went from 0.75 to 0.0105", "Add GFSCallback"),
+        (
+            run_with(stability_ratio=0.1),
+            "far",
+            "far below .* 0.10 .* never past 1 in 100",
+            "The loss went",
+            "gfs pilot",
+        ),
+        (run_with(stability_ratio=0.5, alarm=0), "near", "below the edge", "stayed quiet", "Nothing has to be done"),
+        (
+            run_with(stability_ratio=lambda s: 0.5 if s < 50 else 1.0, marks=ALARM, alarm=0),
+            "edge",
+            r"at the edge .* between 0\.50 and 1\.00, past 1 in 50% of 100",
+            "an alarm at step 40: the loss is 9",
+            "came back from its alarms by itself",
+        ),
+        (
+            run_with(running_stability_ratio=2.0, learning_rate=0.1),
+            "past",
+            "its running stability ratio was 2.00",
+            "The loss went",
+            r"Lower the learning rate, to about 0\.025, .* past their edge",
+        ),
+        (
+            run_with(stability_ratio=0.5, mean_square_stability_ratio=2.0, lr_effective=0.1),
+            "near",
+            "below",
+            "The loss went",
+            r"to about 0\.025, .* past their edge",
+        ),
+        (
+            run_with(stability_ratio=0.5, alarm=2, marks=ALARM),
+            "near",
+            "below",
+            "alarm at step 40",
+            "the alarm is still on",
+        ),
+        (
+            run_with(loss=lambda s: 1.0 if s < 60 else np.nan, stability_ratio=0.9, marks=ALARM),
+            "edge",
+            "at the edge",
+            "stopped being finite at step 60; the early warning raised an alarm at step 40",
+            "from a checkpoint before step 40",
+        ),
+        (
+            run_with(loss=lambda s: 1.0 + s, stability_ratio=0.9),
+            "edge",
+            "at the edge",
+            r"ended at 95\.5, above the 1\.5 of its start",
+            "from a checkpoint before the loss rose",
+        ),
+        (
+            run_with(stability_ratio=0.5, lr_scale=0.25, gfs_sharpness_full=lambda s: 30 - s / 10),
+            "near",
+            "below",
+            r"down to 0\.25 of what .* full GFS sharpness went from 30 to 20\.1",
+            "Nothing has to be done",
+        ),
+    ],
+)
+def test_the_verdict(run: Run, standing: str, where: str, what: str, do: str) -> None:
+    verdict = judge(run)
+    assert verdict.standing == standing
+    for pattern, sentence in zip((where, what, do), verdict.sentences, strict=True):
+        assert re.search(pattern, sentence, re.IGNORECASE), sentence
+        assert sentence.endswith(".")
+
+
+def test_thinning_keeps_every_spike_and_both_ends() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000)
+    values[[31_234, 77_777]] = [50.0, -50.0]
+    thin = thinned(Curve(np.arange(100_000), values), most=500)
+    assert len(thin.steps) <= 1002
+    assert {31_234, 77_777, 0, 99_999} <= set(thin.steps.tolist())
+    assert (np.diff(thin.steps) > 0).all()
+    assert np.array_equal(thin.values, values[thin.steps])
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    path = tmp_path / "<b>run" / "history.jsonl"
+    first = gfs.Measurement(0, HOSTILE, sharpness=1.0, stability_ratio=0.5, reasons=(HOSTILE,), loss_probe=2.0)
+    second = gfs.Measurement(1, HOSTILE, stability_ratio=0.7, alarm=2, reasons=(f"alarm {HOSTILE}",), loss_probe=1.0)
+    return written(path, first, second, evil=HOSTILE)
+
+
+def invoke(*given: Any) -> Any:
+    return CliRunner().invoke(app, ["report", *map(str, given)])
+
+
+def test_a_page_is_one_file_that_escapes_what_it_shows(hostile: Path, tmp_path: Path) -> None:
+    done = invoke(hostile, "-o", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    assert "never past 1 in 2 measurements" in done.output
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>alert(1)" not in page
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror" in page
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?!data:)", page)
+    assert not re.findall(r"@import|url\(\s*['\"]?http", page)
+    assert 'id="alarm-0"' in page
+    assert list(tmp_path.iterdir()) == [tmp_path / "<b>run", tmp_path / "page.html"]
+
+
+def test_text_numbers_and_pictures(hostile: Path, tmp_path: Path) -> None:
+    for ending in ("md", "json", "svg", "png"):
+        assert invoke(hostile, "-o", tmp_path / f"r.{ending}").exit_code == 0
+    held = json.loads((tmp_path / "r.json").read_text())
+    assert held["verdict"]["standing"] == "near"
+    assert held["values"]["stability_ratio"]["last"] == 0.7
+    assert held["values"]["stability_ratio"]["points"] == 2
+    assert held["alarms"] == [{"step": 1, "state": 2, "reason": f"alarm {HOSTILE}"}]
+    text = (tmp_path / "r.md").read_text()
+    assert "&lt;script>" in text
+    assert "<script" not in text
+    assert "| 0 | 2 | 0.5 | 1 |" in text
+    drawing = ET.parse(tmp_path / "r.svg").getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    assert not drawing.findall(".//{http://www.w3.org/2000/svg}script")
+    assert imread(tmp_path / "r.png").shape[1] == 1200
+
+
+def test_a_format_beats_the_ending_and_an_unknown_ending_is_told(hostile: Path, tmp_path: Path) -> None:
+    assert invoke(hostile, "-o", tmp_path / "r.txt", "--format", "md").exit_code == 0
+    assert (tmp_path / "r.txt").read_text().startswith("# Stability of")
+    done = invoke(hostile, "-o", tmp_path / "r.doc")
+    assert done.exit_code == 2
+    assert "ends in no known format; let it end in .html, .png, .svg, .md, .json" in done.output
+    done = invoke(hostile, "-o", tmp_path / "page.html" / "x" / "y.html", "--loss", "nope")
+    assert done.exit_code == 2
+    assert "holds no `nope`" in done.output
+
+
+def test_a_place_that_cannot_be_written_is_said(hostile: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = invoke(hostile, "-o", tmp_path / "file" / "r.html")
+    assert done.exit_code == 2
+    assert "choose another file with --out" in done.output
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    rng = np.random.default_rng(0)
+    keys = ("loss_probe", "sharpness", "threshold", "stability_ratio", "running_stability_ratio", "gfs_sharpness",
+            "overhead", "hvps", "grad_evals", "learning_rate")  # fmt: skip
+    with path.open("w") as file:
+        for step, row in enumerate(rng.uniform(0.5, 1.5, (100_000, len(keys)))):
+            file.write(json.dumps({"step": step, **dict(zip(keys, row, strict=True))}) + "\n")
+    assert invoke(path, "-o", tmp_path / "page.html").exit_code == 0
+    assert (tmp_path / "page.html").stat().st_size < 5_000_000
+
+
+def test_watching_follows_a_run_that_begins_later(tmp_path: Path) -> None:
+    path, page = tmp_path / "run" / "history.jsonl", tmp_path / "page.html"
+    command = [sys.executable, "-m", "gfs_report", "report", str(path), "-o", str(page), "--watch", "--every", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as job:
+        assert job.stdout is not None
+        assert "follows" in job.stdout.readline()
+        written(path, gfs.Measurement(3, "SGD", stability_ratio=0.5))
+        assert job.stdout.readline().startswith("step 3: The run ended below the edge")
+        assert '<meta http-equiv="refresh" content="1">' in page.read_text()
+        history.append(path, gfs.Measurement(8, "SGD", stability_ratio=2.0))
+        assert job.stdout.readline().startswith("step 8: The run ended past the edge")
+        time.sleep(0.2)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(20) == 0
+    assert "http-equiv" not in page.read_text()
+
+
+def test_a_rate_that_a_control_held_down_is_shown_beside_the_asked_one() -> None:
+    run = run_with(lr_effective=0.05, lr_scale=0.5, learning_rate=0.05)
+    rate = next(p for p in make_report(run).pictures if p.heading == "Learning rate")
+    assert [(line.name, line.curve.last) for line in rate.lines] == [("asked for", 0.1), ("used", 0.05)]

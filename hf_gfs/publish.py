@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from gfs_core import GFSWarning
+from gfs_core.layout import WandbPanel, add_to_tensorboard
 
 _EVENTS = "events.out.tfevents"
+_STEP = "train/global_step"  # the trainer's key for it
 
 
 class Publisher:
     """Writes values under their own keys, at the trainer's step.
 
     Trainers rewrite the keys of what goes through their ``log`` and drop their own next record, so that road is not
-    taken: values go to the TensorBoard folder and to the active W&B or MLflow run directly, to ``state.log_history``,
-    and, where the trainer is known, to its other reporting callbacks.
+    taken: values go to the TensorBoard folder and to the active W&B, trackio or MLflow run directly, to
+    ``state.log_history``, and, where the trainer is known, to its other reporting callbacks.
 
     Args:
         args: the training arguments.
@@ -28,7 +30,8 @@ class Publisher:
     def __init__(self, args: Any, trainer: Any = None) -> None:
         self.args, self.trainer = args, trainer
         self._writer: Any = None
-        unreached = [t for t in args.report_to or [] if t not in ("tensorboard", "wandb", "mlflow")]
+        self._panel: WandbPanel | None = None
+        unreached = [t for t in args.report_to or [] if t not in ("tensorboard", "wandb", "trackio", "mlflow")]
         if trainer is None and unreached:
             warnings.warn(
                 f"gfs: `add_callback` alone cannot reach {', '.join(unreached)}; use "
@@ -48,7 +51,13 @@ class Publisher:
             self._tensorboard(values, state.global_step)
         wandb = sys.modules.get("wandb")
         if "wandb" in targets and wandb is not None and wandb.run is not None:
-            wandb.run.log({**values, "train/global_step": state.global_step})
+            if self._panel is None:
+                self._panel = WandbPanel(wandb.run, _STEP)
+            wandb.run.log({**values, _STEP: state.global_step})
+            self._panel.add(values, state.global_step)
+        trackio = sys.modules.get("trackio")
+        if "trackio" in targets and trackio is not None and trackio.context_vars.current_run.get() is not None:
+            trackio.log({**values, _STEP: state.global_step})
         if self.trainer is not None:
             for callback in self._others():
                 callback.on_log(self.args, state, control, logs=dict(values), model=None)
@@ -58,7 +67,10 @@ class Publisher:
             mlflow.log_metrics(values, step=state.global_step)
 
     def close(self) -> None:
-        """Close the event file, where it is ours."""
+        """Close the event file, where it is ours, and finish the panel."""
+        if self._panel is not None:
+            self._panel.draw()
+            self._panel = None
         if self._own_writer and self._writer is not None:
             self._writer.close()
         self._writer = None
@@ -66,6 +78,7 @@ class Publisher:
     def _tensorboard(self, values: dict[str, float], step: int) -> None:
         if self._writer is None:
             self._writer = self._open()
+            add_to_tensorboard(self._writer)
         if self._writer is not None:
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
@@ -95,8 +108,8 @@ class Publisher:
         return list(self.trainer.callback_handler.callbacks) if self.trainer is not None else []
 
     def _others(self) -> list[Any]:
-        """Reporting callbacks of the trainer other than TensorBoard's and W&B's."""
-        ours = ("TensorBoardCallback", "WandbCallback")
+        """Reporting callbacks of the trainer other than those whose run was reached directly."""
+        ours = ("TensorBoardCallback", "WandbCallback", "TrackioCallback")
         return [
             c
             for c in self._callbacks()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gfs_core import ConfigError, Event, GFSConfig, Measurement, StabilityMonitor
 from gfs_core.help import filled_in
+from gfs_core.layout import WandbPanel, add_to_tensorboard
 from lightning_gfs import _compat
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class GFSCallback(_Base):
         self.loss_fn, self.progress_bar, self.on_alarm = loss_fn, progress_bar, on_alarm
         self.monitors: dict[str, StabilityMonitor] = {}
         self._resumed: dict[str, Any] = {}
+        self._panels: list[WandbPanel] | None = None  # not yet set up
         self._step = 0  # at the start of the batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +138,9 @@ class GFSCallback(_Base):
     def _close(self) -> None:
         for monitor in self.monitors.values():
             monitor.close()
+        for panel in self._panels or ():
+            panel.draw()
+        self._panels = None
 
     def _losses(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
         """Loss of each optimizer by name; ``None``: the module's own ``training_step``."""
@@ -185,12 +190,29 @@ class GFSCallback(_Base):
         values = measurement.as_log_dict()
         if name:
             values = {key.replace("gfs/", f"gfs/{name}/", 1): value for key, value in values.items()}
+        if self._panels is None:
+            self._panels = self._set_up_charts(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
+        for panel in self._panels:
+            panel.add(values, step)
         for key, value in values.items():  # for callbacks that monitor a value, and for the bar
             on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
             module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
         self._obey(trainer, self.monitors[name], step)
+
+    def _set_up_charts(self, trainer: Any) -> list[WandbPanel]:
+        """Before the first value, when whatever the user's own hooks set up at the start is there."""
+        panels = []
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            kinds = {kind.__name__ for kind in type(logger).__mro__}  # in both flavours of Lightning
+            if "TensorBoardLogger" in kinds:
+                add_to_tensorboard(logger.experiment, self.monitors)
+            elif "WandbLogger" in kinds:
+                run = logger.experiment
+                synced = getattr(getattr(run, "settings", None), "sync_tensorboard", False)
+                panels.append(WandbPanel(run, "global_step" if synced else "trainer/global_step"))
+        return panels
 
     def _obey(self, trainer: Any, monitor: StabilityMonitor, step: int) -> None:
         """What an alarm asks of the trainer."""

@@ -118,6 +118,73 @@ def report(
     typer.echo(f"→ {out}")
 
 
+@app.command()
+def compare(
+    sets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BASELINE OTHER",
+            help="Sets of runs, the first is the baseline: a folder that holds a folder per seed, a glob in quotes, or "
+            "several paths joined by commas.",
+        ),
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Key of the value to compare: your own (val_loss) or gfs/…  Without it: the training loss."),
+    ] = None,
+    higher_is_better: Annotated[
+        bool, typer.Option("--higher-is-better", help="For an accuracy; else lower counts as better.")
+    ] = False,
+    final: Annotated[
+        float, typer.Option(help="The last part of the steps, whose mean is compared; 0: the last value.")
+    ] = 0.1,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="A difference too small to matter, relative to the baseline: 0.01 is 1 %."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a page with the pictures here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, for programs.")] = False,
+) -> None:
+    """Judge by an A/B test what a change did: two or more sets of runs that differ in their seed only.
+
+    Says what the runs end with, with an interval for the difference, which diverged or spiked, and what measuring
+    cost. Five seeds of each are the least for a verdict:
+
+        gfs compare runs/plain runs/cap --out compare.html
+        gfs compare 'logs/plain-*' 'logs/cap-*' --metric val_acc --higher-is-better
+        gfs compare runs/plain runs/cap --margin 0.01
+
+    Exit status: 0 better or no difference shown, 1 worse or more runs diverged, 2 wrong usage.
+    """
+    import json
+
+    from rich.console import Console
+
+    from gfs_core import ConfigError
+
+    try:
+        from gfs_report.comparison import page
+        from gfs_report.comparison.compare import compare as judge
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    try:
+        made = judge(sets, metric=metric, higher_is_better=higher_is_better, final=final, margin=margin)
+    except (ConfigError, OSError) as error:
+        fail(error)
+    try:
+        if out is not None:
+            page.write_comparison(made, out)
+    except OSError as error:
+        fail(f"cannot write {out}: {error}; choose another file with --out")
+    if as_json:
+        typer.echo(json.dumps(page.as_dict(made), indent=2, allow_nan=False))
+    else:
+        page.tell(made, Console())
+        if out is not None:
+            typer.echo(f"→ {out}")
+    raise typer.Exit(made.status)
+
+
 def _say(made: object) -> None:
     from gfs_report.report import Report
 

@@ -96,7 +96,9 @@ class Run:
                 raise ConfigError(f"{self.name} holds no `{wanted}`; it holds {known}")
             return wanted
         likely = [key for key in self.logged if "loss" in key.lower() and not _NOT_TRAINING.search(key)]
-        return next((key for key in (*_LOSSES, *sorted(likely)) if key in self.logged), None)
+        found = [key for key in (*_LOSSES, *sorted(likely)) if key in self.logged]
+        curves = [key for key in found if len(self.logged[key].steps) > 1]  # some log a summary of one value beside it
+        return next(iter([*curves, *found]), None)
 
     def loss(self, wanted: str | None = None) -> Curve | None:
         """The training loss as logged; on the probe where it was not logged; ``None`` where there is neither."""
@@ -147,24 +149,25 @@ def _sources(path: Path) -> list[Path]:
     """The files to read, the most telling first."""
     if path.is_file():
         return [path]
-    found = _in_folder(path)
+    found = logs_in(path)
     if not found:
-        folders = sorted({p.parent for pattern in _PATTERNS for p in path.glob(f"**/{pattern}")})
+        folders = sorted({p.parent for pattern in PATTERNS for p in path.glob(f"**/{pattern}")})
         if len(folders) > 1:
             shown = ", ".join(str(f) for f in folders[:8]) + (", …" if len(folders) > 8 else "")
             raise ConfigError(f"{path} holds several runs: {shown}; give one of these folders")
-        found = _in_folder(folders[0]) if folders else []
+        found = logs_in(folders[0]) if folders else []
     if not found:
         raise ConfigError(f"{path} holds no history.jsonl, TensorBoard log, metrics.csv or trainer_state.json")
     return found
 
 
 _EVENTS = "events.out.tfevents*"
-_PATTERNS = ("history*.jsonl", "metrics.csv", _EVENTS, "trainer_state.json")
+PATTERNS = ("history*.jsonl", "metrics.csv", _EVENTS, "trainer_state.json")
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    found = [p for pattern in _PATTERNS for p in sorted(folder.glob(pattern))]
+def logs_in(folder: Path) -> list[Path]:
+    """The logs of the run that this folder belongs to, the most telling first; empty where it belongs to none."""
+    found = [p for pattern in PATTERNS for p in sorted(folder.glob(pattern))]
     for pattern in ("checkpoint-*/trainer_state.json", f"runs/*/{_EVENTS}"):  # where the Hugging Face Trainer puts them
         found += sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)[-1:]
     return found

@@ -9,12 +9,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gfs_report.losses import diverged, start_of
 from gfs_report.runs import Curve, Run
 
 Standing = Literal["unknown", "far", "near", "edge", "past"]
 _EDGE = (0.85, 1.15)  # of the ratio: with full batches its median stays within 0.9–1.1 (benchmarks/edge.md)
 _FAR = 0.3
-_WORSE = 1.1  # times the loss of the start: more than mini-batches scatter
+_WORSE = 0.1  # of the loss of the start above it: more than mini-batches scatter
 _START = 0.02  # the first part of the steps
 _END = 0.1  # the last part of the steps, which counts as now
 _RATIOS = {  # the best one that was logged is the one to judge by
@@ -60,8 +61,8 @@ def judge(run: Run, loss_key: str | None = None) -> Verdict:
     """
     standing, where = _where(run)
     loss = run.loss(loss_key)
-    diverged = loss is not None and _diverged(loss)
-    return Verdict(standing, diverged, where, _what(run, loss, diverged), _do(run, standing, diverged))
+    bad = loss is not None and diverged(run, loss, _worse_than(loss.head(_START)))
+    return Verdict(standing, bad, where, _what(run, loss, bad), _do(run, standing, bad))
 
 
 def main_ratio(run: Run) -> tuple[str, Curve] | None:
@@ -93,15 +94,15 @@ def _where(run: Run) -> tuple[Standing, str]:
     return standing, f"The run ended {place}: {now_at}; {whole}."
 
 
-def _what(run: Run, loss: Curve | None, diverged: bool) -> str:
+def _what(run: Run, loss: Curve | None, bad: bool) -> str:
     parts = []
     ends = (0.0, 0.0) if loss is None else (_median(loss.head(_START)), _median(loss.tail(_END)))
     if loss is None:
         parts.append("no loss was logged")
-    elif diverged and not math.isfinite(loss.last):
-        bad = int(loss.steps[~np.isfinite(loss.values)][0])
-        parts.append(f"the loss stopped being finite at step {bad}")
-    elif diverged:
+    elif bad and not math.isfinite(loss.last):
+        since = int(loss.steps[~np.isfinite(loss.values)][0])
+        parts.append(f"the loss stopped being finite at step {since}")
+    elif bad:
         parts.append(f"the loss ended at {ends[1]:.3g}, above the {ends[0]:.3g} of its start")
     else:
         parts.append(f"the loss went from {ends[0]:.3g} to {ends[1]:.3g}")
@@ -124,7 +125,7 @@ def _what(run: Run, loss: Curve | None, diverged: bool) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _do(run: Run, standing: Standing, diverged: bool) -> str:
+def _do(run: Run, standing: Standing, bad: bool) -> str:
     found = main_ratio(run)
     rate = run.gfs.get("lr_effective") or run.gfs.get("learning_rate")
     last = [m for m in run.marks if m.state == 2]
@@ -133,7 +134,7 @@ def _do(run: Run, standing: Standing, diverged: bool) -> str:
     past = noisy is not None and _median(noisy.tail(_END)) > 1
     if standing == "unknown":
         return "Add GFSCallback to the run: without its values only the loss can be shown."
-    if diverged:
+    if bad:
         when = f"before step {last[0].step}, where the alarm came," if last else "before the loss rose"
         return (
             f'Start again from a checkpoint {when} with control="cap", or with a lower learning rate; alarm="stop" '
@@ -160,10 +161,9 @@ def _do(run: Run, standing: Standing, diverged: bool) -> str:
     return "Nothing has to be done; keep the early warning on."
 
 
-def _diverged(loss: Curve) -> bool:
-    if not np.isfinite(loss.tail(0.02)).all():
-        return True
-    return len(loss.values) > 1 and _median(loss.tail(_END)) > _WORSE * _median(loss.head(_START))
+def _worse_than(first: NDArray[np.float64]) -> float:
+    """A loss above this is worse than the start: of one run a few losses, maybe one, have to tell how they scatter."""
+    return start_of(first) + _WORSE * abs(_median(first))
 
 
 def _median(values: NDArray[np.float64]) -> float:

@@ -185,6 +185,145 @@ def compare(
     raise typer.Exit(made.status)
 
 
+@app.command()
+def pilot(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Your training script (train.py), LightningCLI config (config.yaml) or LightningModule "
+            "(package.module:Name, a class or a function that returns one)."
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="Arguments of the script or config, after `--`.", metavar="[-- ARGUMENTS]"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With a LightningModule: package.module:name of a DataModule or of a loader.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 300,
+    rates: Annotated[str, typer.Option(help="Factors on the job's own learning rate.")] = "0.5,1,2",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page and the runs.")] = Path("gfs-pilot"),
+    patience: Annotated[
+        float, typer.Option(min=1.0, help="Seconds without a step or any output after which a run counts as hung.")
+    ] = 600.0,
+) -> None:
+    """Try it on your own job: does the stability ratio behave there, what does it cost, what to set.
+
+    Runs the job unchanged for a few hundred steps at a few factors on its learning rate.
+
+    Nothing is saved, logged elsewhere or run after the training. Leaves `index.html` and `pilot.json`:
+
+        gfs pilot train.py -- --lr 0.1
+        gfs pilot config.yaml --steps 500
+        gfs pilot package.module:Net --data package.module:loader --rates 1,2,4
+
+    Exit status: 0, the signals behave; 1, they do not, or the job failed; 2, nothing that can be run.
+    """
+    from gfs_core import ConfigError
+
+    try:
+        from rich.console import Console
+
+        from gfs_report import jobs, terminal
+        from gfs_report.trial import pilot as program
+        from gfs_report.trial.page import write_pilot
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    console = Console()
+    try:
+        factors = [float(r) for r in rates.split(",")]
+    except ValueError:
+        fail(f"--rates must be numbers with commas between them, such as 0.5,1,2; got {rates!r}")
+    try:
+        with terminal.progress(console, steps) as shown:
+            found = program.pilot(
+                jobs.target(target, arguments or (), data),
+                steps=steps,
+                rates=factors,
+                out=out,
+                patience=patience,
+                told=lambda factor, step: shown(f"rate ×{factor:g}", step),
+            )
+        page = write_pilot(found, out)
+    except jobs.JobFailed as error:
+        typer.echo(f"gfs: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ConfigError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}; choose another folder with --out")
+    terminal.show_pilot(found, console)
+    typer.echo(f"→ {page}")
+    raise typer.Exit(0 if found.behaves else 1)
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="As with `gfs pilot`: your training script, LightningCLI config or LightningModule. Without it: what "
+            "is installed."
+        ),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="Arguments of the script or config, after `--`.", metavar="[-- ARGUMENTS]"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With a LightningModule: package.module:name of a DataModule or of a loader.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
+    patience: Annotated[
+        float, typer.Option(min=1.0, help="Seconds without a step or any output after which the job counts as hung.")
+    ] = 600.0,
+) -> None:
+    """Check a job: can it be measured, exactly or not and why, for what price, in what memory; and what to set.
+
+    Runs the first steps of the job, measures every tier on its own batches, and ends it. Nothing is saved:
+
+        gfs doctor
+        gfs doctor train.py -- --lr 0.1
+        gfs doctor package.module:Net --data package.module:loader --json
+
+    Exit status: 0, it can be measured; 1, it cannot, or the job failed; 2, nothing that can be run.
+    """
+    import json
+
+    from gfs_core import ConfigError
+
+    try:
+        from rich.console import Console
+
+        from gfs_report import doctor as program
+        from gfs_report import jobs, terminal
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    console = Console(stderr=as_json)
+    if target is None:
+        packages, accelerators = program.installed(), program.accelerators()
+        if as_json:
+            typer.echo(json.dumps({"installed": [vars(p) for p in packages], "accelerators": accelerators}, indent=1))
+        else:
+            terminal.show_installed(packages, accelerators, console)
+        return
+    try:
+        with terminal.progress(console, program.STEPS) as shown:
+            job = jobs.target(target, arguments or (), data)
+            found = program.examine(job, patience=patience, told=lambda step: shown("first steps", step))
+    except jobs.JobFailed as error:
+        typer.echo(f"gfs: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ConfigError as error:
+        fail(error)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        terminal.show_examination(found, console)
+    raise typer.Exit(0 if found.measurable else 1)
+
+
 def _say(made: object) -> None:
     from gfs_report.report import Report
 

@@ -20,7 +20,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 clean:
 	rm -rf $(VENV) gfs-demo .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,6 +44,19 @@ def opened(path: Path, width: int = 1000, scheme: Any = "light") -> Iterator[Pag
         yield page
         browser.close()
     assert not wrong, wrong
+
+
+def look_at(path: Path, name: str) -> int:
+    """A page wide and light, narrow and dark: readable for everyone, nothing beside the screen. How many pictures."""
+    pictures = 0
+    for width, scheme in ((1000, "light"), (360, "dark")):
+        with opened(path, width, scheme) as page:
+            screenshot(page, f"{name}-{scheme}-{width}")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            found = Axe().run(page).response["violations"]
+            assert not found, [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
+            pictures = page.locator(".bk-Figure").count()
+    return pictures
 
 
 def screenshot(page: Page, name: str) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 
 import gfs_core as gfs
 from gfs_core import history
 from gfs_report.report import make_report, write_report
 from gfs_report.runs import read_run
-from tests.report.browser import needs_chromium, opened, screenshot
+from tests.report.browser import look_at, needs_chromium, opened
 from tests.report.test_report import HOSTILE
 
 
@@ -41,17 +40,8 @@ def page_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1000])
-def test_it_opens_without_an_error_or_a_request_and_everyone_can_read_it(
-    page_of_a_run: Path, scheme: str, width: int
-) -> None:
-    with opened(page_of_a_run, width, scheme) as page:
-        screenshot(page, f"report-{scheme}-{width}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator(".bk-Figure").count() == 6
-        found = Axe().run(page).response["violations"]
-        assert not found, [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
+def test_it_opens_without_an_error_or_a_request_and_everyone_can_read_it(page_of_a_run: Path) -> None:
+    assert look_at(page_of_a_run, "report") == 6
 
 
 def test_the_ink_follows_the_colour_scheme(page_of_a_run: Path) -> None:

@@ -31,6 +31,7 @@ from gfs_report.comparison.page import as_dict, write_comparison
 from gfs_report.comparison.verdict import verdict
 from gfs_report.losses import count_spikes
 from lightning_gfs import GFSCallback
+from tests.report.browser import look_at, needs_chromium
 
 HOSTILE = "<script>alert(1)<"  # a folder's name holds no slash
 FALLING = np.linspace(2.0, 1.0, 40)
@@ -460,6 +461,8 @@ def test_the_page_escapes_and_says_what_was_found(tmp_path: Path) -> None:
         assert text in page
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?!data:)", page)
     assert len(page) < 5_000_000
+    needs_chromium()
+    assert look_at(tmp_path / "pages" / "page.html", "compare") == 2
 
 
 def test_the_same_input_gives_the_same_output(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from gfs_report.trial.checks import Rate
 from gfs_report.trial.page import write_pilot
 from gfs_report.trial.pilot import Pilot, pilot
 from tests.report import sources
+from tests.report.browser import look_at, needs_chromium
 
 LR = 0.3
 
@@ -129,6 +130,11 @@ def test_the_page_and_the_numbers_beside_it(tmp_path: Path, piloted: dict[str, P
     assert [r["factor"] for r in held["rates"]] == [1, 10]
     assert held["rates"][0]["edge"]["band"]["value"] == found.rates[0].edge.band.value
     assert held["rates"][1]["harm"]["kind"] == "not finite"
+
+
+def test_the_page_in_a_browser(tmp_path: Path, piloted: dict[str, Pilot]) -> None:
+    needs_chromium()
+    assert look_at(write_pilot(piloted["lightning"], tmp_path), "pilot") >= 4
 
 
 def test_the_trainer_of_transformers(piloted: dict[str, Pilot], folder: Path) -> None:

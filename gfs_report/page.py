@@ -55,8 +55,11 @@ def write_page(
     figures: list[figure | None] = []
     steps = None  # the range of steps that all pictures share
     for section in sections:
-        drawn = draw(section, steps) if isinstance(section, Picture) else None
-        steps = drawn.x_range if steps is None and drawn is not None else steps
+        drawn = None
+        if isinstance(section, Picture):
+            drawn = draw(section, steps if section.linked else None)
+            if drawn is not None and section.linked:
+                steps = drawn.x_range
         figures.append(drawn)
     script, divs = components([f for f in figures if f is not None]) if any(figures) else ("", ())
     embedded = iter(divs)

@@ -50,6 +50,7 @@ class Picture:
         log: a logarithmic vertical axis; values that are not positive are left out.
         edge: a value marked by a dashed line over the whole width, as the edge of stability.
         marks: early warnings, shown as points on the first line with a link to ``#alarm-N``.
+        linked: whether its steps pan and zoom with those of the other pictures of a page.
     """
 
     heading: str
@@ -59,6 +60,7 @@ class Picture:
     log: bool = False
     edge: float | None = None
     marks: Sequence[Mark] = ()
+    linked: bool = True
 
     def shown(self) -> list[Line]:
         """The lines with what can be shown of them, thinned to a few thousand points each."""

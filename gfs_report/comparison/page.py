@@ -124,6 +124,7 @@ def _pictures(c: Comparison) -> list[Picture]:
             "Faint: the last part of each run. Full: its mean, which is what is compared.",
             c.metric,
             faint + full,
+            linked=False,
         ),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gfs_core import ConfigError
@@ -17,7 +17,7 @@ class RunSet:
     """Runs that differ in their seed only.
 
     Attributes:
-        name: the argument that names them.
+        name: the argument that names them, without the folders that all arguments share.
         runs: what was read, by the name of the run within the set; in natural order.
         notes: what was left out, in sentences.
     """
@@ -44,7 +44,9 @@ def read_sets(arguments: Sequence[str]) -> list[RunSet]:
                 also = f"`{owner}` and `{argument}`" if owner != argument else f"`{argument}` twice"
                 raise ConfigError(f"the run {path} is in {also}; a run can stand for one set only")
         sets.append(_read(argument, paths))
-    return sets
+    given = [Path(a) for a in arguments]
+    names = _names(given) if len(given) > 1 and all(p.exists() for p in given) else arguments
+    return [replace(one, name=name) for one, name in zip(sets, names, strict=True)]
 
 
 def _read(argument: str, paths: list[Path]) -> RunSet:

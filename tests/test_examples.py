@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gfs_core as gfs
+from gfs_report.comparison.compare import compare
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -62,6 +63,15 @@ def test_lightning(tmp_path: Path) -> None:
     assert history[0].threshold is None  # Adam has no second moments before its first step
     assert all(0.01 < m.running_stability_ratio < 10 for m in history if m.running_stability_ratio is not None)
     assert sum(m.running_stability_ratio is not None for m in history) >= 2
+
+
+def test_an_ab_test(tmp_path: Path) -> None:
+    run(tmp_path, "lightning/ab_test.py", "1")
+    made = compare([str(tmp_path / "runs" / "plain"), str(tmp_path / "runs" / "cap")])
+    assert made.metric == "train_loss"
+    assert made.differences[0].outcome == "too few runs"
+    assert made.differences[0].pairs[0][0] == "seed-0"
+    assert made.sets[1].results[0].overhead is not None
 
 
 def test_lightning_from_yaml(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ SETTINGS: tuple[tuple[str, float, int, int, bool, tuple[tuple[str, int, float, f
         ("gfs, 1024 tokens", 1024, 10 + 1 / 3, 12, 2),
     )),
 )  # fmt: skip
-COPIES = {"running": 5.1, "directional": 4.0, "sharpness": 6.1, "gfs": 9.1}  # memory.md, Adam; directional: an estimate
+COPIES = {"running": 5.3, "directional": 4.0, "sharpness": 8.3, "gfs": 9.3}  # memory.md, Adam; directional: an estimate
 
 
 def predict() -> list[dict[str, Any]]:
@@ -435,9 +435,9 @@ HEAD = f"""# Growth
 A transformer of four blocks whose width grows, float32, sequences of {LENGTH} tokens, one thread. Nothing ran on an
 accelerator. Times are processor times, but for several processes. Other work shared the machine.
 """
-COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets: gradients
-and products of a warm measurement, then measured / predicted by [the model of cost](../docs/cost.md). A graph counts
-as a gradient. A measurement follows at every step, on a new batch. *Isolation* is entering and leaving it.
+COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets:
+gradients and products of a warm measurement, then measured / predicted by [the model of cost](../docs/cost.md). A graph
+counts as a gradient. A measurement follows at every step, on a new batch. *Isolation* is entering and leaving it.
 """
 MEMORY_TEXT = """Copies of the weights. One example: the peak of a warm measurement with the warm start, as in
 [memory.md](memory.md). A graph is what the loss keeps for its backward pass on the whole batch; for exact products, the
@@ -445,8 +445,8 @@ gradient's graph with it.
 """
 PROCESSES = f"""## Against the number of processes
 
-gloo, 1.0e+06 parameters, {EXAMPLES} examples for each process, SGD. Wall time, as a multiple of the training step before
-it (with DDP's exchange), medians. *local* is sharpness with `sync="local"`. Words and bytes are counted at
+gloo, 1.0e+06 parameters, {EXAMPLES} examples for each process, SGD. Wall time, as a multiple of the training step
+before it (with DDP's exchange), medians. *local* is sharpness with `sync="local"`. Words and bytes are counted at
 `torch.distributed.all_reduce`; what FSDP exchanges by itself is not in it. Four processes share two cores.
 """
 IMPORT = """## Import, ms of processor time

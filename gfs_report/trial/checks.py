@@ -24,6 +24,7 @@ TRACKS = 0.5  # rank correlation from which the running estimate follows: on tas
 # 1.0 to 1.7 of it (benchmarks/tiers.md): 0.45 to 0.95 together, and as much room again on either side.
 QUOTIENT = (0.3, 1.5)
 STILL = 1.5  # largest / smallest solved ratio below which there is nothing to follow
+DISTANT = 0.3  # ratios: below it neither an alarm nor a control asks for more than that it is small
 STEADIER = 0.9  # swing of GFS_k over that of the raw sharpness below which the flow is worth its price
 MARGIN = {False: 0.5, True: 0.75}  # the defaults of a control, without and with second moments
 _LOWER = 0.8  # of the ratio before a harm: the margin advised then …
@@ -223,6 +224,9 @@ def _followed(rates: Sequence[Rate], facts: dict[str, Any]) -> Check:
         f"running / solved {interval(found.quotient)} in the median"
     )
     quotient, correlation, still = found.quotient, found.correlation, found.spread < STILL
+    if found.largest < DISTANT:
+        why = f"both stayed below {found.largest:.2g}, so far from the edge that a factor between them does not matter"
+        return Check(FOLLOWED, "not told", _sentence([text, why]))
     if quotient.high < QUOTIENT[0] or quotient.low > QUOTIENT[1]:
         return Check(FOLLOWED, "no", _sentence([text, "that is too far off"]))
     if correlation.high < TRACKS and not still:

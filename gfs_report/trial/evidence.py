@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -66,6 +67,7 @@ class Agreement(NamedTuple):
     correlation: Interval  # Spearman's, of ranks
     quotient: Interval  # median of cheap / dear
     spread: float  # largest / smallest of the dear one: where it hardly moves there is nothing to follow
+    largest: float = math.inf  # of both
 
 
 class Steadiness(NamedTuple):
@@ -179,7 +181,7 @@ def agreement(cheap: Curve, dear: Curve, start: int = 0) -> Agreement | None:
         return None
     correlation = _bootstrap(x, y, lambda a, b: _rank_correlation(a, b))
     quotient = _bootstrap(x, y, lambda a, b: np.median(a / b, axis=-1))
-    return Agreement(len(x), correlation, quotient, float(y.max() / y.min()))
+    return Agreement(len(x), correlation, quotient, float(y.max() / y.min()), float(max(x.max(), y.max())))
 
 
 def _rank_correlation(x: Floats, y: Floats) -> Floats:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -329,6 +330,8 @@ def test_signals_that_do_not_behave() -> None:
     assert answers(still)[checks.FOLLOWED] == "yes"
     far = Rate(1.0, "steps", 300, had=1.0, agreement=evidence.Agreement(30, near, evidence.Interval(4, 3, 5), 9.0))
     assert answers(far)[checks.FOLLOWED] == "no"
+    distant = dataclasses.replace(far, agreement=far.agreement._replace(largest=0.2))
+    assert answers(distant)[checks.FOLLOWED] == "not told"
     unsure = Rate(1.0, "steps", 300, had=1.0, agreement=evidence.Agreement(30, near, evidence.Interval(2, 1, 3), 9.0))
     assert answers(unsure)[checks.FOLLOWED] == "not told"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -102,6 +103,8 @@ def report(
         if watch:
             if kind != "html":
                 fail(f"--watch writes a page, not {kind}; let --out end in .html")
+            for ending in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background ignores the first
+                signal.signal(ending, signal.default_int_handler)
             typer.echo(f"{out} follows {run}; Ctrl-C ends it.")
             program.watch(run, optimizer, out, every=every, loss_key=loss, told=_say)
             return

@@ -433,7 +433,8 @@ HEAD = f"""# Growth
     OMP_NUM_THREADS=1 python -m benchmarks.growth
 
 A transformer of four blocks whose width grows, float32, sequences of {LENGTH} tokens, one thread. Nothing ran on an
-accelerator. Times are processor times, but for several processes. Other work shared the machine.
+accelerator. Times are processor times, but for several processes. Other work shared the machine. AdamW at
+1e8 parameters was not run, for the time it takes.
 """
 COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets:
 gradients and products of a warm measurement, then measured / predicted by [the model of cost](../docs/cost.md). A graph

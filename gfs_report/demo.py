@@ -41,7 +41,7 @@ class Scale:
     full_every: int
 
 
-FULL = Scale(steps=1000, every=5, full_every=200)
+FULL = Scale(steps=1000, every=10, full_every=250)
 QUICK = Scale(steps=60, every=10, full_every=1000)
 
 
@@ -163,7 +163,8 @@ def _table(history: list[Measurement]) -> Table:
     for name in ("step", "loss", "sharpness", "2/η", "ratio", "GFS_4", "full GFS"):
         table.add_column(name, justify="right")
     marked = [m for m in history if m.gfs_sharpness_full is not None]
-    spread = history[:: max(1, len(history) // 12)]
+    solved = [m for m in history if m.sharpness is not None]  # the others hold an early warning alone
+    spread = solved[:: max(1, len(solved) // 12)]
     for m in sorted({m.step: m for m in [*spread, *marked]}.values(), key=lambda m: m.step):
         values = (m.loss_probe, m.sharpness, m.threshold, m.stability_ratio, m.gfs_sharpness, m.gfs_sharpness_full)
         table.add_row(str(m.step), *("" if v is None else f"{v:.3g}" if v < 0.1 else f"{v:.2f}" for v in values))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from gfs_core import GFSConfig
+from gfs_report.units import count
 
 BUDGET = 0.05  # fraction of the training time, the default of `max_overhead`
 _CHEAP = 0.02  # … of it for the running estimate beside a dearer tier
@@ -89,12 +90,12 @@ def advise(
         every = max(_CLOSEST_SOLVED, _round(interval(prices[tier], step, BUDGET - (_CHEAP if cheap else 0.0))))
         if every <= _LONGEST[tier]:
             reasons.append(
-                f"A measurement of tier {tier} costs {prices[tier] / step:.2g} training steps; every {every} steps, "
+                f"A measurement of tier {tier} costs {count(prices[tier] / step)} training steps; every {every} steps, "
                 f"with the running estimate {f'every {cheap}' if cheap else 'off'}, that is within {BUDGET:.0%}."
             )
             return _advice({"tier": tier, "every": every, "running_every": cheap}, reasons, extra)
         reasons.append(
-            f"Tier {tier} costs {prices[tier] / step:.2g} training steps: within {BUDGET:.0%} it would come every "
+            f"Tier {tier} costs {count(prices[tier] / step)} training steps: within {BUDGET:.0%} it would come every "
             f"{every} steps only."
         )
     if cheap is None:

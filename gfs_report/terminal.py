@@ -14,7 +14,7 @@ from gfs_report.advice import Advice
 from gfs_report.doctor import Examination, Installed
 from gfs_report.trial.checks import band
 from gfs_report.trial.pilot import Pilot
-from gfs_report.units import duration, size
+from gfs_report.units import count, duration, size
 
 
 class Steps:
@@ -82,7 +82,7 @@ def show_examination(found: Examination, console: Console) -> None:
         )
         for p in found.prices:
             memory = "" if p.memory is None else size(p.memory)
-            prices.add_row(p.tier, duration(p.seconds), f"{p.steps:.2g}", str(p.every), memory)
+            prices.add_row(p.tier, duration(p.seconds), count(p.steps), str(p.every), memory)
         console.print(prices)
     for problem in found.problems:
         console.print(Text(f"• {problem}"))

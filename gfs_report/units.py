@@ -8,9 +8,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def size(count: float) -> str:
+def size(held: float) -> str:
     """Bytes in KiB, MiB or GiB."""
     for power, unit in ((3, "GiB"), (2, "MiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.3g} {unit}"
-    return f"{count / 1024:.3g} KiB"
+        if held >= 1024**power:
+            return f"{held / 1024**power:.3g} {unit}"
+    return f"{held / 1024:.3g} KiB"
+
+
+def count(number: float) -> str:
+    """Two digits, and never a power of ten."""
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"

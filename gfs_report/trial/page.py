@@ -11,7 +11,7 @@ from gfs_report.plots import BLUE, COLOURS, ORANGE, PINK, SKY, Line, Picture
 from gfs_report.runs import Curve, Run
 from gfs_report.trial.checks import CADENCE, Rate, band
 from gfs_report.trial.pilot import Pilot
-from gfs_report.units import duration
+from gfs_report.units import count, duration
 
 _SHOWN = 100  # times the first loss: of a run that diverges, the rest would hide the others
 
@@ -109,7 +109,7 @@ def _flows(found: Pilot) -> Table:
 
 def _prices(found: Pilot) -> Table:
     rows = [
-        (f"×{r.factor:g}", tier, duration(s), f"{s / r.price.step:.2g}", str(interval(s, r.price.step)))
+        (f"×{r.factor:g}", tier, duration(s), count(s / r.price.step), str(interval(s, r.price.step)))
         for r in found.rates
         if r.price is not None
         for tier, s in r.price.measurement().items()

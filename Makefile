@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs-clean clean
+.PHONY: demo test check docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,5 +22,8 @@ check: $(VENV)/.installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) gfs-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) gfs-demo site .pytest_cache .mypy_cache .ruff_cache

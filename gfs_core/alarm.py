@@ -296,15 +296,22 @@ class Alarm:
         self.state, self.reason = State(state["state"]), str(state["reason"])
         for held, saved in zip(self._ratios, state["ratios"], strict=True):
             held.clear()
-            held.extend((int(step), float(ratio)) for step, ratio in saved)
+            held.extend((int(step), _positive(ratio)) for step, ratio in saved)
         self._losses.clear()
-        self._losses.extend(state["losses"])
-        self._mean = state["mean"]
-        self._rated, rates = state["rates"]
-        self._noisy_seen, noisy = state["noisy"]
-        self._rates, self._noisy = deque(rates, maxlen=_LOSSES), deque(noisy, maxlen=_NOISY)
+        self._losses.extend(map(float, state["losses"]))
+        self._mean = None if state["mean"] is None else float(state["mean"])
+        (rated, rates), (seen, noisy) = state["rates"], state["noisy"]
+        self._rated, self._noisy_seen = int(rated), int(seen)
+        self._rates = deque(map(_positive, rates), maxlen=_LOSSES)
+        self._noisy = deque(map(_positive, noisy), maxlen=_NOISY)
         for source, (level, calm) in zip(self._sources, state["sources"], strict=True):
             source.state, source.calm = State(level), int(calm)
+
+
+def _positive(value: Any) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{value} is no positive number")
+    return float(value)
 
 
 def _steps_to_edge(points: list[tuple[int, float]]) -> int | None:

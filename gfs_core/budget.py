@@ -101,5 +101,5 @@ class Clock:
         """Go on where ``state`` left off."""
         self.before, self.began = float(state.get("elapsed", 0.0)), time.perf_counter()
         self.first, self.since = float(state.get("first", 0.0)), float(state.get("since", 0.0))
-        self.spent, self.prices = dict(state.get("spent", {})), dict(state.get("prices", {}))
-        self.last = state.get("last")
+        self.spent, self.prices = ({k: float(v) for k, v in state.get(n, {}).items()} for n in ("spent", "prices"))
+        self.last = None if state.get("last") is None else float(state["last"])

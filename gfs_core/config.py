@@ -10,6 +10,7 @@ from gfs_core.errors import ConfigError
 Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
 Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
+_MOST = 1e300  # of an option that is multiplied: nothing overflows
 _EVERY: dict[Tier, str] = {tier: f"{tier}_every" for tier in TIERS[:-1]}
 
 
@@ -142,9 +143,11 @@ class GFSConfig:
                 raise ConfigError(f"`{name}` must be ≥ 1, got {value}")
         for name in ("horizon", "tol", "rtol"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not 0 < value <= _MOST:
                 raise ConfigError(f"`{name}` must be a finite number > 0, got {value}")
-        if self.max_memory is not None and not 0 < self.max_memory < float("inf"):
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"`seed` must be an integer of 64 bits, got {self.seed}")
+        if self.max_memory is not None and not 0 < self.max_memory <= _MOST:
             raise ConfigError(f"`max_memory` must be a number of GiB > 0, or None for no limit; got {self.max_memory}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
             raise ConfigError(f"`max_overhead` must be in (0, 1], or None for no budget; got {self.max_overhead}")
@@ -177,7 +180,7 @@ class GFSConfig:
     def _check_type(name: str, hint: Any, value: Any) -> None:
         choices = [a for a in get_args(hint) if isinstance(a, str)]
         if choices:
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
             return
         allowed = get_args(hint) or (hint,)

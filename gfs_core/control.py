@@ -160,9 +160,16 @@ class Control:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off; the policy and its margin stay those of this object."""
-        for name in self.state_dict():
-            if name in state:
-                setattr(self, name, tuple(state[name]) if name == "_moments" else state[name])
+        for name, fresh in Control(self.policy).state_dict().items():
+            value = state.get(name, getattr(self, name))
+            if name == "_moments":
+                descent, bend = value
+                value = float(descent), float(bend)
+            elif value is not None or fresh is not None:
+                value = (float if fresh is None else type(fresh))(value)
+            if name in ("_target", "_limit", "last") and value is not None and not value > 0:
+                raise ValueError(f"{name.strip('_')} is {value}, not > 0")
+            setattr(self, name, value)
 
     def _finished(self) -> bool:
         return self.policy == "warmup" and self._quiet >= _SETTLED

@@ -12,7 +12,8 @@ from typing import Any
 from gfs_core.errors import ConfigError
 from gfs_core.measurement import Measurement
 
-_FIELDS = {f.name for f in fields(Measurement)}
+_NUMBERS = {f.name for f in fields(Measurement)} - {"optimizer_name", "reasons"}
+_MOST = 2**63 - 1  # larger integers are no steps and no counts; nothing that reads a history could hold them
 
 
 def begin(path: Path, settings: Mapping[str, Any]) -> None:
@@ -73,7 +74,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     with contextlib.suppress(OSError), Path(path).open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if line.startswith('{"settings"'):
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     held = json.loads(line)["settings"]
                     settings = held if isinstance(held, dict) else settings
     return settings
@@ -82,9 +83,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def _parse(line: str) -> Measurement | None:
     try:
         held: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(held, dict) or type(held.get("step")) is not int:
+    if not isinstance(held, dict) or type(held.get("step")) is not int or abs(held["step"]) > _MOST:
         return None
     values: dict[str, Any] = {}
     for name, value in held.items():
@@ -92,6 +93,6 @@ def _parse(line: str) -> Measurement | None:
             values[name] = value
         elif name == "reasons" and isinstance(value, list):
             values[name] = tuple(str(r) for r in value)
-        elif name in _FIELDS and type(value) in (int, float):
+        elif name in _NUMBERS and (type(value) is float or (type(value) is int and abs(value) <= _MOST)):
             values[name] = value
     return Measurement(**values)

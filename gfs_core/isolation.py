@@ -73,6 +73,15 @@ class Isolation:
         self._evaluated = True
 
     def __exit__(self, *exc: object) -> None:
+        try:
+            self._put_back()
+        except BaseException:  # Ctrl-C in the middle of it: once more, from the start
+            self._put_back()
+            raise
+        finally:
+            del self._weights, self._grads, self._state
+
+    def _put_back(self) -> None:
         self._state.restore()
         self.restore_weights()
         for p, grad, requires_grad, hooks in zip(
@@ -83,7 +92,6 @@ class Isolation:
             if hooks:
                 p._backward_hooks = hooks
         self._rng.restore()
-        del self._weights, self._grads, self._state
 
     def restore_weights(self) -> None:
         """Put the parameters back to where the measurement found them."""

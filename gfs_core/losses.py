@@ -36,7 +36,7 @@ class MeanLoss:
 
     def load(self, value: float | None) -> None:
         """Go on from a saved value."""
-        self._mean = value
+        self._mean = None if value is None else float(value)
         self._new.clear()
 
 

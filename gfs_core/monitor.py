@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 import warnings
@@ -174,7 +175,7 @@ class StabilityMonitor:
                 measurement = self._step(loss_fn, batch, step, micro_batches)
             finally:
                 if self._cadence.needs_step(step + 1):
-                    self._before, self._before_step = clone(parameters_of(self.optimizer)), step + 1
+                    self._keep_weights(step + 1)
         return self.watch(step, measurement)
 
     def saw(self, loss: Tensor | float) -> None:
@@ -214,14 +215,17 @@ class StabilityMonitor:
             return None
         reasons = (*measurement.reasons, *(e.reason for e in events))
         state = None if self.alarm is None else int(self.alarm.state)
-        measurement = replace(measurement, alarm=state, reasons=reasons)
+        # Of a run that has diverged, or at a rate that is no number: a value that is not finite is none.
+        values = measurement.values()
+        lost: dict[str, Any] = {name: None for name, value in values.items() if not math.isfinite(value)}
+        measurement = replace(measurement, **lost, alarm=state, reasons=reasons)
         if self.history is not None:
             try:
                 if not self._history_begun:
                     history.begin(self.history, self._settings())
                     self._history_begun = True
                 history.append(self.history, measurement)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a path may be no path at all
                 self._tell(f"the history cannot be written ({error}); training goes on without it")
                 self.history = None
         return measurement
@@ -274,14 +278,15 @@ class StabilityMonitor:
         if "running" in tiers:
             micro = current[self._turn // self._parts % len(current)]
             part = rotating_part(micro, self._parts, self._turn)
-            running = Running(self._running, part, fraction_of(part, current), self._mean_loss.value())
+            running = Running(self._running, part, fraction_of(part, current))
             self._turn += 1
         free = self._cadence.free(tiers)
         scale_before = self.control.scale(self._rate())
         try:
             with self.together():
-                if running is not None and self._global is not None:
-                    running.mean_loss = self._global.mean_of_known(running.mean_loss)
+                if running is not None:
+                    known = self._mean_loss.value()
+                    running.mean_loss = known if self._global is None else self._global.mean_of_known(known)
                 if self.ranks is None or self._global is not None or self.writes:
                     measurement, seconds = self._measure(
                         lambda _model, b: loss_fn(b),
@@ -317,6 +322,15 @@ class StabilityMonitor:
             if "come with its first step" not in reason:
                 self._tell(reason)
         return self._controlled(measurement, scale_before)
+
+    def _keep_weights(self, step: int) -> None:
+        """Copy the weights before the optimizer step that ends at ``step``, where memory has room for them."""
+        try:
+            self._before, self._before_step = clone(parameters_of(self.optimizer)), step
+        except torch.OutOfMemoryError:
+            if self.config.strict or self.ranks is not None:  # the other processes would wait for this one
+                raise
+            self._tell("there is no memory for the weights before a step; nothing is measured along it", own=True)
 
     def _controlled(self, measurement: Measurement, before: float) -> Measurement:
         """What was measured at the scale ``before``, at that of the coming step: the control takes it in."""
@@ -404,13 +418,32 @@ class StabilityMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` left off. A warm start that does not fit the model is dropped."""
+        """Go on where ``state_dict`` left off. A warm start that does not fit the model is dropped.
+
+        A damaged state is left alone, with a warning: measuring goes on as it would have without it.
+
+        Raises:
+            ConfigError: with ``strict=True``, the state is damaged.
+        """
+        held = self.state_dict()
+        try:
+            self._load(state)
+        except Exception as error:  # a checkpoint may hold anything
+            self._running = RunningSharpness()
+            self._load(held)
+            text = f"the saved state is damaged ({type(error).__name__}: {error}); measuring starts without it"
+            if self.config.strict:
+                raise ConfigError(text) from None
+            self._tell(text, own=True)
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
-        self._solved, self._fits = int(state.get("solved", 0)), state.get("fits")
+        self._solved, fits = int(state.get("solved", 0)), state.get("fits")
+        self._fits = None if fits is None else max(int(fits), 1)
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
-        if state.get("precision") in ("training", "float32") and self.config.precision == "auto":
+        if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
             self._precision = state["precision"]
         params = parameters_of(self.optimizer)
 
@@ -429,14 +462,16 @@ class StabilityMonitor:
         device = params[0].device
         kept = self.config.probe == "fixed" and self.ranks is None  # of several processes it is rank 0's alone
         self._probe = [_to(b, device) for b in state.get("probe", [])] if kept else []
-        self._before_step, before = state.get("before", [-1, None])
-        self._before = fitted(before)
+        before_step, before = state.get("before", [-1, None])
+        self._before_step, self._before = int(before_step), fitted(before)
         if "running" in state:
-            running, self._turn, self._parts, mean_loss = state["running"]
+            running, turn, parts, mean_loss = state["running"]
+            self._turn, self._parts = int(turn), max(int(parts), 1)
             if (vector := fitted(running["vector"])) is not None:
                 self._running.load_state_dict({**running, "vector": vector})
             self._mean_loss.load(mean_loss)
-        self._batch_sharpness = state.get("batch_sharpness")
+        batch_sharpness = state.get("batch_sharpness")
+        self._batch_sharpness = None if batch_sharpness is None else float(batch_sharpness)
         self._cadence.clock.load(state.get("clock", {}))
         self.control.load_state_dict(state.get("control", {}))
         if self.alarm is not None and state.get("alarm") is not None:

@@ -149,6 +149,8 @@ class RunningSharpness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
-        self.value, self.vector = state["value"], state["vector"]
+        self.value, self.vector = None if state["value"] is None else float(state["value"]), state["vector"]
         self._squares, self._products = float(state["squares"]), float(state["products"])
-        self._moments, self._seen = list(state["moments"]), int(state["seen"])
+        self._moments, self._seen = [float(m) for m in state["moments"]], int(state["seen"])
+        if len(self._moments) not in (0, 2) or self._seen < 0:
+            raise ValueError("it holds no mean and mean square")

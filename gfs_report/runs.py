@@ -131,7 +131,7 @@ def read_run(path: str | Path, optimizer: str | None = None) -> Run:
     for source in _sources(path):
         try:
             _add(run, source, optimizer)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError, csv.Error) as error:
             if path.is_file() or isinstance(error, _Several):
                 raise ConfigError(f"{source}: {error}") from None
             run.notes.append(f"{source.name} was left out: {error}")
@@ -242,11 +242,15 @@ def _curve(points: Iterable[tuple[int, float]], finite: bool) -> Curve | None:
 
 def _of_tensorboard(source: Path) -> dict[str, list[tuple[int, float]]]:
     try:
+        from google.protobuf.message import DecodeError
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError as error:
         raise ValueError(f"a TensorBoard log needs {error.name}: pip install 'gfs-sharpness[report]'") from None
     events = EventAccumulator(str(source), size_guidance={"scalars": 0})
-    events.Reload()
+    try:
+        events.Reload()
+    except DecodeError as error:
+        raise ValueError(f"a damaged TensorBoard log ({error})") from None
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -271,7 +275,7 @@ def _points(rows: Iterable[dict[str, Any]], column: str) -> dict[str, list[tuple
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         step = _number(row.get(column))
-        if step is None or not math.isfinite(step):
+        if step is None or not abs(step) < 2**63:
             continue
         for key, value in row.items():
             number = _number(value)

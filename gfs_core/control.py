@@ -40,7 +40,7 @@ from gfs_core.stability import unwrap
 # What optimizers without and with second moments stand was measured, in benchmarks/control.md: nearer to the edge, and
 # with faster growth, momentum loses runs; AdamW, whose steps keep their size where gradients explode, gains a point.
 _GROWTH = {False: 1.02, True: 1.05}  # of the limit, per step
-_MARGIN = {False: 0.5, True: 0.75}
+MARGIN = {False: 0.5, True: 0.75}
 _FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
 _FIRST = 4  # measurements before the limit is trusted, …
 _FREE = 20  # measurements that no budget holds back: the curvature changes fastest at the start
@@ -71,7 +71,7 @@ class Control:
 
     def __init__(self, policy: Policy, margin: float | None = None, adaptive: bool = False) -> None:
         self.policy = policy
-        self.margin = _MARGIN[adaptive and policy != "cdat"] if margin is None else margin
+        self.margin = MARGIN[adaptive and policy != "cdat"] if margin is None else margin
         self.growth = _GROWTH[adaptive]
         self.lost = False
         self.last = 1.0

@@ -28,6 +28,19 @@ class Format(str, Enum):
     json = "json"
 
 
+# What `gfs pilot` and `gfs doctor` take of a job.
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(help="Arguments of the script or config, after `--`.", metavar="[-- ARGUMENTS]"),
+]
+Data = Annotated[
+    str | None, typer.Option(help="With a LightningModule: package.module:name of a DataModule or of a loader.")
+]
+Patience = Annotated[
+    float, typer.Option(min=1.0, help="Seconds without a step or any output after which the job counts as hung.")
+]
+
+
 def fail(error: object) -> NoReturn:
     """Say what was wrong and leave with status 2."""
     typer.echo(f"gfs: {error}", err=True)
@@ -106,7 +119,8 @@ def report(
             for ending in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background ignores the first
                 signal.signal(ending, signal.default_int_handler)
             typer.echo(f"{out} follows {run}; Ctrl-C ends it.")
-            program.watch(run, optimizer, out, every=every, loss_key=loss, told=_say)
+            told = lambda made: typer.echo(f"step {made.run.steps[1]}: {made.verdict.where}")  # noqa: E731
+            program.watch(run, optimizer, out, every=every, loss_key=loss, told=told)
             return
         made = program.make_report(read_run(run, optimizer), loss)
         program.write_report(made, out, kind)
@@ -197,19 +211,12 @@ def pilot(
             "(package.module:Name, a class or a function that returns one)."
         ),
     ],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(help="Arguments of the script or config, after `--`.", metavar="[-- ARGUMENTS]"),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="With a LightningModule: package.module:name of a DataModule or of a loader.")
-    ] = None,
+    arguments: Arguments = None,
+    data: Data = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 300,
     rates: Annotated[str, typer.Option(help="Factors on the job's own learning rate.")] = "0.5,1,2",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page and the runs.")] = Path("gfs-pilot"),
-    patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without a step or any output after which a run counts as hung.")
-    ] = 600.0,
+    patience: Patience = 600.0,
 ) -> None:
     """Try it on your own job: does the stability ratio behave there, what does it cost, what to set.
 
@@ -270,17 +277,10 @@ def doctor(
             "is installed."
         ),
     ] = None,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(help="Arguments of the script or config, after `--`.", metavar="[-- ARGUMENTS]"),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="With a LightningModule: package.module:name of a DataModule or of a loader.")
-    ] = None,
+    arguments: Arguments = None,
+    data: Data = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON and nothing else.")] = False,
-    patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without a step or any output after which the job counts as hung.")
-    ] = 600.0,
+    patience: Patience = 600.0,
 ) -> None:
     """Check a job: can it be measured, exactly or not and why, for what price, in what memory; and what to set.
 
@@ -325,10 +325,3 @@ def doctor(
     else:
         terminal.show_examination(found, console)
     raise typer.Exit(0 if found.measurable else 1)
-
-
-def _say(made: object) -> None:
-    from gfs_report.report import Report
-
-    assert isinstance(made, Report)
-    typer.echo(f"step {made.run.steps[1]}: {made.verdict.where}")

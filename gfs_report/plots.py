@@ -116,7 +116,6 @@ def draw(picture: Picture, x_range: Any = None) -> figure | None:
         **({} if x_range is None else {"x_range": x_range}),
     )
     plot.toolbar.logo = None
-    plot.toolbar.autohide = False
     plot.add_tools(WheelZoomTool(dimensions="width"), CrosshairTool(dimensions="height", line_alpha=0.3))
     plot.x_range.range_padding = 0.02
     for line in lines:
@@ -169,7 +168,7 @@ def _add_marks(plot: figure, marks: Sequence[Mark], curve: Curve) -> None:
         {
             "step": [m.step for m in marks],
             "value": at,
-            "state": [("quiet", "watch", "alarm")[m.state] for m in marks],
+            "state": [m.word for m in marks],
             "reason": [m.reason for m in marks],
             "colour": [ORANGE if m.state < 2 else RED for m in marks],
             "anchor": [f"alarm-{i}" for i in range(len(marks))],

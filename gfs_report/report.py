@@ -50,7 +50,7 @@ class Report:
         run = self.run
         out: list[Section] = [*self.pictures]
         if run.marks:
-            words = [f"Step {m.step}, {('quiet', 'watch', 'alarm')[m.state]}: {m.reason}" for m in run.marks]
+            words = [f"Step {m.step}, {m.word}: {m.reason}" for m in run.marks]
             out.append(Notes("Early warnings, and their reasons", words, [f"alarm-{i}" for i in range(len(words))]))
         if run.reasons:
             counted = sorted(run.reasons.items(), key=lambda item: -item[1])

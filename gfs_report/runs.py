@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfs_core import ConfigError, log_keys, read_history
+from gfs_core.alarm import State
 from gfs_core.history import read_settings
 
 _KEYS = {key.removeprefix("gfs/") for key in log_keys()}
@@ -56,6 +57,11 @@ class Mark(NamedTuple):
     step: int
     state: int
     reason: str
+
+    @property
+    def word(self) -> str:
+        """The state in a word."""
+        return State(self.state).name.lower()
 
 
 @dataclass

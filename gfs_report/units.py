@@ -16,6 +16,11 @@ def size(held: float) -> str:
     return f"{held / 1024:.3g} KiB"
 
 
+def in_digits(value: float) -> str:
+    """A ratio in a few digits."""
+    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}"
+
+
 def count(number: float) -> str:
     """Two digits, and never a power of ten."""
     return f"{number:.2g}" if number < 10 else f"{number:.0f}"

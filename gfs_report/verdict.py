@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gfs_report.losses import diverged, start_of
 from gfs_report.runs import Curve, Run
+from gfs_report.units import in_digits
 
 Standing = Literal["unknown", "far", "near", "edge", "past"]
 _EDGE = (0.85, 1.15)  # of the ratio: with full batches its median stays within 0.9–1.1 (benchmarks/edge.md)
@@ -88,9 +89,9 @@ def _where(run: Run) -> tuple[Standing, str]:
     }[standing]
     past = float((ratio.values >= 1).mean())
     measured = f"{len(ratio.values)} measurements" if len(ratio.values) > 1 else "one measurement"
-    whole = f"over the whole run it lay between {_ratio(ratio.values.min())} and {_ratio(ratio.values.max())}"
+    whole = f"over the whole run it lay between {in_digits(ratio.values.min())} and {in_digits(ratio.values.max())}"
     whole += f", past 1 in {_percent(past)} of {measured}" if past else f", never past 1 in {measured}"
-    now_at = f"its {name} was {_ratio(now)} over the last steps, where 1 is the edge"
+    now_at = f"its {name} was {in_digits(now)} over the last steps, where 1 is the edge"
     return standing, f"The run ended {place}: {now_at}; {whole}."
 
 
@@ -140,8 +141,9 @@ def _do(run: Run, standing: Standing, bad: bool) -> str:
             f'Start again from a checkpoint {when} with control="cap", or with a lower learning rate; alarm="stop" '
             "with alarm_checkpoint=True ends such a run while its weights are still good."
         )
-    if (now is not None and now.last >= 2) or past or standing == "past":
-        why = "the alarm is still on" if now is not None and now.last >= 2 else "the steps are past their edge"
+    ringing = now is not None and now.last >= 2
+    if ringing or past or standing == "past":
+        why = "the alarm is still on" if ringing else "the steps are past their edge"
         less = ""
         if found is not None and rate is not None:
             allowed = 0.5 / max(_median(found[1].tail(_END)), _median(noisy.tail(_END)) if noisy is not None else 0.0)
@@ -168,10 +170,6 @@ def _worse_than(first: NDArray[np.float64]) -> float:
 
 def _median(values: NDArray[np.float64]) -> float:
     return float(np.median(values))
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}"
 
 
 def _percent(fraction: float) -> str:

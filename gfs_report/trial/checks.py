@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gfs_core.control import MARGIN
 from gfs_report.advice import Advice, advise
 from gfs_report.losses import count_spikes
 from gfs_report.runs import Run
 from gfs_report.trial import evidence
 from gfs_report.trial.evidence import Agreement, Edge, Harm, Interval, Price, Steadiness
+from gfs_report.units import in_digits
 
 # Measurements without a budget: the evidence is to be complete. Each interval is a multiple of the one before, so that
 # the price of each tier can be told from the seconds of the steps.
@@ -26,7 +28,6 @@ QUOTIENT = (0.3, 1.5)
 STILL = 1.5  # largest / smallest solved ratio below which there is nothing to follow
 DISTANT = 0.3  # ratios: below it neither an alarm nor a control asks for more than that it is small
 STEADIER = 0.9  # swing of GFS_k over that of the raw sharpness below which the flow is worth its price
-MARGIN = {False: 0.5, True: 0.75}  # the defaults of a control, without and with second moments
 _LOWER = 0.8  # of the ratio before a harm: the margin advised then …
 _SPOKE = 0.2  # … where that ratio is not so small that no margin would have helped
 
@@ -166,7 +167,7 @@ def _edge(rates: Sequence[Rate]) -> Check:
             continue
         at, e = f"at ×{r.factor:g} the ratio", r.edge
         if e.band is None:
-            parts.append(f"{at} stayed below the edge ({number(e.largest)} at most)")
+            parts.append(f"{at} stayed below the edge ({in_digits(e.largest)} at most)")
         elif r.harm is not None or r.ended == "diverged":
             told = True
             parts.append(f"{at} passed {evidence.NEAR} from step {e.reached} on, and the run was harmed")
@@ -195,7 +196,7 @@ def _told(rates: Sequence[Rate]) -> Check:
         if r.harm.alarm_lead is not None:
             text += f", and the early warning came {r.harm.alarm_lead} steps before"
         elif r.harm.ratio_before is not None and r.harm.ratio_before >= evidence.NEAR:
-            text += f", without an early warning, but with a ratio of {number(r.harm.ratio_before)} before it"
+            text += f", without an early warning, but with a ratio of {in_digits(r.harm.ratio_before)} before it"
         else:
             text, missed = f"{text}, and nothing told of it", True
         parts.append(text)
@@ -267,9 +268,9 @@ def margin(rates: Sequence[Rate], facts: dict[str, Any]) -> tuple[float, str] | 
     low = min(before, default=default / _LOWER)
     value, why = default, "the default: no run was harmed below it"
     if low < _SPOKE:
-        why = f"the default; a run was harmed at a ratio of {number(low)}, against which no margin helps"
+        why = f"the default; a run was harmed at a ratio of {in_digits(low)}, against which no margin helps"
     elif _LOWER * low < default:
-        value, why = round(_LOWER * low, 2), f"because a run was harmed at a ratio of {number(low)}"
+        value, why = round(_LOWER * low, 2), f"because a run was harmed at a ratio of {in_digits(low)}"
     if own.past_margin is not None:
         acts = f"`cap` would have acted at {own.past_margin:.0%} of the measurements at ×{own.factor:g}"
         why += f"; with the default, {acts}"
@@ -316,17 +317,12 @@ def limits(rates: Sequence[Rate], facts: dict[str, Any], steps: int) -> list[str
 
 def band(held: Interval) -> str:
     """A median with the range around it."""
-    return f"{number(held.value)} in the median, {number(held.low)} to {number(held.high)}"
+    return f"{in_digits(held.value)} in the median, {in_digits(held.low)} to {in_digits(held.high)}"
 
 
 def interval(held: Interval) -> str:
     """A value with its 95 % interval."""
     return f"{held.value:.2f} ({held.low:.2f} to {held.high:.2f})"
-
-
-def number(value: float) -> str:
-    """A ratio in a few digits."""
-    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}"
 
 
 def _times(count: int) -> str:

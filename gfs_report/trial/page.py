@@ -37,9 +37,7 @@ def _sections(found: Pilot) -> list[Section]:
         if not isinstance(value, dict) and value not in (None, "") and name != "free_bytes"
     ]
     warnings = [
-        f"×{factor:g}, step {m.step}, {('quiet', 'watch', 'alarm')[m.state]}: {m.reason}"
-        for factor, run in found.runs.items()
-        for m in run.marks
+        f"×{factor:g}, step {m.step}, {m.word}: {m.reason}" for factor, run in found.runs.items() for m in run.marks
     ]
     pictures = [picture for factor, run in found.runs.items() for picture in _pictures(factor, run)]
     return [

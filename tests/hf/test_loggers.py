@@ -21,16 +21,6 @@ from tests.hf.test_callback import Trainer, attached, every, language, rows
 MODES = pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    import wandb
-
-    yield wandb
-    wandb.finish()
-
-
 @pytest.fixture(scope="session")
 def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs of trackio are kept: it asks for the folder once, when it is imported."""

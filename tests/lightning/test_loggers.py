@@ -22,16 +22,6 @@ from tests.lightning.test_callback import Gan, Linear, Net, every, history, stat
 from tests.wandb_files import logged
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    import wandb
-
-    yield wandb
-    wandb.finish()
-
-
 def test_every_key_of_the_layout_is_logged() -> None:
     keys = {f"gfs/{key}" for keys in CHARTS.values() for key in keys}
     assert keys <= gfs.log_keys().keys()

@@ -200,7 +200,7 @@ def pyhessian_power(tol: float) -> Method:
 
         module.hessian_vector_product = counted
         try:
-            [value], _ = module.hessian(model, run.criterion, data=batch, cuda=False).eigenvalues(tol=tol)
+            [value], _ = module.hessian(model, run.criterion, data=batch, cuda=batch[0].is_cuda).eigenvalues(tol=tol)
         finally:
             module.hessian_vector_product = plain
         return float(value), count[0]
@@ -264,12 +264,12 @@ def lanczos(warm: bool) -> Method:
 
 
 def _flat(parts: list[Tensor]) -> Any:
-    return torch.cat([p.detach().reshape(-1) for p in parts]).numpy()
+    return torch.cat([p.detach().reshape(-1) for p in parts]).cpu().numpy()
 
 
 def _parts(vector: Any, like: list[Tensor]) -> list[Tensor]:
     split = torch.as_tensor(vector).split([p.numel() for p in like])
-    return [a.reshape(p.shape).to(p.dtype) for a, p in zip(split, like, strict=True)]
+    return [a.reshape(p.shape).to(p) for a, p in zip(split, like, strict=True)]
 
 
 METHODS: dict[str, Method] = {

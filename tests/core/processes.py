@@ -115,7 +115,7 @@ def train(
     if normed:
         model.insert(1, nn.BatchNorm1d(12).double())
     trained: nn.Module = model
-    if size > 1 and shard:
+    if shard:
         # Four: two shards, two copies of each. The second layer is of the root, which stays gathered after a forward.
         shape, names = ((2, 2), ("copies", "shards")) if size == 4 else ((size,), ("shards",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)

@@ -30,7 +30,7 @@ def fixed_steps(model: Quadratic, h: float, steps: int, s: int) -> None:
     params = [p.detach() for p in objective.params]
     state = flow.start()
     for _ in range(steps):
-        loss, field, _, _ = flow._step(state.field, clone(params), clone(params), params, h, s)
+        loss, field, _, _ = flow._step(state.field, clone(params), (clone(params), clone(params)), params, h, s)
         state.field, state.loss = field, loss
 
 

@@ -78,6 +78,15 @@ def test_sharded_weights_give_the_values_of_one_process(size: int, kind: str, tm
     assert sum(sum(p.numel() for p in rank["weights"]) for rank in ranks) == whole * size // 2  # two shards of each
 
 
+def test_one_process_alone_may_shard(tmp_path: Path) -> None:
+    """As `torchrun --nproc-per-node 1` does; there are no other processes to talk to."""
+    options = {**ALL, "tol": 1e-6}
+    plain = processes.train(0, 1, "sgd", {**options, "hvp": "gradients"}, 6)
+    [alone] = processes.run(functools.partial(processes.train, shard=True), 1, tmp_path, "sgd", options, 6)
+    assert sum(m["sharpness"] is not None for m in alone["found"]) == 3
+    assert_close(alone["found"], plain["found"], 1e-5)
+
+
 def test_shards_that_are_gathered_in_bfloat16(tmp_path: Path) -> None:
     """The policy of ``fully_shard`` cannot be switched off, and a small step of the weights is lost in rounding."""
     options = {**ALL, "tier": "gfs", "tol": 1e-2, "running_every": None, "directional_every": None}

@@ -1,0 +1,173 @@
+"""What measuring costs on one GPU, in seconds, with GPT-2 of 124 million and a Llama of 1.1 billion weights.
+
+Random weights, bytes of English text, float32 weights under bfloat16 autocast, AdamW. Writes accelerator.json and
+accelerator.md. Needs transformers. Run (about two minutes): python -m benchmarks.accelerator [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import gfs_core as gfs
+from benchmarks.growth import measurement
+
+HERE = Path(__file__).parent
+GB = 1e9
+TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("running", {"tier": "running"}),
+    ("directional", {"tier": "directional", "probe_size": 2}),
+    ("sharpness, probe_size=1", {"tier": "sharpness", "probe_size": 1}),
+    ("sharpness, micro_batch=1", {"tier": "sharpness", "micro_batch": 1}),
+    ("gfs, probe_size=1", {"tier": "gfs", "probe_size": 1}),
+)
+
+
+def gpt2() -> tuple[Any, int, int]:
+    """Model, sequences in a step, tokens in a sequence."""
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(attn_implementation="sdpa", use_cache=False, **dropout)
+    return transformers.GPT2LMHeadModel(config), 16, 1024
+
+
+def llama() -> tuple[Any, int, int]:
+    """The shape of TinyLlama, with as many tokens in its vocabulary."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
+    return transformers.LlamaForCausalLM(config), 8, 1024
+
+
+MODELS: dict[str, Callable[[], tuple[Any, int, int]]] = {"GPT-2": gpt2, "Llama": llama}
+
+
+def batches(examples: int, length: int) -> Iterator[Tensor]:
+    """Bytes of text, one after another."""
+    text = torch.tensor(list(" ".join(topics.values()).encode()))
+    rows = text[: len(text) // (examples * length) * examples * length].reshape(-1, examples, length)
+    while True:
+        yield from rows.cuda()
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    torch.cuda.synchronize()
+    begin = perf_counter()
+    out = work()
+    torch.cuda.synchronize()
+    return perf_counter() - begin, out
+
+
+def run(name: str, steps: int = 12) -> dict[str, Any]:
+    """One model: its training step, then each tier by turns with steps; the first measurement of each is cold."""
+    torch.manual_seed(0)
+    model, examples, length = MODELS[name]()
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    text = batches(examples, length)
+
+    def loss(batch: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            out: Tensor = model(input_ids=batch, labels=batch).loss
+        return out
+
+    def gradient(batch: Tensor) -> None:
+        optimizer.zero_grad()
+        loss(batch).backward()  # type: ignore[no-untyped-call]
+
+    def step() -> None:
+        gradient(next(text))
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    seconds = median(timed(step)[0] for _ in range(steps))
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    row |= {"examples": examples, "length": length, "step": seconds, "held": torch.cuda.memory_allocated() / GB}
+    row |= {"peak": torch.cuda.max_memory_allocated() / GB, "tiers": []}
+    for label, options in TIERS:
+        options = {"every": 1, "max_overhead": None, "alarm": "off"} | options
+        if label != "running":
+            options |= {"running_every": None}
+        monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**options))
+        found: list[tuple[float, Any]] = []
+        size = options.get("probe_size") or options.get("micro_batch")
+        for _ in range(4):
+            step()
+            optimizer.zero_grad()  # as memory is free before a forward pass
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            batch = next(text)
+            found.append(timed(lambda m=monitor, b=batch: m.step(loss, b)))  # type: ignore[misc]
+        peak = torch.cuda.max_memory_allocated() / GB
+        own = median(timed(lambda b=batch[:size]: gradient(b))[0] for _ in range(3))
+        last = found[-1][1]
+        tier = {"tier": label, "cold": found[0][0], "warm": median(s for s, _ in found[1:]), "peak": peak}
+        if last is not None:
+            ratio = last.stability_ratio or last.running_stability_ratio
+            tier |= {"gradients": last.grad_evals, "products": last.hvps, "gradient_of_probe": own}
+            tier |= {"ratio": ratio, "precision_error": last.precision_error, "reasons": list(last.reasons)}
+            passes = 1 if size is None or "probe_size" in options else examples
+            tier["model"] = own * passes * measurement(last.grad_evals, last.hvps)
+        row["tiers"].append(tier)
+        print(tier, flush=True)
+        del monitor, found, last
+    return row
+
+
+def table(results: dict[str, Any]) -> str:
+    """As Markdown."""
+    lines = [
+        "# What measuring costs on a GPU",
+        "",
+        f"{results['device']}, torch {results['torch']}; float32 weights under bfloat16 autocast, scaled dot-product",
+        "attention, fused AdamW, random start, bytes of English text. Warm: median of three measurements after the",
+        "first. *Model*: (⅓ + gradients + 2 · products) gradients of the probe, the model of docs/cost.md, from the",
+        "counts of the last measurement and the seconds of a gradient measured beside it. The peak is the whole",
+        "process's, in GB.",
+        "",
+    ]
+    for row in results["rows"]:
+        lines += [
+            f"## {row['model']}, {row['parameters'] / 1e6:.0f} million weights",
+            "",
+            f"A step of {row['examples']} × {row['length']} tokens: {1e3 * row['step']:.0f} ms; "
+            f"{row['held']:.1f} GB between steps, {row['peak']:.1f} GB at the peak.",
+            "",
+            "| measurement | cold, ms | warm, ms | training steps | gradients | products | warm / model | peak, GB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for t in row["tiers"]:
+            counts = [t.get("gradients", "–"), t.get("products", "–")]
+            model = f"{t['warm'] / t['model']:.2f}" if "model" in t and t["tier"] != "running" else "–"
+            cells = [t["tier"], f"{1e3 * t['cold']:.0f}", f"{1e3 * t['warm']:.0f}", f"{t['warm'] / row['step']:.1f}"]
+            lines.append(f"| {' | '.join(map(str, [*cells, *counts, model, format(t['peak'], '.1f')]))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, default=HERE)
+    given = parser.parse_args()
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    for name in MODELS:
+        results["rows"].append(run(name))
+        (given.out / "accelerator.json").write_text(json.dumps(results, indent=1) + "\n")
+        (given.out / "accelerator.md").write_text(table(results))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -191,3 +191,81 @@ def test_kinks_do_not_shorten_the_steps_without_end() -> None:
     found = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2)
     assert found.sharpness == pytest.approx(fine.sharpness, rel=2e-2)
     assert found.grad_evals <= 100
+
+
+class Far(nn.Module):
+    """A quadratic whose minimum is far from zero: in float32 the weights themselves are rounded to 6e-5."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.h = torch.tensor([50.0, 7.0, 1.0, 0.02]).repeat(250).to(dtype)
+        self.w = nn.Parameter(torch.full((1000,), 1001.0, dtype=dtype))
+
+
+def far(model: nn.Module, batch: object = None) -> Tensor:
+    return 0.5 * (model.h * (model.w - 1000.0).square()).sum()
+
+
+def test_weights_that_are_rounded_coarsely_do_not_loosen_the_limit() -> None:
+    errors = {}
+    for rtol in (1e-2, 1e-4):
+        model = Far(torch.float32)
+        flow = gfs.Flow(gfs.Objective(model, far, [None]), lambda: 50.0, rtol=rtol)
+        state = flow.advance(flow.start(), 1.0)
+        assert state.reason is gfs.Reason.OK
+        error = model.w.detach().double() - 1000.0 - torch.exp(-model.h.double())
+        errors[rtol] = float(error.norm() / 1000**0.5)
+    assert errors[1e-2] < 5e-3
+    assert errors[1e-4] < 2e-4  # three roundings of a weight
+
+
+def test_a_full_solution_in_float32_ends_where_it_does_in_float64() -> None:
+    """The loss falls to 1e-11 and below, where rounding makes it rise and fall."""
+
+    def trained() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4)).double()
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        batch = x, x[:, :4].sin()
+        optimizer = torch.optim.SGD(model.parameters(), 0.2)
+        for _ in range(200):
+            optimizer.zero_grad()
+            squared(model, batch).backward()
+            optimizer.step()
+        return model, batch
+
+    def squared(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
+        return (m(b[0]) - b[1]).square().sum(1).mean() / 2
+
+    model, batch = trained()
+    true = gfs.gfs_sharpness(model, squared, batch, learning_rate=0.2, rtol=1e-3)
+    single = tuple(t.float() for t in batch)
+    found = gfs.gfs_sharpness(model.float(), squared, single, learning_rate=0.2, rtol=1e-3)
+    assert true.converged
+    assert found.converged, found.reason
+    assert found.loss < 1e-9
+    assert found.sharpness == pytest.approx(true.sharpness, rel=1e-3)
+
+
+class Fit(nn.Module):
+    """Least squares whose outputs are of size 100: in float32 the loss is not known below 1e-10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(20, 50, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, 50).double()
+        start = 30 * torch.randn(50, generator=generator, dtype=torch.float64)
+        moved = start + 0.01 * torch.randn(50, generator=generator, dtype=torch.float64)
+        self.x, self.y, self.w = x.float(), (x @ moved).float(), nn.Parameter(start.float())
+        self.sharpness = float(torch.linalg.eigvalsh(x.T @ x / 20)[-1])
+
+
+def test_a_loss_that_rounding_makes_rise_does_not_hold_the_flow_up() -> None:
+    model = Fit()
+    objective = gfs.Objective(model, lambda m, _: (m.x @ m.w - m.y).square().mean() / 2, [None])
+    flow = gfs.Flow(objective, lambda: model.sharpness, rtol=1e-3, max_grads=3000)
+    start = flow.start()
+    first = start.loss
+    state = flow.advance(start, 3000.0)
+    assert state.reason is gfs.Reason.OK
+    assert state.loss < 1e-4 * first

@@ -109,3 +109,28 @@ def test_a_large_attribute_changed_in_place_is_named() -> None:
 
     measurement = gfs.stability(model, loss_fn, torch.ones(2, 3), torch.optim.SGD(model.parameters(), 0.1))
     assert any("huge" in reason and "too large to be put back" in reason for reason in measurement.reasons)
+
+
+def test_compiled_code_is_left_to_training() -> None:
+    """A probe of another shape would have it compiled again; a CUDA graph that it holds would be disturbed."""
+    compiled, ran = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        compiled.append(graph)
+        return lambda *args: ran.append(1) or graph.forward(*args)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    run = torch.compile(model, backend=backend)
+    x = torch.randn(12, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = gfs.GFSConfig(tier="gfs", every=1, probe_size=5, max_overhead=None, running_every=1)
+    monitor = gfs.StabilityMonitor(run, optimizer, config)
+    for _ in range(2):
+        run(x).square().mean().backward()
+        before = (len(compiled), len(ran))
+        measurement = monitor.step(lambda b: run(b).square().mean(), x)
+        assert measurement.gfs_sharpness > 0
+        assert (len(compiled), len(ran)) == before
+        optimizer.step()
+    assert before == (1, 2)

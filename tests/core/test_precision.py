@@ -90,7 +90,7 @@ def test_a_flow_of_half_precision_weights_is_in_float32(dtype) -> None:
     assert found.loss == pytest.approx(true.loss, rel=1e-4)
     assert all(p.dtype is dtype for p in model.parameters())
     away = gfs.gfs_sharpness(model, loss_fn, batch(dtype), horizon=16, learning_rate=0.5, precision="training")
-    assert not (away.converged and away.loss == pytest.approx(true.loss, rel=1e-4))
+    assert away.loss != pytest.approx(true.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -97,6 +97,11 @@ def test_the_mean_loss_passes_over_what_is_not_finite() -> None:
         mean.add(loss)
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
+    mean = MeanLoss()
+    reused = torch.tensor(3.0)
+    mean.add(reused)
+    reused.fill_(7.0)  # as a CUDA graph does with its outputs
+    assert mean.value() == 3.0
 
 
 def test_parts_of_a_batch_take_turns() -> None:

@@ -145,13 +145,18 @@ def table(results: dict[str, Any]) -> str:
             f"A gradient of {row['examples']} × {row['length']} tokens, as in a step of training: "
             f"{1e3 * row['gradient']:.0f} ms.",
             "",
-            "| measurement | cold, ms | warm, ms | over that gradient | gradients | products | warm / model | peak, GB |",
+            "| measurement | cold, ms | warm, ms | over that | gradients | products | warm / model | peak, GB |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for t in row["tiers"]:
             counts = [t.get("gradients", "–"), t.get("products", "–")]
             model = f"{t['warm'] / t['model']:.2f}" if "model" in t and t["tier"] != "running" else "–"
-            cells = [t["tier"], f"{1e3 * t['cold']:.0f}", f"{1e3 * t['warm']:.0f}", f"{t['warm'] / row['gradient']:.1f}"]
+            cells = [
+                t["tier"],
+                f"{1e3 * t['cold']:.0f}",
+                f"{1e3 * t['warm']:.0f}",
+                f"{t['warm'] / row['gradient']:.1f}",
+            ]
             lines.append(f"| {' | '.join(map(str, [*cells, *counts, model, format(t['peak'], '.1f')]))} |")
         lines.append("")
     return "\n".join(lines)

@@ -77,4 +77,6 @@ def write_page(
         script=Markup(script),  # the library's own code and markup; everything else is escaped
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")  # a browser that loads it again meanwhile sees the old one whole
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)

@@ -512,20 +512,23 @@ def attempt(load: Workload, references: list[Flown], integrate: Integrate, lengt
     return {"reached": max(errors) <= WANTED, "error": max(errors), "gradients": gradients, "seconds": seconds}
 
 
-def flows(load: Workload, states: list[Weights], horizon: int) -> list[Row]:
-    """Each integrator at the cheapest of its settings that reaches the error at every start; then those timed again."""
+def flows(load: Workload, states: list[Weights], horizon: int, limit: float) -> list[Row]:
+    """Each integrator at the cheapest of its settings that reaches the error at every start; then those timed again.
+
+    After ``limit`` seconds no further setting is tried.
+    """
     length = horizon * load.rate
     references = [reference(load, state, length) for state in states]
     scaled = [load.rate * r.start.top.value for r in references]
     chosen: list[tuple[Row, Integrate]] = []
     for name, settings in FLOWS.items():
-        tried = []
+        tried, begin = [], clock()
         for setting, integrate in settings.items():
             row: Row = {"workload": load.name, "horizon": horizon, "rate_times_sharpness": scaled, "method": name}
             row |= {"setting": setting} | attempt(load, references, integrate, length)
             print(row, flush=True)
             tried.append((row, integrate))
-            if row["reached"]:
+            if row["reached"] or clock() - begin > limit:
                 break
         chosen.append(min(tried, key=lambda t: t[0].get("error", math.inf)))
     for _ in range(load.repeats - 1):
@@ -672,7 +675,8 @@ half of 1/λ₁. λ₁ at the start is given to all and not counted, nor is the 
 gfs_core follows λ₁ are. Each method at the cheapest of its settings that reaches 1e-3, or at its best. *RK4, longest
 step*: 2.5/λ₁ down to 1/λ₁. torchdiffeq 0.2.5 has one implicit method, implicit_adams, which solves by fixed-point
 iteration; it has no implicit Runge–Kutta. Radau and BDF of scipy need a dense Jacobian, as many gradients as there are
-parameters, and were not run. torchdiffeq is stopped at twice the gradients of the reference.
+parameters, and were not run. torchdiffeq is stopped at twice the gradients of the reference. On a CPU, no further
+setting of a method is tried after five minutes with it.
 
 {flows}
 
@@ -861,7 +865,7 @@ def main() -> None:
         for horizon in (16,) if given.quick else (16, 64):
             for load, states in trained:
                 ends = states[-1:] if load.repeats == 1 else [states[0], states[-1]]
-                yield "flows", lambda load=load, ends=ends, k=horizon: flows(load, ends, k)  # type: ignore[misc]
+                yield "flows", lambda load=load, ends=ends, k=horizon: flows(load, ends, k, patience)  # type: ignore[misc]
 
     left_out = 0
     for section, part in parts():

@@ -20,14 +20,30 @@ nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 
 TESTS = (
-    "tests/core", "tests/lightning", "tests/hf/test_callback.py", "tests/hf/test_control.py",
-    "tests/report/test_runs.py", "tests/report/test_report.py", "gfs_core",
-)  # fmt: skip
-TOOLS = ("pytest", "hypothesis", "pytest-xdist", "jsonargparse[signatures]>=4.39", "pytorch-lightning", "wandb")
-VERSIONS = (
-    "import torch, lightning, transformers, accelerate as a, platform as p; print('ran with', p.python_version(), "
+    "tests/core",
+    "tests/lightning",
+    "tests/hf/test_callback.py",
+    "tests/hf/test_control.py",
+    "tests/report/test_runs.py",
+    "tests/report/test_report.py",
+    "gfs_core",
 )
-VERSIONS += "*(f'{m.__name__} {m.__version__}' for m in (torch, lightning, transformers, a)))"
+TOOLS = (
+    "pytest",
+    "hypothesis",
+    "pytest-xdist",
+    "jsonargparse[signatures]>=4.39",
+    "wandb",
+    "schedulefree",
+    "playwright",
+    "axe-playwright-python",
+)
+VERSIONS = """
+import platform, accelerate, lightning, torch, transformers
+print("ran with Python", platform.python_version())
+for module in torch, lightning, transformers, accelerate:
+    print("ran with", module.__name__, module.__version__)
+"""
 SHARPNESS = """
 import torch, gfs_core
 model, x = torch.nn.Linear(1, 1), torch.ones(1, 1)

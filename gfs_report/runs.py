@@ -262,7 +262,7 @@ def _of_tensorboard(source: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _of_csv(source: Path) -> dict[str, list[tuple[int, float]]]:
     with source.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(line.replace("\0", "") for line in file)  # Python 3.10 refuses a file that holds a zero
         column = next((s for s in _STEPS if s in (rows.fieldnames or ())), None)
         if column is None:
             raise ValueError(f"it has no column `step`, but {', '.join(map(str, rows.fieldnames or ['nothing']))}")

@@ -1,10 +1,11 @@
 """Would the tests notice? Small changes of the code, one at a time, and the tests that fail for them.
 
 Of `stability`, `eigen`, `flow` and `control`: comparison, arithmetic and Boolean operators are exchanged, numbers
-changed, conditions turned round, statements left out. Torch is imported once, and each mutant tested in a fork of that
-process, with the module's own tests, until one fails. Ready-made tools start an interpreter for each mutant, ten
-seconds here. Writes mutation.json. Run (hours):
-OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 100] [MODULE …]
+changed, conditions turned round, statements left out. What the tests need is imported once; each mutant is tested in a
+fork of that process, where `gfs_core` is imported with the change, by the module's own tests, until one fails. The
+ready-made tools start an interpreter for each mutant, ten seconds with torch. Adds to mutation.json, and writes
+mutation.md from it and from mutation_survivors.json, where each mutant that no test finds is explained.
+Run (an hour and a half): OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 100] [MODULE …]
 """
 
 from __future__ import annotations
@@ -21,17 +22,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import hypothesis
+import pytest
+import sklearn.datasets  # noqa: F401
+import torch
 
 HERE = Path(__file__).parent
+CODE = HERE.parent / "gfs_core"
 TESTS = {
     "stability": ["tests/core/test_stability.py"],
     "eigen": ["tests/core/test_eigen.py"],
     "flow": ["tests/core/test_flow.py"],
     "control": ["tests/core/test_control.py"],
 }
-PATIENCE = 300  # seconds; a mutant that takes longer counts as found
+PATIENCE = 3  # times what the tests take as it is, and 20 s; a mutant that takes longer counts as found
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -98,91 +108,131 @@ def _set(node: Any, name: str, value: Any) -> Any:
     return node
 
 
-def survives(module: Any, tree: ast.Module, tests: list[str]) -> tuple[bool, str]:
-    """Whether the tests pass with the changed module, in a fork; and the test that failed, or why it ended."""
+@dataclass
+class Outcome:
+    """What the tests said of a mutant."""
+
+    survived: bool
+    by: str  # the test that failed, or why the process ended
+    seconds: float
+
+
+def tested(name: str, tree: ast.Module, tests: list[str], limit: float) -> Outcome:
+    """The tests, in a fork, with ``gfs_core.<name>`` made of ``tree``."""
+    begin = time.perf_counter()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        signal.alarm(PATIENCE)
-        failed: list[str] = []
-        try:
-            exec(compile(tree, module.__file__, "exec"), module.__dict__)
-            _renew(module)
-            import pytest
-
-            class Watch:
-                def pytest_runtest_logreport(self, report: Any) -> None:
-                    if report.failed:
-                        failed.append(report.nodeid)
-
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Watch()]))
-        except BaseException as error:
-            code, failed = 1, [type(error).__name__]
-        os.write(write, json.dumps([code, failed[:1]]).encode())
+        signal.setitimer(signal.ITIMER_REAL, limit)  # SIGALRM ends the process
+        os.write(write, json.dumps(_in_fork(f"gfs_core.{name}", tree, tests)).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
-    if not said:
-        return False, "it ran too long, or broke the process"
-    code, failed = json.loads(said)
-    return code == 0, failed[0] if failed else ""
+    _, status = os.waitpid(child, 0)
+    code, by = json.loads(said) if said else (1, f"ended by {signal.Signals(os.WTERMSIG(status)).name}")
+    return Outcome(code == 0, by, time.perf_counter() - begin)
 
 
-def _renew(module: Any) -> None:
-    """Whoever has imported a name of the module gets the changed one."""
-    import gfs_core
+def _in_fork(module: str, tree: ast.Module, tests: list[str]) -> tuple[int, str]:
+    """Pytest's exit code and the first test that failed."""
+    failed = []
 
-    new = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-    for other in [m for name, m in sys.modules.items() if name.startswith("gfs_core") and m is not module] + [gfs_core]:
-        for name, value in list(vars(other).items()):
-            if name in new and value is not new[name] and getattr(value, "__module__", "") == module.__name__:
-                setattr(other, name, new[name])
+    class Watch:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failed.append(report.nodeid)
+
+    as_it_is = SourceFileLoader.get_code
+
+    def changed(loader: SourceFileLoader, fullname: str) -> Any:
+        return compile(tree, loader.path, "exec") if fullname == module else as_it_is(loader, fullname)
+
+    options = ["-x", "-q", "-n0", "-p", "no:cacheprovider"]
+    try:
+        with (
+            patch.object(SourceFileLoader, "get_code", changed),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            code = int(pytest.main([*options, *tests], plugins=[Watch()]))
+    except BaseException as error:
+        return 1, type(error).__name__
+    return code, failed[0] if failed else f"pytest ended with {code}"
+
+
+def table(results: dict[str, Any], reasons: dict[str, str]) -> str:
+    """As Markdown."""
+    lines = [
+        "# Mutation test",
+        "",
+        "    OMP_NUM_THREADS=1 python -m benchmarks.mutation",
+        "",
+        "One small change of the code at a time (an operator exchanged, a number changed, a condition turned round, a",
+        "statement left out), drawn at random from all that are possible, and the module's own tests alone: do they",
+        "fail? A change that makes the tests run three times as long, without an end, counts as found.",
+        "",
+        "| module | possible | drawn | found | score |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        rows = result["mutants"]
+        found = sum(not row["survived"] for row in rows)
+        lines.append(f"| `{name}` | {result['possible']} | {len(rows)} | {found} | {found / len(rows):.0%} |")
+    lines += ["", "## What no test found", "", "| module | was | became | why |", "|---|---|---|---|"]
+    for name, result in results.items():
+        for row in result["mutants"]:
+            if row["survived"]:
+                cells = [name, *(f"`{row[k]}`".replace("|", "\\|").replace("\n", " ") for k in ("before", "after"))]
+                lines.append(f"| {' | '.join(cells)} | {reasons.get(key(name, row), 'not looked into')} |")
+    return "\n".join(lines) + "\n"
+
+
+def key(name: str, row: dict[str, Any]) -> str:
+    """Of a mutant, in mutation_survivors.json; lines move, so it is by what changed."""
+    return f"{name}: {row['before']} -> {row['after']}"
 
 
 def main() -> None:
+    """Test the mutants, print each, write after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE")
     parser.add_argument("--count", type=int, default=100, help="of each module, drawn at random (seed 0)")
+    parser.add_argument("--again", action="store_true", help="only those that survived, after tests were added")
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
-    import importlib
-
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-
-    import gfs_core  # noqa: F401
-
     torch.set_num_threads(1)
-    file = given.out / "mutation.json"
+    hypothesis.settings.register_profile("same each time", derandomize=True, database=None)
+    hypothesis.settings.load_profile("same each time")
+    assert not any(name.startswith(("gfs_core", "tests")) for name in sys.modules)
+    file, why = given.out / "mutation.json", given.out / "mutation_survivors.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in given.modules:
-        module = importlib.import_module(f"gfs_core.{name}")
-        tree = ast.parse(Path(str(module.__file__)).read_text())
-        assert survives(module, tree, TESTS[name])[0], f"the tests of {name} fail as it is"
+        tree = ast.parse((CODE / f"{name}.py").read_text())
+        plain = tested(name, tree, TESTS[name], 3600)
+        assert plain.survived, f"the tests of {name} fail as it is: {plain.by}"
+        limit = PATIENCE * plain.seconds + 20
         possible = list(mutants(tree))
         drawn = random.Random(0).sample(possible, min(given.count, len(possible)))
-        rows = []
+        rows = results.get(name, {}).get("mutants", []) if given.again else []
+        print(f"{name}: {len(possible)} possible, {plain.seconds:.0f} s for the tests as it is", flush=True)
         for changed, line, before, after in drawn:
-            begin = time.perf_counter()
-            lives, by = survives(module, changed, TESTS[name])
-            rows.append({"line": line, "before": before[:120], "after": after[:120], "survived": lives, "by": by})
-            print(
-                name,
-                len(rows),
-                "survived" if lives else by,
-                f"{time.perf_counter() - begin:.0f} s",
-                rows[-1],
-                flush=True,
-            )
+            row: dict[str, Any] = {"line": line, "before": before[:120], "after": after[:120]}
+            old = [r for r in rows if given.again and key(name, r) == key(name, row)]
+            if old and not old[0]["survived"]:
+                continue
+            outcome = tested(name, changed, TESTS[name], limit)
+            row |= {"survived": outcome.survived, "by": outcome.by}
+            if old:
+                old[0].update(row)
+            else:
+                rows.append(row)
+            print(name, f"{outcome.seconds:.0f} s", row, flush=True)
             results[name] = {"possible": len(possible), "mutants": rows}
             file.write_text(json.dumps(results, indent=1) + "\n")
-        killed = sum(not r["survived"] for r in rows)
-        print(f"{name}: {killed} of {len(rows)} found", flush=True)
+        reasons = json.loads(why.read_text()) if why.exists() else {}
+        (given.out / "mutation.md").write_text(table(results, reasons))
 
 
 if __name__ == "__main__":

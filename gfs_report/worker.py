@@ -121,20 +121,8 @@ def _config(job: dict[str, Any], plan: dict[str, Any], folder: Path) -> None:
         from lightning.pytorch.cli import LightningCLI
     except ImportError as error:
         raise Refused(f"a LightningCLI config needs {error.name}: pip install 'lightning[pytorch-extra]'") from None
-    import yaml  # type: ignore[import-untyped]
-
     name = job["name"]
-    try:
-        held = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{name} is not YAML: {error}") from None
-    nested = isinstance(held, dict) and isinstance(held.get("fit"), dict)
-    model = (held["fit"] if nested else held).get("model") if isinstance(held, dict) else None
-    if not isinstance(model, str) and not (isinstance(model, dict) and "class_path" in model):
-        raise Refused(
-            f"{name} does not say which class its model is (no `class_path` under `model`); give the script that calls "
-            f"LightningCLI in its place, followed by `-- fit --config {name}`"
-        )
+    nested = _is_nested(Path(name))
     sys.argv = [name]
     given = ["--config", name, "fit"] if nested else ["fit", "--config", name]
     quiet = {"exit_on_error": False}
@@ -142,6 +130,24 @@ def _config(job: dict[str, Any], plan: dict[str, Any], folder: Path) -> None:
         LightningCLI(args=[*given, *job["arguments"]], parser_kwargs={**quiet, "fit": dict(quiet)})
     except ArgumentError as error:
         raise Refused(f"{name} is refused by LightningCLI: {error}") from None
+
+
+def _is_nested(config: Path) -> bool:
+    """Whether a LightningCLI config has its parts under `fit`; refused, if it cannot be one or names no model."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        held = yaml.safe_load(config.read_bytes())
+    except Exception as error:  # not YAMLError alone: of `!!int ""` and the like it lets through what Python raises
+        raise Refused(f"{config} is not YAML: {error}") from None
+    nested = isinstance(held, dict) and isinstance(held.get("fit"), dict)
+    model = (held["fit"] if nested else held).get("model") if isinstance(held, dict) else None
+    if not isinstance(model, str) and not (isinstance(model, dict) and "class_path" in model):
+        raise Refused(
+            f"{config} does not say which class its model is (no `class_path` under `model`); give the script that "
+            f"calls LightningCLI in its place, followed by `-- fit --config {config}`"
+        )
+    return nested
 
 
 def _path(job: dict[str, Any], plan: dict[str, Any], folder: Path) -> None:

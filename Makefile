@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check coverage docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,14 @@ check: $(VENV)/.installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
+# Branches of gfs_core that its tests and those of the adapters take.
+coverage: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --dist loadfile tests/core tests/lightning tests/hf gfs_core
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) gfs-demo site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) gfs-demo site .pytest_cache .mypy_cache .ruff_cache .coverage*

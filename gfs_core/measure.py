@@ -16,7 +16,7 @@ from gfs_core.config import Tier
 from gfs_core.curvature import Hessian, HvpMethod
 from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
-from gfs_core.errors import MeasurementError, Reason
+from gfs_core.errors import ConfigError, MeasurementError, Reason
 from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, vector_bytes
@@ -53,7 +53,8 @@ def sharpness(
     Args:
         model: any module; its parameters with ``requires_grad`` are the space.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
-        batches: one batch, or a list of them: the objective is their mean.
+        batches: one batch, or a list of them: the objective is their mean. A batch that is a list itself, as a
+            DataLoader gives it, goes in as ``[batch]``.
         tol: relative residual at which an eigenvalue counts as converged.
         k: how many.
         solver: ``"ritz"``, or ``"power"`` for the literature's power iteration.
@@ -64,6 +65,7 @@ def sharpness(
 
     Raises:
         MeasurementError: nothing to measure, a non-finite loss, or no second derivative with ``hvp="exact"``.
+        ConfigError: a list without a batch, or of bare tensors.
 
     Example:
         >>> import torch, gfs_core as gfs
@@ -110,7 +112,8 @@ def gfs_sharpness(
     Args:
         model: any module; its parameters with ``requires_grad`` move.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
-        batches: one batch, or a list of them: the objective is their mean.
+        batches: one batch, or a list of them: the objective is their mean. A batch that is a list itself, as a
+            DataLoader gives it, goes in as ``[batch]``.
         horizon: flow time in units of ``learning_rate``; infinite (the default): the full gradient flow
             solution, the quantity of Kreisler et al. 2023. A finite horizon is *not* that quantity.
         learning_rate: unit of the horizon; for the full solution, of the first stretch of flow.
@@ -125,7 +128,7 @@ def gfs_sharpness(
 
     Raises:
         MeasurementError: nothing to measure, or a non-finite loss.
-        ValueError: a horizon or learning rate that is not positive.
+        ValueError: a horizon or learning rate that is not positive; a list without a batch, or of bare tensors.
     """
     if not horizon > 0 or not 0 < learning_rate < math.inf:
         raise ValueError(f"`horizon` and `learning_rate` must be > 0, got {horizon} and {learning_rate}")
@@ -371,7 +374,7 @@ def stability(
     Args:
         model: any module.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
-        batches: one batch, or a list of them.
+        batches: one batch, or a list of them, as in :func:`sharpness`.
         optimizer: a torch optimizer over (some of) the model's parameters.
         tier: ``"batch_sharpness"``, ``"sharpness"``, ``"gfs"`` or ``"gfs_full"``; with ``before=``, a copy of the
             weights before the last optimizer step, also ``"directional"``.
@@ -396,4 +399,13 @@ def _usable(top: EigenResult, reasons: list[str]) -> bool:
 
 
 def _as_list(batches: Any) -> list[Any]:
-    return batches if isinstance(batches, list) else [batches]
+    if not isinstance(batches, list):
+        return [batches]
+    if not batches:
+        raise ConfigError("there is no batch in the list to measure on")
+    if len(batches) > 1 and all(isinstance(batch, Tensor) for batch in batches):
+        raise ConfigError(
+            f"a list counts as several batches, and this one holds {len(batches)} bare tensors; if it is one batch, as "
+            "a DataLoader gives it, write `[batch]`; of several, make each a tuple"
+        )
+    return batches

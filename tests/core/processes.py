@@ -44,8 +44,13 @@ def _enter(rank: int, size: int, folder: str, work: Callable[..., Any], args: tu
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     torch.save(work(rank, size, *args), f"{folder}/{rank}.pt")
-    with contextlib.suppress(RuntimeError):  # a rank that leaves while the other still talks can abort it
+    with contextlib.suppress(RuntimeError):
         distributed.barrier()
+    # A rank that leaves while another still talks can abort it, or (torch 2.6) let it wait in the barrier for ever.
+    Path(folder, f"{rank}.left").touch()
+    ends = time.monotonic() + PATIENCE
+    while not all(Path(folder, f"{r}.left").exists() for r in range(size)) and time.monotonic() < ends:
+        time.sleep(0.01)
     os._exit(0)  # torch's threads, not ours, can abort the interpreter's own way out (seen once: SIGABRT)
 
 

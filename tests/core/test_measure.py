@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 
@@ -67,3 +70,22 @@ def test_the_full_solution_needs_no_threshold(kind: type[torch.optim.Optimizer])
     )
     assert found.threshold is None
     assert found.gfs_sharpness_full == pytest.approx(13**0.5, rel=1e-4)
+
+
+def test_a_list_is_several_batches_and_never_one_by_mistake() -> None:
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]])
+    model = torch.nn.Linear(1, 1, bias=False)
+
+    def loss_fn(model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        return (model(batch[0]) - batch[1]).square().mean() / 2
+
+    batch = next(iter(DataLoader(TensorDataset(x, y), 2)))
+    assert isinstance(batch, list)
+    for calls in (gfs.sharpness, partial(gfs.gfs_sharpness, learning_rate=0.1)):
+        with pytest.raises(gfs.ConfigError, match=r"holds 2 bare tensors; if it is one batch.*write `\[batch\]`"):
+            calls(model, loss_fn, batch)
+        with pytest.raises(gfs.ConfigError, match="no batch in the list"):
+            calls(model, loss_fn, [])
+    for given in ([batch], tuple(batch), [batch, batch]):
+        assert gfs.sharpness(model, loss_fn, given).value == pytest.approx(2.5)  # mean of x²
+    assert gfs.sharpness(model, lambda m, b: m(b).square().mean() / 2, [x]).value == pytest.approx(2.5)

@@ -14,7 +14,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, MetricCollection
@@ -29,7 +28,7 @@ from gfs_core.metrics import (
     StabilityRatio,
 )
 from tests.bitwise import assert_same
-from tests.core import ranks
+from tests.core import processes, ranks
 from tests.core.reference import cross_entropy, data, dense_hessian, make, trainable
 from tests.test_install import run_without
 
@@ -400,10 +399,9 @@ def test_inference_mode() -> None:
 
 
 def test_two_processes_give_one_value(tmp_path: Path) -> None:
-    mp.spawn(ranks.measure, args=(str(tmp_path),), nprocs=2)
+    zero, one = processes.run(ranks.measure, 2, tmp_path)
     model = make("mlp")
     values = [top(dense(model, b)) for b in (*ranks.batches(0), ranks.batches(1)[0])]
-    zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert zero[0] == one[0] == pytest.approx(sum(values) / 3, rel=1e-5)
     assert zero[1:] == (pytest.approx(values[0] + values[1], rel=1e-5), 2)  # own state again after the sync
     assert one[1:] == (pytest.approx(values[2], rel=1e-5), 1)

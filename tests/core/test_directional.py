@@ -19,11 +19,12 @@ SPECTRUM = torch.tensor([0.3, 1.0, 2.0, 5.0], dtype=torch.float64)
 # Optimizers without a row in the table of thresholds.
 EMPIRICAL = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
-    "Muon": lambda p: torch.optim.Muon(p, lr=0.05),
     "Lion": lambda p: Lion(p, 0.02),
     "SGDScheduleFree": lambda p: schedulefree.SGDScheduleFree(p, lr=0.2),
     "AdamWScheduleFree": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.05),
 }
+if hasattr(torch.optim, "Muon"):  # torch ≥ 2.9
+    EMPIRICAL["Muon"] = lambda p: torch.optim.Muon(p, lr=0.05)
 
 
 class Lion(torch.optim.Optimizer):

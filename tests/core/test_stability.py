@@ -137,6 +137,76 @@ def test_a_parameter_that_never_had_a_gradient_is_left_out() -> None:
     assert second == 0.0
 
 
+STEPPING = {
+    "adam": lambda p: torch.optim.Adam(p, 0.01, betas=(0.0, 0.99), eps=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, 0.01, betas=(0.0, 0.5), eps=0.1, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, betas=(0.0, 0.9), eps=0.1, weight_decay=0.0),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01, betas=(0.0, 0.9), eps=0.1),
+    "radam": lambda p: torch.optim.RAdam(p, 0.01, betas=(0.0, 0.999), eps=0.1),
+    "radam, short memory": lambda p: torch.optim.RAdam(p, 0.01, betas=(0.0, 0.8), eps=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, alpha=0.9, eps=0.1),
+    "centered": lambda p: torch.optim.RMSprop(p, 0.01, alpha=0.9, eps=0.1, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, eps=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_the_preconditioner_is_what_each_step_divides_by(kind: str) -> None:
+    """Without momentum a step is η·g/p, so that p can be read off it; from the first step to those of long memory."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    optimizer = STEPPING[kind]([w])
+    for step in range(40):
+        w.grad = torch.randn(5, generator=generator, dtype=torch.float64) * (0.1 + step % 3)
+        before = w.detach().clone()
+        optimizer.step()
+        [scale] = gfs.stability_of(optimizer, [w]).scale
+        assert (0.01 * w.grad * scale**2).tolist() == pytest.approx((before - w.detach()).tolist(), rel=1e-9), step
+
+
+def test_decay_is_of_the_loss_where_it_goes_through_the_gradient() -> None:
+    first, second = weight(), weight()
+    groups = [{"params": first, "weight_decay": 0.5}, {"params": second}]
+    assert gfs.stability_of(torch.optim.SGD(groups, 0.1), first + second).shift == [0.5, 0.0]
+    assert gfs.stability_of(torch.optim.SGD(groups, 0.1), second).shift is None
+    for decoupled in (torch.optim.AdamW(first, 0.1), torch.optim.NAdam(first, 0.1, decoupled_weight_decay=True)):
+        decoupled.param_groups[0]["weight_decay"] = 0.5
+        first[0].square().sum().backward()
+        decoupled.step()
+        assert gfs.stability_of(decoupled, first).shift is None
+
+
+def test_rates_of_several_groups() -> None:
+    """Of SGD the group with the largest rate is the reference; of an optimizer that is not known, its rate is told."""
+    first, second = weight(), weight()
+    groups = [{"params": first, "lr": 0.1}, {"params": second, "lr": 0.4}]
+    found = gfs.stability_of(torch.optim.SGD(groups), first + second)
+    assert (found.learning_rate, found.threshold) == (0.4, 5.0)
+    assert list(found.scale) == [0.5, 1.0]
+    assert list(found.scale.squared()) == [0.25, 1.0]
+    unknown = gfs.stability_of(torch.optim.Adamax(groups), first + second)
+    assert (unknown.learning_rate, unknown.threshold, unknown.empirical) == (0.4, None, True)
+    groups[0]["lr"] = 0.0  # a group that stands still
+    still = gfs.stability_of(torch.optim.SGD(groups), first + second)
+    assert (still.learning_rate, still.threshold, list(still.scale)) == (0.4, 5.0, [0.0, 1.0])
+    groups[0]["lr"] = math.nan
+    odd = torch.optim.SGD([{**g, "lr": 0.1} for g in groups])
+    odd.param_groups[0]["lr"] = math.nan
+    found = gfs.stability_of(odd, first + second)
+    assert "not a finite number ≥ 0: [nan, 0.1]" in found.reason
+    assert found.threshold is None
+
+
+def test_an_optimizer_without_a_rate_or_without_weights() -> None:
+    class Own(torch.optim.Optimizer):
+        pass
+
+    frozen = [torch.nn.Parameter(torch.ones(3), requires_grad=False)]
+    assert gfs.stability_of(Own(weight(), {}), weight()).learning_rate is None
+    found = gfs.stability_of(torch.optim.SGD(frozen, 0.1), frozen)
+    assert (found.threshold, found.reason) == (None, "the optimizer holds no trainable parameter")
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop])
 def test_an_entry_that_never_had_a_gradient_is_left_out(kind: type[torch.optim.Optimizer]) -> None:
     [w] = weight()

@@ -70,6 +70,13 @@ def copied(batch: Any) -> Any:
     return changed(batch, lambda t: t.detach().clone())
 
 
+def is_plain(batch: Any) -> bool:
+    """Whether it is of tensors and Python's own types alone, so that it can be saved and loaded as data."""
+    if type(batch) in (list, tuple, dict):
+        return all(map(is_plain, (*batch, *batch.values()) if isinstance(batch, dict) else batch))
+    return batch is None or type(batch) in (Tensor, bool, int, float, str)
+
+
 def _rows(batch: Any, size: int, low: int, high: int) -> Any:
     return changed(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
 

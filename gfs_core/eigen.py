@@ -141,9 +141,8 @@ class _Ritz:
         self.bound = 0.0  # the largest ‖Hv‖ seen for ‖v‖ = 1: a lower bound of the operator's norm
         self.eps = torch.finfo(torch.float32 if is_half(like[0]) else like[0].dtype).eps
         self.x: list[Vector] = list(start)[:k]
-        for v in self.x:
-            if not self._orthonormalise(v, self.x[: self.x.index(v)]):
-                self._randomise(v, self.x[: self.x.index(v)])
+        for i, v in enumerate(self.x):
+            self._randomise(v, self.x[:i])
         while len(self.x) < k:
             v = random_like(like, generator)
             self._randomise(v, self.x)
@@ -260,6 +259,7 @@ class _Ritz:
                 return True
 
     def _randomise(self, v: Vector, basis: Sequence[Vector]) -> None:
+        """Orthonormalise ``v``, at random where nothing of it is left."""
         while not self._orthonormalise(v, basis):
             for a, b in zip(v, random_like(v, self.generator), strict=True):
                 a.copy_(b)

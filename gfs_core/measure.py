@@ -65,7 +65,7 @@ def sharpness(
 
     Raises:
         MeasurementError: nothing to measure, a non-finite loss, or no second derivative with ``hvp="exact"``.
-        ConfigError: a list without a batch, or of bare tensors.
+        ConfigError: a list of bare tensors.
 
     Example:
         >>> import torch, gfs_core as gfs
@@ -128,7 +128,7 @@ def gfs_sharpness(
 
     Raises:
         MeasurementError: nothing to measure, or a non-finite loss.
-        ValueError: a horizon or learning rate that is not positive; a list without a batch, or of bare tensors.
+        ValueError: a horizon or learning rate that is not positive; a list of bare tensors.
     """
     if not horizon > 0 or not 0 < learning_rate < math.inf:
         raise ValueError(f"`horizon` and `learning_rate` must be > 0, got {horizon} and {learning_rate}")
@@ -401,8 +401,6 @@ def _usable(top: EigenResult, reasons: list[str]) -> bool:
 def _as_list(batches: Any) -> list[Any]:
     if not isinstance(batches, list):
         return [batches]
-    if not batches:
-        raise ConfigError("there is no batch in the list to measure on")
     if len(batches) > 1 and all(isinstance(batch, Tensor) for batch in batches):
         raise ConfigError(
             f"a list counts as several batches, and this one holds {len(batches)} bare tensors; if it is one batch, as "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
-from gfs_core.batches import batch_size, copied, first_of_all, fraction_of, rotating_part
+from gfs_core.batches import batch_size, changed, copied, first_of_all, fraction_of, is_plain, rotating_part
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
@@ -408,7 +408,7 @@ class StabilityMonitor:
             "trusted": self._trusted,
             "precision": self._precision,
             "warm": [self._warm.raw, self._warm.preconditioned],
-            "probe": self._probe,
+            "probe": self._probe if is_plain(self._probe) else None,
             "before": [self._before_step, self._before],
             "running": [self._running.state_dict(), self._turn, self._parts, self._mean_loss.value()],
             "batch_sharpness": self._batch_sharpness,
@@ -461,7 +461,10 @@ class StabilityMonitor:
         self._warm = WarmStart(raw, preconditioned)
         device = params[0].device
         kept = self.config.probe == "fixed" and self.ranks is None  # of several processes it is rank 0's alone
-        self._probe = [_to(b, device) for b in state.get("probe", [])] if kept else []
+        probe = state.get("probe", [])
+        if kept and probe is None:
+            self._tell("the fixed probe was not saved, its batches are of a class of their own; it is collected anew")
+        self._probe = [changed(b, lambda t: t.to(device)) for b in probe or []] if kept else []
         before_step, before = state.get("before", [-1, None])
         self._before_step, self._before = int(before_step), fitted(before)
         if "running" in state:
@@ -597,13 +600,3 @@ class StabilityMonitor:
 
     def _label(self) -> str:
         return self.name or type(unwrap(self.optimizer)).__name__
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {k: _to(v, device) for k, v in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_to(v, device) for v in batch)
-    return batch

@@ -86,3 +86,19 @@ def test_wrong_k_and_non_finite_products() -> None:
         gfs.largest_eigenvalues(operator, like, k=3)
     with pytest.raises(gfs.MeasurementError, match="not finite"):
         gfs.largest_eigenvalues(lambda v: [v[0] * float("nan")], like)
+
+
+def test_start_vectors_that_are_no_basis_are_made_one() -> None:
+    operator, like = diagonal([5.0, 3.0, 1.0, -9.0])
+    same = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64)
+    for second in (same, torch.zeros_like(same), torch.full_like(same, torch.nan), 2 * same):
+        result = gfs.largest_eigenvalues(operator, like, k=2, tol=1e-9, start=[[same.clone()], [second.clone()]])
+        assert result.values == pytest.approx([5.0, 3.0], rel=1e-6)
+        assert abs(float(result.vectors[0][0] @ result.vectors[1][0])) < 1e-9
+
+
+@pytest.mark.parametrize("solver", ["ritz", "power"])
+def test_products_that_are_not_finite_are_no_eigenvalue(solver: str) -> None:
+    like = [torch.ones(3, dtype=torch.float64)]
+    with pytest.raises(gfs.MeasurementError, match="a Hessian-vector product is not finite"):
+        gfs.largest_eigenvalues(lambda v: [v[0] * torch.inf], like, solver=solver)

@@ -269,3 +269,34 @@ def test_a_loss_that_rounding_makes_rise_does_not_hold_the_flow_up() -> None:
     state = flow.advance(start, 3000.0)
     assert state.reason is gfs.Reason.OK
     assert state.loss < 1e-4 * first
+
+
+def test_a_flow_that_runs_into_a_wall_says_so() -> None:
+    """Down a slope of 1 to where the loss is no number any more: the flow cannot be followed beyond."""
+    model = Scalar([0.0])
+
+    def wall(model: nn.Module, batch: object) -> Tensor:
+        return torch.where(model.w < 1, -model.w, torch.inf).sum()
+
+    flow = gfs.Flow(gfs.Objective(model, wall, [None]), lambda: 1.0)
+    state = flow.advance(flow.start(), 5.0)
+    assert state.reason is gfs.Reason.STEP_TOO_SMALL
+    assert 0.99 < model.w.item() < 1
+    assert state.time == pytest.approx(model.w.item(), rel=1e-9)  # dw/dt = 1
+    assert state.rejected > 3
+
+
+def test_a_curvature_that_is_none_bounds_no_step() -> None:
+    """Where the estimate of ρ is 0, negative or no number, steps go by the error alone."""
+    for rho in (0.0, -2.0, math.nan):
+        model = Scalar([0.0])
+        flow = gfs.Flow(gfs.Objective(model, lambda m, _: -m.w.sum(), [None]), lambda rho=rho: rho)
+        state = flow.advance(flow.start(), 100.0)
+        assert (state.reason, state.time) == (gfs.Reason.OK, 100.0)
+        assert model.w.item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("horizon", "rate"), [(0.0, 0.1), (-1.0, 0.1), (16.0, 0.0), (16.0, math.inf), (math.nan, 0.1)])
+def test_a_horizon_or_rate_that_is_none_is_refused(horizon: float, rate: float) -> None:
+    with pytest.raises(ValueError, match="`horizon` and `learning_rate` must be > 0"):
+        gfs.gfs_sharpness(Scalar([1.0]), product_loss, None, horizon=horizon, learning_rate=rate)

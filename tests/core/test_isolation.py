@@ -134,3 +134,25 @@ def test_compiled_code_is_left_to_training() -> None:
         assert (len(compiled), len(ran)) == before
         optimizer.step()
     assert before == (1, 2)
+
+
+def test_an_output_that_the_module_keeps_is_the_same_again() -> None:
+    """With its graph: rebinding the attribute is enough, and all that can be done."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.last = nn.Linear(3, 1), torch.zeros(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.net(x)
+            return self.last.square().mean()
+
+    model = Keeps()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.randn(2, 3))
+    kept = model.last
+    assert gfs.stability(model, lambda m, b: m(b), torch.ones(2, 3), optimizer).sharpness is not None
+    assert model.last is kept
+    kept.sum().backward()  # its graph is still there
+    assert model.net.bias.grad.item() == 2.0

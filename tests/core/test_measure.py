@@ -84,7 +84,7 @@ def test_a_list_is_several_batches_and_never_one_by_mistake() -> None:
     for calls in (gfs.sharpness, partial(gfs.gfs_sharpness, learning_rate=0.1)):
         with pytest.raises(gfs.ConfigError, match=r"holds 2 bare tensors; if it is one batch.*write `\[batch\]`"):
             calls(model, loss_fn, batch)
-        with pytest.raises(gfs.ConfigError, match="no batch in the list"):
+        with pytest.raises(gfs.MeasurementError, match="the probe is empty; give at least one batch"):
             calls(model, loss_fn, [])
     for given in ([batch], tuple(batch), [batch, batch]):
         assert gfs.sharpness(model, loss_fn, given).value == pytest.approx(2.5)  # mean of x²

@@ -4,8 +4,10 @@ import dataclasses
 import gc
 import io
 import warnings
+from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -301,3 +303,57 @@ def test_public_names() -> None:
     assert sorted(gfs.__all__) == gfs.__all__
     assert {"GFSConfig", "StabilityMonitor", "sharpness", "gfs_sharpness", "stability"} <= set(gfs.__all__)
     assert all(getattr(gfs, name).__doc__ for name in gfs.__all__)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    names: list[str]
+
+
+class Encoding(UserDict[str, torch.Tensor]):
+    """As the tokenizers of transformers return it."""
+
+
+KEPT = {"x": torch.ones(2, 3), "names": ["a", None], "n": (1, 2.0, True)}
+
+
+@pytest.mark.parametrize(
+    "batch", [KEPT, [KEPT["x"]], Pair(KEPT["x"], ["a"]), Encoding(KEPT)], ids=lambda b: type(b).__name__
+)
+def test_a_fixed_probe_is_saved_as_data_or_collected_anew(batch: Any) -> None:
+    def monitor() -> gfs.StabilityMonitor:
+        options = gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", probe_batches=1, tier="sharpness")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), options)
+
+    def loss(batch: Any) -> torch.Tensor:
+        x = batch.x if isinstance(batch, Pair) else batch[0] if isinstance(batch, list) else batch["x"]
+        return model(x).square().mean()
+
+    model = nn.Linear(3, 1)
+    first, second, file = monitor(), monitor(), io.BytesIO()
+    first.step(loss, batch, 0)
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    if type(batch) in (dict, list):
+        second.load_state_dict(state)
+        held = second._probe[0]
+        assert type(held) is type(batch)
+        assert torch.equal(held["x"] if isinstance(held, dict) else held[0], torch.ones(2, 3))
+    else:
+        with pytest.warns(gfs.GFSWarning, match="the fixed probe was not saved.*it is collected anew"):
+            second.load_state_dict(state)
+        assert second.step(loss, batch, 1).sharpness == pytest.approx(first.step(loss, batch, 1).sharpness, rel=1e-2)
+
+
+def test_what_is_no_optimizer_is_named() -> None:
+    with pytest.raises(gfs.ConfigError, match=r"expected a torch\.optim\.Optimizer or a wrapper of one, got float"):
+        gfs.StabilityMonitor(nn.Linear(2, 1), 0.1)
+
+
+def test_a_loss_without_a_graph_is_named() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(gfs.MeasurementError, match="does not depend on any trainable parameter"):
+        gfs.sharpness(model, lambda m, b: torch.tensor(1.0), torch.ones(1, 2))

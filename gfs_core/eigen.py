@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def largest_eigenvalues(
 
     Raises:
         MeasurementError: a product is not finite.
-        ValueError: ``k`` is not between 1 and the dimension.
+        ValueError: ``k`` is not between 1 and the dimension, or not what the solver can do.
 
     Example:
         >>> import torch
@@ -113,6 +113,10 @@ def largest_eigenvalues(
     dimension = sum(t.numel() for t in like)
     if not 1 <= k <= dimension:
         raise ValueError(f"`k` must be between 1 and the number of parameters ({dimension}), got {k}")
+    if solver not in get_args(Solver):
+        raise ValueError(f"`solver` must be 'ritz' or 'power', got {solver!r}")
+    if solver == "power" and k > 1:
+        raise ValueError(f"solver='power' finds one eigenvalue, and k is {k}; use 'ritz'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if solver == "power":
         return _power(operator, like, tol, max_hvps, generator)

@@ -102,3 +102,76 @@ def test_products_that_are_not_finite_are_no_eigenvalue(solver: str) -> None:
     like = [torch.ones(3, dtype=torch.float64)]
     with pytest.raises(gfs.MeasurementError, match="a Hessian-vector product is not finite"):
         gfs.largest_eigenvalues(lambda v: [v[0] * torch.inf], like, solver=solver)
+
+
+def test_what_cannot_be_asked_for_is_refused() -> None:
+    operator, like = diagonal([3.0, 1.0])
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=rf"between 1 and the number of parameters \(2\), got {k}"):
+            gfs.largest_eigenvalues(operator, like, k=k)
+    with pytest.raises(ValueError, match="`solver` must be 'ritz' or 'power', got 'lanczos'"):
+        gfs.largest_eigenvalues(operator, like, solver="lanczos")
+    with pytest.raises(ValueError, match="finds one eigenvalue, and k is 2"):
+        gfs.largest_eigenvalues(operator, like, k=2, solver="power")
+
+
+@pytest.mark.parametrize("solver", ["ritz", "power"])
+def test_the_start_is_the_generators_and_the_global_state_is_left_alone(solver: str) -> None:
+    operator, like = diagonal(torch.linspace(0, 1, 500).tolist())
+
+    def early(seed: int | None) -> float:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return gfs.largest_eigenvalues(operator, like, max_hvps=3, solver=solver, generator=generator).value
+
+    before = torch.get_rng_state()
+    assert early(None) == early(None) == early(0)
+    assert early(7) == early(7) != early(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_power_iteration_says_how_it_went() -> None:
+    for magnitude in (1e-8, 1.0, 1e8):
+        operator, like = diagonal([magnitude * v for v in (4.0, 1.0, 0.5, -2.0)])
+        result = gfs.largest_eigenvalues(operator, like, tol=1e-9, max_hvps=500, solver="power")
+        assert (result.converged, result.reason) == (True, gfs.Reason.OK)
+        assert result.value == pytest.approx(4 * magnitude, rel=1e-6)
+        assert result.residual <= 1e-3 * result.value
+        assert result.error_bound == result.residual / result.value
+        few = gfs.largest_eigenvalues(operator, like, tol=1e-9, max_hvps=3, solver="power")
+        assert (few.converged, few.hvps, few.reason) == (False, 3, gfs.Reason.MAX_PRODUCTS)
+        assert few.residual == pytest.approx(float((few.vector[0] * like[0] - few.value * few.vector[0]).norm()))
+    operator, like = diagonal([0.0, 0.0])
+    result = gfs.largest_eigenvalues(operator, like, solver="power")
+    assert (result.value, result.hvps, result.converged, result.error_bound) == (0.0, 1, True, 0.0)
+
+
+class Noisy:
+    """Products that are off by ``error`` relative to the largest eigenvalue, otherwise each time."""
+
+    def __init__(self, values: torch.Tensor, error: float) -> None:
+        self.values, self.error, self.generator = values, error, torch.Generator().manual_seed(3)
+
+    def __call__(self, v: list[torch.Tensor]) -> list[torch.Tensor]:
+        noise = torch.randn(len(self.values), generator=self.generator, dtype=torch.float64)
+        return [self.values * v[0] + self.error * self.values.max() * v[0].norm() * noise / noise.norm()]
+
+
+@pytest.mark.parametrize("magnitude", [0.01, 1.0, 100.0])
+def test_products_with_an_error_are_not_asked_for_more(magnitude: float) -> None:
+    """A residual below three times the error of the products is noise: the solver stops there, neither before it nor
+    long after."""
+    values = magnitude * torch.cat([torch.tensor([1.0, 0.9, 0.8]), torch.linspace(-0.5, 0.5, 200)]).double()
+
+    def solved(declared: float) -> gfs.EigenResult:
+        noisy = Noisy(values, 1e-3)
+        return gfs.largest_eigenvalues(noisy, [values], tol=1e-7, max_hvps=120, product_error=declared)
+
+    known = solved(1e-3)
+    assert (known.converged, known.reason) == (False, gfs.Reason.INEXACT_PRODUCTS)
+    assert 6 < known.hvps < 20
+    assert known.residual <= 3e-3 * magnitude * 1.01
+    assert known.value == pytest.approx(magnitude, rel=1e-2)
+    better = solved(1e-6)  # declared too small: it ends when nothing has been gained for a while
+    assert better.reason is gfs.Reason.INEXACT_PRODUCTS
+    assert known.hvps + 10 < better.hvps < 60
+    assert solved(0.0).reason is gfs.Reason.MAX_PRODUCTS

@@ -175,3 +175,24 @@ def test_products_with_an_error_are_not_asked_for_more(magnitude: float) -> None
     assert better.reason is gfs.Reason.INEXACT_PRODUCTS
     assert known.hvps + 10 < better.hvps < 60
     assert solved(0.0).reason is gfs.Reason.MAX_PRODUCTS
+
+
+@pytest.mark.parametrize("solver", ["ritz", "power"])
+@pytest.mark.parametrize("products", [1, 2, 3, 7, 60])
+def test_the_residual_is_that_of_the_vector_whenever_it_ends(solver: str, products: int) -> None:
+    operator, like = diagonal([30.0, 1.0, 0.5, -20.0, 3.0, 2.0, 2.5])
+    result = gfs.largest_eigenvalues(operator, like, tol=1e-7, max_hvps=products, solver=solver)
+    [x] = result.vector
+    assert float(x.norm()) == pytest.approx(1.0, rel=1e-12)
+    assert float(x @ (like[0] * x)) == pytest.approx(result.value, rel=1e-9)
+    assert float((like[0] * x - result.value * x).norm()) == pytest.approx(result.residual, rel=1e-5, abs=1e-9)
+    assert result.converged is (products == 60)
+
+
+def test_a_tolerance_below_rounding_ends_at_rounding() -> None:
+    """In float32, beside a spectrum a thousand times larger: the residual cannot be less than what a product loses."""
+    values = torch.cat([torch.tensor([-1000.0, 1.0]), torch.linspace(-900, 0.5, 60)])
+    result = gfs.largest_eigenvalues(lambda v: [values * v[0]], [values], tol=1e-12, max_hvps=300)
+    assert (result.converged, result.reason) == (True, gfs.Reason.OK)
+    assert result.value == pytest.approx(1.0, abs=1e-3)
+    assert result.residual <= 4 * torch.finfo(torch.float32).eps * 1000

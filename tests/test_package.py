@@ -63,8 +63,9 @@ def test_the_table_of_versions_is_that_of_the_bounds_and_of_the_tested_set() -> 
 
     table = (ROOT / "README.md").read_text().partition("\n## Versions\n")[2].partition("\n\n[")[0]
     titles, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", table, re.M))
-    oldest, tested = (dict(zip(titles, row, strict=True)) for row in rows)
+    oldest, tested, newest = (dict(zip(titles, row, strict=True)) for row in rows)
     assert Version(oldest["Python"]) in SpecifierSet(f"=={project['requires-python'].removeprefix('>=')}.*")
     for name in titles[2:6]:
         assert bounds[name] == {Version(oldest[name])}
         assert tested[name] == pins[name]
+        assert Version(tested[name]) <= Version(newest[name])

@@ -101,6 +101,23 @@ def test_follow_keeps_the_shape_of_the_schedule_and_not_its_height() -> None:
     assert control.scale(RATE) == 100.0
 
 
+def test_warmup_is_over_after_exactly_a_hundred_such_steps() -> None:
+    control = started("warmup", ratio=0.01)  # fifty times the rate is allowed: nothing to hold back
+    for _ in range(100):
+        assert control.holding
+        assert control.step(RATE) == 1.0
+    assert not control.holding
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.1, 30.0])
+def test_follow_does_not_depend_on_the_unit_of_the_rate(rate: float) -> None:
+    control = Control("follow", 0.5)
+    for _ in range(4):
+        control.step(rate)
+        control.measured(rate, measured(0.25))
+    assert control.step(rate) == pytest.approx(0.3 * 2 * 1.02)
+
+
 def test_warmup_is_over_when_nothing_was_held_back_for_a_hundred_steps() -> None:
     control = started("warmup", ratio=1.0)
     control.measured(RATE, measured(0.1))

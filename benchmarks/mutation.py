@@ -5,7 +5,7 @@ changed, conditions turned round, statements left out. What the tests need is im
 fork of that process, where `gfs_core` is imported with the change, by the module's own tests, until one fails. The
 ready-made tools start an interpreter for each mutant, ten seconds with torch. Adds to mutation.json, and writes
 mutation.md from it and from mutation_survivors.json, where each mutant that no test finds is explained.
-Run (an hour and a half): OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 100] [MODULE …]
+Run (an hour and a half): OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 40] [MODULE …]
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def table(results: dict[str, Any], reasons: dict[str, str]) -> str:
         "",
         "One small change of the code at a time (an operator exchanged, a number changed, a condition turned round, a",
         "statement left out), drawn at random from all that are possible, and the module's own tests alone: do they",
-        "fail? A change that makes the tests run three times as long, without an end, counts as found.",
+        "fail? A change that makes the tests run three times as long, without an end, counts as found. Of a first draw",
+        "of 50 in `eigen` 26 were found; tests were written for the others, and for those of `stability`, `flow` and",
+        "`control`. *Found* is after that; the draw of `eigen` is a second one.",
         "",
         "| module | possible | drawn | found | score |",
         "|---|---|---|---|---|",
@@ -191,15 +193,15 @@ def table(results: dict[str, Any], reasons: dict[str, str]) -> str:
 
 
 def key(name: str, row: dict[str, Any]) -> str:
-    """Of a mutant, in mutation_survivors.json; lines move, so it is by what changed."""
-    return f"{name}: {row['before']} -> {row['after']}"
+    """Of a mutant, in mutation_survivors.json."""
+    return f"{name}, line {row['line']}: {row['before']} -> {row['after']}"
 
 
 def main() -> None:
     """Test the mutants, print each, write after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE")
-    parser.add_argument("--count", type=int, default=100, help="of each module, drawn at random (seed 0)")
+    parser.add_argument("--count", type=int, default=40, help="of each module, drawn at random (seed 0)")
     parser.add_argument("--again", action="store_true", help="only those that survived, after tests were added")
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()

@@ -329,3 +329,12 @@ def test_stages_are_as_many_as_rounding_allows() -> None:
         model = Quadratic([1.0]).to(dtype)
         flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: 1.0, rtol=rtol)
         assert flow.max_stages == min(most, _MAX_STAGES)
+
+
+def test_a_flow_ends_with_the_step_that_reaches_the_limit_of_gradients() -> None:
+    model = Quadratic([1000.0, 1.0])
+    flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: 1000.0, max_grads=30)
+    state = flow.advance(flow.start(), 50.0)
+    assert state.reason is gfs.Reason.MAX_GRADIENTS
+    assert 30 <= flow.grad_evals < 60
+    assert 0 < state.time < 1

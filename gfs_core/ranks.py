@@ -63,6 +63,10 @@ class Ranks:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.lost = False
         self._words = distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
+        # One for all exchanges, alive until the group is gone: where gloo's thread drops the last reference to a tensor
+        # it waits for the interpreter's lock, and the group that is given back waits for the thread (torch 2.6).
+        with torch.inference_mode(False):
+            self._word = torch.zeros(_WORD + min(self.size, _MOST_NAMED), dtype=torch.float64, device="cpu")
 
     @staticmethod
     def here() -> Ranks | None:
@@ -167,9 +171,8 @@ class Ranks:
     def _exchange(self, failed: list[float], values: Sequence[float]) -> list[float]:
         if self.lost or self._words is None:
             raise RanksLost("another process does not answer")
-        word = torch.zeros(_WORD + len(failed), dtype=torch.float64)
-        word[: len(values)] = torch.tensor(values, dtype=torch.float64)
-        word[_WORD:] = torch.tensor(failed, dtype=torch.float64)
+        word = self._word
+        word.copy_(torch.tensor([*values, *[0.0] * (_WORD - len(values)), *failed], dtype=torch.float64, device="cpu"))
         try:
             distributed.all_reduce(word, group=self._words)
         except RuntimeError as error:

@@ -172,3 +172,13 @@ def train(
         "sizes": sizes,
         "lost": monitor.ranks is not None and monitor.ranks.lost,
     }
+
+
+def part(rank: int, size: int) -> float:
+    """Talk, and part, many times."""
+    total = 0.0
+    for _ in range(300):
+        ranks = gfs_core.ranks.Ranks()
+        total += ranks.total([1.0])[0]
+        ranks.close()
+    return total

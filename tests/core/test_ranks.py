@@ -211,3 +211,8 @@ def test_control_and_early_warning_are_the_same_on_all(kind: str, tmp_path: Path
     assert ranks[0]["events"] == ranks[1]["events"]
     assert all(torch.equal(p, q) for p, q in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True))
     assert all(math.isfinite(loss) for loss in ranks[0]["losses"])
+
+
+def test_processes_part_without_waiting_for_each_other(tmp_path: Path) -> None:
+    """A group that is given back while a thread of torch's still holds the last reference to what was sent hung."""
+    assert processes.run(processes.part, 2, tmp_path) == [600.0, 600.0]

@@ -107,7 +107,7 @@ class Net(torch.nn.Module):
 
 arguments = TrainingArguments("out", max_steps=6, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True)
 trainer = Trainer(Net(), arguments, train_dataset=[{"x": torch.randn(4), "labels": 0} for _ in range(64)])
-trainer.add_callback(GFSCallback(every=2, history="history.jsonl"))
+trainer.add_callback(GFSCallback(every=2, max_overhead=None, history="history.jsonl"))
 trainer.train()
 import gfs_core
 assert any(m.stability_ratio for m in gfs_core.read_history("history.jsonl"))

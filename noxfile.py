@@ -125,7 +125,7 @@ for _ in range(6):
     loss = model(batch).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    monitor.step(lambda model, batch: model(batch).square().mean(), batch, loss=loss)
+    monitor.step(lambda batch: model(batch).square().mean(), batch, loss=loss)
     optimizer.step()
 for arguments in (["--help"], ["report", "--help"], ["report", "history.jsonl", "-o", "page.html"]):
     done = CliRunner().invoke(app, arguments)

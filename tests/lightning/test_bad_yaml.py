@@ -9,16 +9,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, reject, settings
+from hypothesis import example, given, reject
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 
 import gfs_core as gfs
 from gfs_report.worker import Refused, _is_nested
 from lightning_gfs import GFSCallback
+from tests.core.test_bad_input import DEEP, many
 
 OPTIONS = sorted(f.name for f in dataclasses.fields(gfs.GFSConfig))
-DEEP = "[" * 20_000
 RUN = "!!python/object/apply:os.mkdir [{}]"
 WORDS = st.sampled_from(
     [
@@ -43,11 +43,6 @@ WORDS = st.sampled_from(
     ]
 )
 VALUES = WORDS | st.floats().map(str) | st.integers().map(str) | st.text(max_size=6)
-
-
-def many(examples: int) -> settings:
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 @cache

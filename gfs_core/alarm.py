@@ -14,7 +14,8 @@ anywhere below 1.
 A ratio also rises at the start of a healthy run, and while the learning rate warms up. So the rules wait until the
 usual value is known, only watch a ratio that has long been rising, and keep quiet while the loss falls fast: so
 sharpening looks when nothing is wrong. A learning rate that is restarted on purpose looks like one that jumps by
-mistake, and is announced like it.
+mistake, and is announced like it. The loss of a short batch, such as the rest that ends an epoch, scatters more than
+the others, and is not held against them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from statistics import median
 from typing import Any
+
+from gfs_core.batches import Sizes
 
 _RATIOS = 15  # latest measurements that make up the usual ratio: fewer are too noisy, more lag behind a healthy drift
 _FIRST = 2 * _RATIOS  # measurements before the rules for it begin: as many once more, to tell whether it has long risen
@@ -130,6 +133,7 @@ class Alarm:
         self.state, self.reason = State.QUIET, ""
         self._ratios: list[deque[tuple[int, float]]] = [deque(maxlen=_FIRST + 1), deque(maxlen=_FIRST + 1)]
         self._losses: deque[float] = deque(maxlen=_LOSSES)
+        self._sizes = Sizes()
         self._mean: float | None = None
         self._rates: deque[float] = deque(maxlen=_LOSSES)
         self._rated = -1  # step of the last of them
@@ -137,18 +141,22 @@ class Alarm:
         self._noisy_seen = 0
         self._sources = [_Source(patience) for _, patience in _SOURCES]
 
-    def saw_loss(self, step: int, loss: float) -> Event | None:
+    def saw_loss(self, step: int, loss: float, examples: int | None = None) -> Event | None:
         """Take in the loss of a training step.
 
         Args:
             step: the training step, from 0.
             loss: the mean over its batch; any number, also not finite.
+            examples: those of its batch, if known: of one with less than half the usual, a finite loss is passed over.
 
         Returns:
             The change of state that follows; ``None`` where there is none.
         """
+        short = self._sizes.short(examples)
         if not math.isfinite(loss):
             return self._changed(step, _LOSS, _Verdict(State.ALARM, f"the loss is {loss}", "not finite"))
+        if short:
+            return None
         self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
         verdict = self._judge_loss(loss, self._mean)
         self._losses.append(loss)
@@ -285,6 +293,7 @@ class Alarm:
             "reason": self.reason,
             "ratios": [[list(pair) for pair in held] for held in self._ratios],
             "losses": list(self._losses),
+            "sizes": list(self._sizes.seen),
             "mean": self._mean,
             "rates": [self._rated, list(self._rates)],
             "noisy": [self._noisy_seen, list(self._noisy)],
@@ -299,6 +308,7 @@ class Alarm:
             held.extend((int(step), _positive(ratio)) for step, ratio in saved)
         self._losses.clear()
         self._losses.extend(map(float, state["losses"]))
+        self._sizes = Sizes(state["sizes"])
         self._mean = None if state["mean"] is None else float(state["mean"])
         (rated, rates), (seen, noisy) = state["rates"], state["noisy"]
         self._rated, self._noisy_seen = int(rated), int(seen)

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median_high
 from typing import Any
 
 from torch import Tensor
+
+_SIZES = 6  # batches whose sizes make up the usual one: few, for sizes that change for good; of two in turn the larger
+_SHORT = 0.5  # of it: below, the mean over a batch is of another kind than the others
+
+
+class Sizes:
+    """Sizes of the batches lately, to know one that is short, such as the rest that ends an epoch."""
+
+    def __init__(self, seen: Sequence[int] = ()) -> None:
+        self.seen = deque(map(int, seen), maxlen=_SIZES)
+
+    def short(self, examples: int | None) -> bool:
+        """Take in the size of a batch, and say whether it is less than half the usual; ``None``, unknown, is not."""
+        if examples is None:
+            return False
+        self.seen.append(examples)
+        return examples < _SHORT * median_high(self.seen)
 
 
 def batch_size(batch: Any) -> int | None:
@@ -59,9 +78,14 @@ def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
     return out
 
 
+def examples_of(batches: Sequence[Any]) -> int | None:
+    """The examples of several batches together; ``None`` where they cannot be counted."""
+    return sum(batch_size(b) or 0 for b in batches) or None
+
+
 def fraction_of(part: Any, batches: Sequence[Any]) -> float:
     """The examples of ``part`` over those of ``batches`` together; 1 where they cannot be counted."""
-    all_of_them = sum(batch_size(b) or 0 for b in batches)
+    all_of_them = examples_of(batches)
     return min((batch_size(part) or all_of_them) / all_of_them, 1.0) if all_of_them else 1.0
 
 

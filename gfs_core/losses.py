@@ -50,56 +50,63 @@ class RecentLosses:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks
         self._open: list[Tensor | float] = []  # of the step that has not ended yet
-        self._held: list[tuple[int, Tensor | float]] = []
+        self._examples = 0  # … that they are the means of; 0: not known
+        self._held: list[tuple[int, Tensor | float, int]] = []
 
-    def add(self, loss: Tensor | float) -> None:
-        """Take in the loss of one training batch; no transfer from its device."""
+    def add(self, loss: Tensor | float, examples: int | None = None) -> None:
+        """Take in the loss of one training batch of ``examples``, if known; no transfer from its device."""
+        self._examples += examples or 0
         if isinstance(loss, Tensor):
             self._open.append(loss.item() if loss.device.type == "cpu" else _scalar(loss))
         else:
             self._open.append(float(loss))
 
-    def up_to(self, step: int, now: bool) -> list[tuple[int, float]]:
+    def up_to(self, step: int, now: bool) -> list[tuple[int, float, int | None]]:
         """End ``step``, and hand over the steps held with their losses: on a CPU always, elsewhere a few together.
 
         Args:
             step: the step that the losses added since the last call belong to.
             now: hand over in any case; the same on all processes.
 
+        Returns:
+            Each step, its loss, and the examples that it is the mean of, where they are known.
+
         Raises:
             RanksLost: another process does not answer.
         """
         if self._open:
-            self._held.append((step, sum(self._open) / len(self._open)))
-            self._open = []
+            self._held.append((step, sum(self._open) / len(self._open), self._examples))
+            self._open, self._examples = [], 0
         if self.ranks is not None:
             return self._together(self.ranks, step, now)
         if not self._held or not (now or isinstance(self._held[-1][1], float) or len(self._held) >= _TRANSFER):
             return []
-        return self._take()
+        return [(s, loss, count or None) for s, loss, count in self._take()]
 
-    def _take(self) -> list[tuple[int, float]]:
+    def _take(self) -> list[tuple[int, float, int]]:
         held, self._held = self._held, []
-        away = [loss for _, loss in held if isinstance(loss, Tensor)]
+        away = [loss for _, loss, _ in held if isinstance(loss, Tensor)]
         arrived = iter(torch.stack(away).tolist() if away else [])  # one transfer
-        return [(s, next(arrived) if isinstance(loss, Tensor) else loss) for s, loss in held]
+        return [(s, next(arrived) if isinstance(loss, Tensor) else loss, count) for s, loss, count in held]
 
-    def _together(self, ranks: Ranks, step: int, now: bool) -> list[tuple[int, float]]:
+    def _together(self, ranks: Ranks, step: int, now: bool) -> list[tuple[int, float, int | None]]:
         """The mean over the processes that have a loss; the steps that are told of are the same on all of them."""
         if not now and step % _TRANSFER != _TRANSFER - 1:
             return []
         steps = range(step - _TRANSFER + 1, step + 1)
-        own = dict(self._take())
-        said = ranks.total([v for s in steps for v in ((own[s], 1.0) if s in own else (0.0, 0.0))])
-        return [(s, said[2 * i] / said[2 * i + 1]) for i, s in enumerate(steps) if said[2 * i + 1]]
+        own = {s: (loss, 1.0, float(count)) for s, loss, count in self._take()}
+        said = ranks.total([v for s in steps for v in own.get(s, (0.0, 0.0, 0.0))])
+        heard = zip(steps, said[0::3], said[1::3], said[2::3], strict=True)
+        return [(s, loss / processes, int(count) or None) for s, loss, processes, count in heard if processes]
 
-    def state(self) -> list[tuple[int, float]]:
-        """The steps held with their losses, as numbers."""
-        return [(step, float(loss)) for step, loss in self._held]
+    def state(self) -> list[tuple[int, float, int]]:
+        """The steps held with their losses and examples, as numbers."""
+        return [(step, float(loss), count) for step, loss, count in self._held]
 
-    def load(self, state: list[tuple[int, float]]) -> None:
+    def load(self, state: list[tuple[int, float, int]]) -> None:
         """Go on where ``state`` left off."""
-        self._open, self._held = [], [(int(step), float(loss)) for step, loss in state]
+        self._open, self._examples = [], 0
+        self._held = [(int(step), float(loss), int(count)) for step, loss, count in state]
 
 
 def _scalar(loss: Tensor | float) -> Tensor:

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
-from gfs_core.batches import batch_size, changed, copied, first_of_all, fraction_of, is_plain, rotating_part
+from gfs_core.batches import (
+    Sizes,
+    changed,
+    copied,
+    examples_of,
+    first_of_all,
+    fraction_of,
+    is_plain,
+    rotating_part,
+)
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
@@ -103,6 +112,7 @@ class StabilityMonitor:
         self._trusted = False
         self._precision: PrecisionChoice = self.config.precision
         self._probe: list[Any] = []
+        self._sizes = Sizes()  # of the batches handed over to be measured
         self._told: set[str] = set()
         self._running = RunningSharpness()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
@@ -168,7 +178,7 @@ class StabilityMonitor:
             step = self.count
             self.count += 1
         if loss is not None:
-            self.saw(loss)
+            self.saw(loss, examples_of(batch if micro_batches else [batch]))
         measurement = None
         if self.wants(step):
             try:
@@ -178,12 +188,17 @@ class StabilityMonitor:
                     self._keep_weights(step + 1)
         return self.watch(step, measurement)
 
-    def saw(self, loss: Tensor | float) -> None:
-        """Take in the loss of a training batch, the mean over it: for the running estimate and the early warning."""
+    def saw(self, loss: Tensor | float, examples: int | None = None) -> None:
+        """Take in the loss of a training batch, for the running estimate and the early warning.
+
+        Args:
+            loss: the mean over the batch, 0-dim if a tensor.
+            examples: those of the batch, if known: the early warning passes over the loss of a short one.
+        """
         if "running" in self._cadence.every:
             self._mean_loss.add(loss)
         if self.alarm is not None:
-            self._losses.add(loss)
+            self._losses.add(loss, examples)
 
     def watch(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
         """Let the early warning look at the losses seen and at ``measurement``; :meth:`step` does it by itself.
@@ -230,7 +245,7 @@ class StabilityMonitor:
                 self.history = None
         return measurement
 
-    def _new_losses(self, step: int, now: bool) -> list[tuple[int, float]]:
+    def _new_losses(self, step: int, now: bool) -> list[tuple[int, float, int | None]]:
         if self.ranks is not None and self.ranks.lost:
             return []
         try:
@@ -259,6 +274,9 @@ class StabilityMonitor:
 
     def _step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int, micro_batches: bool) -> Measurement | None:
         current = batch if micro_batches else [batch]
+        if self._is_short(current):
+            self._before = None
+            return None
         batches = first_of_all(current, self.config.probe_size)
         if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
             missing = self.config.probe_batches - len(self._probe)
@@ -322,6 +340,17 @@ class StabilityMonitor:
             if "come with its first step" not in reason:
                 self._tell(reason)
         return self._controlled(measurement, scale_before)
+
+    def _is_short(self, batches: list[Any]) -> bool:
+        """Whether a batch is too short, on any process, to be compared with what others have shown."""
+        short = self._sizes.short(examples_of(batches))
+        if self.ranks is None or self.ranks.lost:
+            return short
+        try:
+            return self.ranks.any(short)
+        except RanksLost as error:
+            self._failed(error)
+            return True
 
     def _keep_weights(self, step: int) -> None:
         """Copy the weights before the optimizer step that ends at ``step``, where memory has room for them."""
@@ -404,6 +433,7 @@ class StabilityMonitor:
             "measured": self.measured,
             "solved": self._solved,
             "fits": self._fits,
+            "sizes": list(self._sizes.seen),
             "method": self._method,
             "trusted": self._trusted,
             "precision": self._precision,
@@ -440,6 +470,7 @@ class StabilityMonitor:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         self._solved, fits = int(state.get("solved", 0)), state.get("fits")
         self._fits = None if fits is None else max(int(fits), 1)
+        self._sizes = Sizes(state.get("sizes", ()))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
@@ -576,7 +607,7 @@ class StabilityMonitor:
         """Halve what did not fit into memory: the part of the running estimate, or the probe."""
         if tiers == ["running"]:
             self._parts *= 2
-        elif count := sum(batch_size(b) or 0 for b in probe):
+        elif count := examples_of(probe):
             self._fits = max(1, count // 2)
 
     def _tell(self, reason: str, always: bool = False, own: bool = False) -> None:

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import Isolation, MeasurementError, Objective
+from gfs_core.batches import batch_size
 from gfs_core.isolation import PythonState, RandomState
 from gfs_core.objective import LossFn
 from gfs_core.ranks import Ranks, alone
 from gfs_core.vectors import Vector, clone, dots, local
+
+Saw = Callable[[Tensor, int | None], None]
 
 _COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
 _LENGTH = 1e-3
@@ -43,10 +46,11 @@ class Replay:
 
     Args:
         model: the module that is trained.
-        saw: called with the loss of each micro-batch that training computes, scaled as :meth:`loss` scales it.
+        saw: called with the loss of each micro-batch that training computes, scaled as :meth:`loss` scales it, and the
+            number of its examples, if known.
     """
 
-    def __init__(self, model: nn.Module, saw: Callable[[Tensor], None]) -> None:
+    def __init__(self, model: nn.Module, saw: Saw) -> None:
         self.model, self.saw = model, saw
         self.inputs: list[dict[str, Any]] = []
         self.keeping = False
@@ -83,7 +87,7 @@ class TrainerReplay(Replay):
         saw: as in :class:`Replay`.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, saw: Callable[[Tensor], None]) -> None:
+    def __init__(self, trainer: Any, model: nn.Module, saw: Saw) -> None:
         super().__init__(model, saw)
         self.trainer = trainer
         self._module: Any = model
@@ -98,7 +102,7 @@ class TrainerReplay(Replay):
             out = self._compute_loss(model, inputs, *args, **kwargs)
             loss = out[0] if isinstance(out, tuple) else out
             if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
-                self.saw(loss.detach() * self._weight(items))
+                self.saw(loss.detach() * self._weight(items), batch_size(inputs))
             return out
 
         trainer.compute_loss = watched
@@ -145,7 +149,7 @@ class ModelReplay(Replay):
         count: micro-batches of a step.
     """
 
-    def __init__(self, model: nn.Module, saw: Callable[[Tensor], None], count: int) -> None:
+    def __init__(self, model: nn.Module, saw: Saw, count: int) -> None:
         super().__init__(model, saw)
         self.count = count
         self._again = False
@@ -166,7 +170,8 @@ class ModelReplay(Replay):
             return
         loss = _loss_in(out)
         if loss is not None:  # each micro-batch's share is a sum over the items of the whole step
-            self.saw(loss.detach() * (self.count if kwargs.get("num_items_in_batch") is not None else 1))
+            times = self.count if kwargs.get("num_items_in_batch") is not None else 1
+            self.saw(loss.detach() * times, batch_size([args, kwargs]))
 
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.keeping and module.training and torch.is_grad_enabled():

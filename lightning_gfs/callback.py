@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from torch import Tensor
 
 from gfs_core import ConfigError, Event, GFSConfig, Measurement, StabilityMonitor
+from gfs_core.batches import batch_size
 from gfs_core.help import filled_in
 from gfs_core.layout import WandbPanel, add_to_tensorboard
 from lightning_gfs import _compat
@@ -108,7 +109,7 @@ class GFSCallback(_Base):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
             for monitor in self.monitors.values():  # Lightning's is divided by the micro-batches of a step
-                monitor.saw(loss * trainer.accumulate_grad_batches)
+                monitor.saw(loss * trainer.accumulate_grad_batches, batch_size(batch))
         if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
             return
         for name, monitor in self.monitors.items():

@@ -108,12 +108,13 @@ def train(
     normed: bool = False,
     poor: int | None = None,
     made: str = "",
+    short: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
 
     ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``:
     with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
-    measurement; ``made``: a model of ``engines``.
+    measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are five examples.
     """
     gfs_core.ranks.TIMEOUT = timeout
     model = engines.MADE[made]() if made else net()
@@ -145,6 +146,8 @@ def train(
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]
+        if short == (rank, step):
+            own = own[0][:5], own[1][:5]
 
         def loss_of(batch: Any, step: int = step) -> Tensor:
             if wrong is not None and (rank, step) == wrong[1:]:

@@ -142,6 +142,22 @@ def test_losses_may_be_negative() -> None:
     assert play_at(2.0)[0] == (101, State.ALARM)
 
 
+def test_the_loss_of_a_short_batch_is_not_held_against_the_others() -> None:
+    alarm = Alarm()
+    for step in range(100):
+        rest = step % 8 == 7
+        assert alarm.saw_loss(step, 3.0 if rest else 1.0 + 0.01 * (step % 5), 31 if rest else 64) is None
+    assert alarm.saw_loss(100, 3.0, 32) is not None  # half of the usual counts
+    assert Alarm().saw_loss(0, math.nan, 1) is not None
+
+
+def test_batches_that_are_smaller_for_good_are_soon_the_usual_ones() -> None:
+    alarm = Alarm()
+    for step in range(100):
+        alarm.saw_loss(step, 1.0, 64)
+    assert [alarm.saw_loss(100 + i, 3.0, 16) is not None for i in range(4)] == [False, False, False, True]
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_an_alarm_from_the_first_step(loss: float) -> None:
     alarm = Alarm()

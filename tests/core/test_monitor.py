@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from gfs_core import monitor as monitor_module
@@ -69,6 +71,40 @@ def test_resumed_is_the_same_to_the_bit() -> None:
     for thing, state in zip((model, optimizer, monitor), states, strict=True):
         thing.load_state_dict(state)
     assert run(model, optimizer, monitor, data[15:]) == whole[15:]
+
+
+@pytest.mark.parametrize("probe", ["batch", "fixed"])
+def test_the_rest_that_ends_an_epoch_is_not_measured(probe: str) -> None:
+    config = gfs.GFSConfig(
+        tier="sharpness", every=1, running_every=None, max_overhead=None, probe=probe, probe_batches=3
+    )
+    model, optimizer, monitor = setup(config)
+    data = [x[:5] if i % 4 == 1 else x for i, x in enumerate(batches(12))]
+    found = [m.step for m in run(model, optimizer, monitor, data) if m.sharpness]
+    assert found == ([0, 2, 3, 4, 6, 7, 8, 10, 11] if probe == "batch" else [3, 4, 6, 7, 8, 10, 11])
+    assert all(len(x) == 12 for x in monitor.state_dict()["probe"])
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_healthy_run_with_a_short_last_batch_makes_no_warning(drop_last: bool) -> None:
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16 - 0.3, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    loader = DataLoader(TensorDataset(x, y), 256, shuffle=True, drop_last=drop_last)  # seven, and a rest of 5
+    events: list[gfs.Event] = []
+    config = gfs.GFSConfig(tier="running", running_every=5, max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, optimizer, config, on_alarm=events.append)
+    loss_of = lambda b: nn.functional.cross_entropy(model(b[0]), b[1])  # noqa: E731
+    for _ in range(50):
+        for batch in loader:
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.step(loss_of, batch, loss=loss)
+            optimizer.step()
+    assert events == []
 
 
 def test_a_warm_start_of_another_model_is_dropped() -> None:

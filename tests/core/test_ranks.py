@@ -166,6 +166,14 @@ def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(fault: str, tmp_
     assert [m.step for m in gfs.history.read(history)] == [0, 2, 4, 8, 10]  # one rank writes
 
 
+def test_a_short_batch_of_one_rank_is_measured_on_none(tmp_path: Path) -> None:
+    options = {"tier": "sharpness", "every": 1, "running_every": None, "max_overhead": None}
+    work = functools.partial(processes.train, short=(1, 3))
+    ranks = processes.run(work, 2, tmp_path, "sgd", options, 6)
+    for rank in ranks:
+        assert [m["step"] for m in rank["found"] if m["sharpness"]] == [0, 1, 2, 4, 5]
+
+
 def test_a_rank_that_does_not_answer_ends_measuring_and_not_training(tmp_path: Path) -> None:
     options = {"tier": "sharpness", "every": 2, "running_every": None, "max_overhead": None}
     ranks = processes.run(processes.train, 2, tmp_path, "sgd", options, 12, ("sleeps", 1, 6), 2.0)

@@ -136,9 +136,9 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
     seen: list[float] = []
     saw = gfs.StabilityMonitor.saw
 
-    def recorded_saw(monitor: gfs.StabilityMonitor, loss: torch.Tensor) -> None:
+    def recorded_saw(monitor: gfs.StabilityMonitor, loss: torch.Tensor, examples: int | None) -> None:
         seen.append(loss.item())
-        saw(monitor, loss)
+        saw(monitor, loss, examples)
 
     with warnings.catch_warnings(record=True) as caught, mock.patch.object(gfs.StabilityMonitor, "saw", recorded_saw):
         warnings.simplefilter("always")

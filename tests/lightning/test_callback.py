@@ -168,7 +168,9 @@ def test_the_running_estimate_on_every_step_changes_nothing(
 ) -> None:
     seen: list[float] = []
     saw = gfs.StabilityMonitor.saw
-    monkeypatch.setattr(gfs.StabilityMonitor, "saw", lambda m, loss: (seen.append(loss.item()), saw(m, loss))[1])
+    monkeypatch.setattr(
+        gfs.StabilityMonitor, "saw", lambda m, loss, *n: (seen.append(loss.item()), saw(m, loss, *n))[1]
+    )
     plain = state(*train(tmp_path / "a", accumulate_grad_batches=accumulate))
     callback = every(1, tier="running", running_parts=4, progress_bar=True)
     model, trainer = train(tmp_path / "b", [callback], accumulate_grad_batches=accumulate)

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -77,3 +77,5 @@ def main(folder: str, mode: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

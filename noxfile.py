@@ -1,6 +1,6 @@
 """The supported versions and the packages that are built, each in an environment of its own: one command, `nox`.
 
-    pipx run --spec 'nox[uv]' nox   # all of it: gigabytes to install, about an hour on two cores
+    pipx run --spec 'nox[uv]' nox   # all of it: gigabytes to install, about half an hour on two cores
     nox -s package                  # what is built, installed alone
     nox -s oldest -- tests/hf       # some of the tests
 

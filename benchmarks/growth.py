@@ -24,11 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gfs_core as gfs
 from benchmarks.memory import LiveBytes
 from gfs_core.batches import rotating_part
-from gfs_core.vectors import random_like
+from gfs_core.eigen import largest_eigenvalues
+from gfs_core.vectors import Vector, random_like
 
 HERE = Path(__file__).parent
 VOCABULARY, LENGTH, EXAMPLES = 64, 8, 16  # tokens known, in an example; examples in a batch
@@ -318,7 +321,7 @@ def measurement(gradients: float, products: float) -> float:
 
 PEAK, UTILISATION = 989e12, 0.4  # H100, dense bfloat16; the fraction of it that training reaches
 MEMORY, BUS, WORD = 2e12, 200e9, 2e-3  # bytes/s of memory and between processes; seconds of a word
-STEP_TOKENS, PASSES, DRAWN = 2**22, 12, 1.5e8  # passes over a vector for a product; random numbers a second
+STEP_TOKENS, DRAWN = 2**22, 1.5e8  # random numbers a second
 SETTINGS: tuple[tuple[str, float, int, int, bool, tuple[tuple[str, int, float, float, float], ...]], ...] = (
     ("1B, DDP", 1e9, 64, 4, False, (  # tokens, gradients and products of the warm start, solves
         ("running, 2 sequences", 8192, 1, 1, 0),
@@ -340,9 +343,48 @@ SETTINGS: tuple[tuple[str, float, int, int, bool, tuple[tuple[str, int, float, f
 COPIES = {"running": 5.3, "directional": 4.0, "sharpness": 8.3, "gfs": 9.3}  # memory.md, Adam; directional: an estimate
 
 
+class Passes(TorchDispatchMode):
+    """Counts how often tensors are read or written whole, in elements, but for what is done in :meth:`unseen`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.counting = 0, True
+
+    def unseen(self, work: Callable[[], Vector]) -> Vector:
+        """What ``work`` returns."""
+        self.counting = False
+        try:
+            return work()
+        finally:
+            self.counting = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.counting and not func.is_view:
+            declared = func._schema.arguments[: len(args)]
+            written = [a for a, s in zip(args, declared, strict=True) if s.alias_info and s.alias_info.is_write]
+            for tensors in ((args, kwargs), (out, written)):
+                each = {t.data_ptr(): t.numel() for t in tree_leaves(tensors) if isinstance(t, Tensor)}
+                self.elements += sum(each.values())
+        return out
+
+
+def passes_of_a_product(size: int = 100_000) -> float:
+    """Reads and writes of a whole vector that the eigenvalue solver adds to each Hessian-vector product."""
+    diagonal = torch.linspace(0.0, 1.0, size)
+
+    def passes(products: int) -> float:
+        with Passes() as counted:
+            operator = lambda v: counted.unseen(lambda: [diagonal * v[0]])  # noqa: E731
+            largest_eigenvalues(operator, [diagonal], tol=0.0, max_hvps=products)
+        return counted.elements / size
+
+    return (passes(16) - passes(6)) / 10
+
+
 def predict() -> list[dict[str, Any]]:
     """Predicted seconds, intervals and memory of a measurement on clusters. A model, not a measurement."""
-    rows = []
+    rows, passes = [], passes_of_a_product()
     for name, n, ranks, micro, sharded, kinds in SETTINGS:
         own = n / ranks if sharded else n
 
@@ -356,7 +398,7 @@ def predict() -> list[dict[str, Any]]:
         for kind, tokens, gradients, products, solves in kinds:
             seconds = (gradients + 2 * products) * gradient(tokens)
             exchanged = 0.0 if sharded else 8 * n * (ranks - 1) / ranks / BUS
-            vectors = (PASSES * products + 10) * 4 * own / MEMORY
+            vectors = (passes * products + 10) * 4 * own / MEMORY
             words = (4 * products + 6) * WORD
             mixed = solves * own / DRAWN / 10
             seconds += products * exchanged + vectors + words + mixed

@@ -1,7 +1,7 @@
 """What does gradient flow cost, beside RK4 with step 1/λ₁ and dopri5? Gradients, and error of the sharpness at the end.
 
 Writes `flow_cost.json` and `flow_cost.md` beside itself. Reference: RK4 at an eighth of its step.
-Run (about 5 minutes): pip install --no-deps -r benchmarks/requirements.txt; python benchmarks/flow_cost.py
+Run (about 5 minutes): pip install --no-deps -r benchmarks/requirements.txt; python -m benchmarks.flow_cost
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchdiffeq import odeint
 
 import gfs_core as gfs
-from gfs_core.vectors import Vector, clone, copy
+from benchmarks.rk4 import rk4_step
 
 RATE = 0.2
 STEPS = (0, 100, 300, 500, 700, 800, 1000)
@@ -53,23 +53,8 @@ def rk4(model: nn.Module, batch: Any, time: float, per_step: float) -> int:
     """Fixed steps of ``per_step``/λ₁, in place; the gradients used."""
     objective = gfs.Objective(model, loss_fn, [batch])
     steps = max(1, int(-(-time * sharpness(model, batch) / per_step // 1)))
-    h, w = time / steps, [p.detach() for p in objective.params]
-
-    def slope(start: Vector, towards: Vector | None, length: float) -> Vector:
-        copy(start, w)
-        if towards is not None:
-            torch._foreach_add_(w, towards, alpha=-length)
-        return objective.gradient()[1]
-
     for _ in range(steps):
-        start = clone(w)
-        k1 = slope(start, None, 0.0)
-        k2 = slope(start, k1, h / 2)
-        k3 = slope(start, k2, h / 2)
-        k4 = slope(start, k3, h)
-        copy(start, w)
-        for k, weight in ((k1, 1), (k2, 2), (k3, 2), (k4, 1)):
-            torch._foreach_add_(w, k, alpha=-h * weight / 6)
+        rk4_step(objective, time / steps)
     return objective.grad_evals
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import gfs_core as gfs
+from benchmarks.rk4 import rk4_step
 from examples.paper.networks import COVERED, SMALL, build, load, optimizer_of, squared
 
 CHECKED = {"cnn": (25, 50, 75), "cnn-slower": (40, 80, 440)}
@@ -42,15 +43,8 @@ def _flow(model: torch.nn.Module, full: Any, time: float) -> tuple[float, int]:
     while now < time * (1 - 1e-12):
         if steps % _RENEWED == 0:
             h = 1 / gfs.sharpness(model, squared, full, tol=1e-2, max_hvps=1000).value
-        h, start = min(h, time - now), [w.clone() for w in weights]
-        total = [torch.zeros_like(w) for w in weights]
-        for part, weight in ((0.5, 1), (0.5, 2), (1.0, 2), (0.0, 1)):
-            slope = objective.gradient()[1]
-            torch._foreach_add_(total, slope, alpha=weight / 6)
-            for w, s, k in zip(weights, start, slope, strict=True):
-                w.copy_(s - part * h * k)
-        for w, s, k in zip(weights, start, total, strict=True):
-            w.copy_(s - h * k)
+        h = min(h, time - now)
+        rk4_step(objective, h)
         now, steps = now + h, steps + 1
     phi = gfs.sharpness(model, squared, full, tol=1e-7, max_hvps=3000).value
     for w, s in zip(weights, held, strict=True):

@@ -82,7 +82,9 @@ class _Subject:
             self.check()
             # Where no optimizer is asked for, the plainest: it costs no eigenvalue but that of H.
             optimizer = SGD(self.model.parameters(), lr=1.0) if self.optimizer is None else self.optimizer
-            self.monitor = StabilityMonitor(self.model, optimizer, self.config, alone=True)  # torchmetrics syncs
+            self.monitor = StabilityMonitor(  # torchmetrics syncs, and its mean is over every batch
+                self.model, optimizer, self.config, alone=True, short_batches=True
+            )
         return self.monitor.step(lambda b: self.loss_fn(self.model, b), batch)
 
 

@@ -59,6 +59,7 @@ class StabilityMonitor:
         name: name of the optimizer in the log, where there are several.
         on_alarm: called with each change of the early warning's state; with several processes on each of them.
         alone: measure on this process only, whatever others do.
+        short_batches: measure batches of less than half the usual examples too, such as the rest that ends an epoch.
 
     Attributes:
         control: what decides the learning rate's scale.
@@ -92,6 +93,7 @@ class StabilityMonitor:
         name: str = "",
         on_alarm: Callable[[Event], None] | None = None,
         alone: bool = False,
+        short_batches: bool = False,
     ) -> None:
         self.model, self.optimizer, self.name = model, optimizer, name
         self.config = GFSConfig() if config is None else config
@@ -112,7 +114,7 @@ class StabilityMonitor:
         self._trusted = False
         self._precision: PrecisionChoice = self.config.precision
         self._probe: list[Any] = []
-        self._sizes = Sizes()  # of the batches handed over to be measured
+        self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
         self._told: set[str] = set()
         self._running = RunningSharpness()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
@@ -343,6 +345,8 @@ class StabilityMonitor:
 
     def _is_short(self, batches: list[Any]) -> bool:
         """Whether a batch is too short, on any process, to be compared with what others have shown."""
+        if self._sizes is None:
+            return False
         short = self._sizes.short(examples_of(batches))
         if self.ranks is None or self.ranks.lost:
             return short
@@ -433,7 +437,7 @@ class StabilityMonitor:
             "measured": self.measured,
             "solved": self._solved,
             "fits": self._fits,
-            "sizes": list(self._sizes.seen),
+            "sizes": [] if self._sizes is None else list(self._sizes.seen),
             "method": self._method,
             "trusted": self._trusted,
             "precision": self._precision,
@@ -470,7 +474,8 @@ class StabilityMonitor:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         self._solved, fits = int(state.get("solved", 0)), state.get("fits")
         self._fits = None if fits is None else max(int(fits), 1)
-        self._sizes = Sizes(state.get("sizes", ()))
+        if self._sizes is not None:
+            self._sizes = Sizes(state.get("sizes", ()))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))

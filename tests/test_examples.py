@@ -12,6 +12,7 @@ import gfs_core as gfs
 from gfs_report.comparison.compare import compare
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ENDS = range(28, 1000, 29)  # steps that end an epoch of 1797 digits in batches of 64: with 5, which are not measured
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:
@@ -79,7 +80,7 @@ def test_lightning_from_yaml(tmp_path: Path) -> None:
     run(tmp_path, "lightning/cli.py", "fit", "--config", config, "--trainer.callbacks.max_overhead=null")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
     history = gfs.read_history(path)
-    assert [m.step for m in history] == list(range(0, 8 * 29, 5))
+    assert [m.step for m in history] == [s for s in range(0, 8 * 29, 5) if s not in ENDS]
     assert [m.step for m in history if m.gfs_sharpness is not None][-1] == 220
 
 
@@ -118,7 +119,7 @@ def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
 def test_other_loops(tmp_path: Path, kind: str) -> None:
     lines = run(tmp_path, f"{kind}_loop.py").splitlines()
     history = gfs.read_history(tmp_path / f"{kind}-history.jsonl")
-    assert [m.step for m in history] == list(range(0, 4 * 29, 5))
+    assert [m.step for m in history] == [s for s in range(0, 4 * 29, 5) if s not in ENDS]
     assert all(m.threshold == pytest.approx(3.8 / (0.1 * 3e-3), rel=1e-3) for m in history[1:])
     assert lines == [printed(m) for m in history]
     assert all(m.running_stability_ratio > 0 for m in history[1:])

@@ -20,8 +20,8 @@ class Sizes:
         self.seen = deque(map(int, seen), maxlen=_SIZES)
 
     def short(self, examples: int | None) -> bool:
-        """Take in the size of a batch, and say whether it is less than half the usual; ``None``, unknown, is not."""
-        if examples is None:
+        """Take in the size of a batch, and say whether it is less than half the usual; an unknown one, 0, is not."""
+        if not examples:
             return False
         self.seen.append(examples)
         return examples < _SHORT * median_high(self.seen)

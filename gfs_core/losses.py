@@ -61,7 +61,7 @@ class RecentLosses:
         else:
             self._open.append(float(loss))
 
-    def up_to(self, step: int, now: bool) -> list[tuple[int, float, int | None]]:
+    def up_to(self, step: int, now: bool) -> list[tuple[int, float, int]]:
         """End ``step``, and hand over the steps held with their losses: on a CPU always, elsewhere a few together.
 
         Args:
@@ -69,7 +69,7 @@ class RecentLosses:
             now: hand over in any case; the same on all processes.
 
         Returns:
-            Each step, its loss, and the examples that it is the mean of, where they are known.
+            Each step, its loss, and the examples that it is the mean of; 0: not known.
 
         Raises:
             RanksLost: another process does not answer.
@@ -81,7 +81,7 @@ class RecentLosses:
             return self._together(self.ranks, step, now)
         if not self._held or not (now or isinstance(self._held[-1][1], float) or len(self._held) >= _TRANSFER):
             return []
-        return [(s, loss, count or None) for s, loss, count in self._take()]
+        return self._take()
 
     def _take(self) -> list[tuple[int, float, int]]:
         held, self._held = self._held, []
@@ -89,7 +89,7 @@ class RecentLosses:
         arrived = iter(torch.stack(away).tolist() if away else [])  # one transfer
         return [(s, next(arrived) if isinstance(loss, Tensor) else loss, count) for s, loss, count in held]
 
-    def _together(self, ranks: Ranks, step: int, now: bool) -> list[tuple[int, float, int | None]]:
+    def _together(self, ranks: Ranks, step: int, now: bool) -> list[tuple[int, float, int]]:
         """The mean over the processes that have a loss; the steps that are told of are the same on all of them."""
         if not now and step % _TRANSFER != _TRANSFER - 1:
             return []
@@ -97,7 +97,7 @@ class RecentLosses:
         own = {s: (loss, 1.0, float(count)) for s, loss, count in self._take()}
         said = ranks.total([v for s in steps for v in own.get(s, (0.0, 0.0, 0.0))])
         heard = zip(steps, said[0::3], said[1::3], said[2::3], strict=True)
-        return [(s, loss / processes, int(count) or None) for s, loss, processes, count in heard if processes]
+        return [(s, loss / processes, int(count)) for s, loss, processes, count in heard if processes]
 
     def state(self) -> list[tuple[int, float, int]]:
         """The steps held with their losses and examples, as numbers."""

@@ -11,23 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
-from gfs_core.batches import (
-    Sizes,
-    changed,
-    copied,
-    examples_of,
-    first_of_all,
-    fraction_of,
-    is_plain,
-    rotating_part,
-)
+from gfs_core.batches import Sizes, changed, copied, examples_of, first_of_all, fraction_of, is_plain, rotating_part
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
@@ -44,6 +35,7 @@ from gfs_core.stability import parameters_of, stability_of, unwrap
 from gfs_core.vectors import Vector, clone, combine, is_half, local, norm, random_like, sharded
 from gfs_core.vectors import scale as times
 
+T = TypeVar("T")
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
@@ -179,12 +171,13 @@ class StabilityMonitor:
         if step is None:
             step = self.count
             self.count += 1
+        batches = batch if micro_batches else [batch]
         if loss is not None:
-            self.saw(loss, examples_of(batch if micro_batches else [batch]))
+            self.saw(loss, examples_of(batches))
         measurement = None
         if self.wants(step):
             try:
-                measurement = self._step(loss_fn, batch, step, micro_batches)
+                measurement = self._step(loss_fn, batches, step)
             finally:
                 if self._cadence.needs_step(step + 1):
                     self._keep_weights(step + 1)
@@ -213,7 +206,9 @@ class StabilityMonitor:
             if not self.control.holding and self._rates_on_host():
                 rate = self._rate()
                 changes.append(self.alarm.saw_rate(step, rate * self.control.scale(rate)))
-            changes += [self.alarm.saw_loss(*seen) for seen in self._new_losses(step, measurement is not None)]
+            now = measurement is not None
+            losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
+            changes += [self.alarm.saw_loss(*seen) for seen in losses]
             if measurement is not None:
                 for ratio, solved in (
                     (measurement.running_stability_ratio, False),
@@ -247,14 +242,15 @@ class StabilityMonitor:
                 self.history = None
         return measurement
 
-    def _new_losses(self, step: int, now: bool) -> list[tuple[int, float, int | None]]:
+    def _agreed(self, ask: Callable[[], T], otherwise: T) -> T:
+        """What ``ask`` returns, which may ask the other processes; ``otherwise`` once one of them does not answer."""
         if self.ranks is not None and self.ranks.lost:
-            return []
+            return otherwise
         try:
-            return self._losses.up_to(step, now)
+            return ask()
         except RanksLost as error:
             self._failed(error)
-            return []
+            return otherwise
 
     def close(self) -> None:
         """Take the control's hooks off the optimizer, and leave the other processes."""
@@ -274,8 +270,7 @@ class StabilityMonitor:
         if self.on_alarm is not None:
             self.on_alarm(event)
 
-    def _step(self, loss_fn: Callable[[Any], Tensor], batch: Any, step: int, micro_batches: bool) -> Measurement | None:
-        current = batch if micro_batches else [batch]
+    def _step(self, loss_fn: Callable[[Any], Tensor], current: list[Any], step: int) -> Measurement | None:
         if self._is_short(current):
             self._before = None
             return None
@@ -347,14 +342,8 @@ class StabilityMonitor:
         """Whether a batch is too short, on any process, to be compared with what others have shown."""
         if self._sizes is None:
             return False
-        short = self._sizes.short(examples_of(batches))
-        if self.ranks is None or self.ranks.lost:
-            return short
-        try:
-            return self.ranks.any(short)
-        except RanksLost as error:
-            self._failed(error)
-            return True
+        short, ranks = self._sizes.short(examples_of(batches)), self.ranks
+        return short if ranks is None else self._agreed(lambda: ranks.any(short), True)
 
     def _keep_weights(self, step: int) -> None:
         """Copy the weights before the optimizer step that ends at ``step``, where memory has room for them."""
@@ -400,13 +389,7 @@ class StabilityMonitor:
         return bool(self._due(step))
 
     def _due(self, step: int) -> list[Tier]:
-        if self.ranks is not None and self.ranks.lost:
-            return []
-        try:
-            return self._cadence.due(step, stepped=self._before_step == step)
-        except RanksLost as error:
-            self._failed(error)
-            return []
+        return self._agreed(lambda: self._cadence.due(step, stepped=self._before_step == step), [])
 
     @property
     def _global(self) -> Ranks | None:

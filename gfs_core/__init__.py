@@ -9,6 +9,8 @@ from gfs_core.curvature import Hessian
 from gfs_core.eigen import EigenResult, largest_eigenvalues
 from gfs_core.errors import ConfigError, GFSError, GFSWarning, MeasurementError, Reason
 from gfs_core.flow import Flow
+from gfs_core.history import HistoryPart
+from gfs_core.history import parts as history_parts
 from gfs_core.history import read as read_history
 from gfs_core.isolation import Isolation
 from gfs_core.measure import gfs_sharpness, sharpness, stability
@@ -31,6 +33,7 @@ __all__ = [
     "GFSError",
     "GFSWarning",
     "Hessian",
+    "HistoryPart",
     "Isolation",
     "Measurement",
     "MeasurementError",
@@ -40,6 +43,7 @@ __all__ = [
     "StabilityMonitor",
     "State",
     "gfs_sharpness",
+    "history_parts",
     "largest_eigenvalues",
     "log_keys",
     "read_history",

@@ -1,11 +1,17 @@
-"""The history: one JSON line per measurement, written at once, readable after a crash; one with the settings first."""
+"""The history: one JSON line per measurement, written at once, readable after a crash.
+
+A training's lines are its *part* of the file. It begins with a line of the settings, and each line names the run that
+it belongs to, so that a second training, or another process, may write into the same file. A resumed training keeps
+its run, writes a line of settings again and says at which step it was resumed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +22,61 @@ _NUMBERS = {f.name for f in fields(Measurement)} - {"optimizer_name", "reasons"}
 _MOST = 2**63 - 1  # larger integers are no steps and no counts; nothing that reads a history could hold them
 
 
-def begin(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the line that a run begins with: its options and what it measures. A resumed run writes one again.
+@dataclass(frozen=True)
+class HistoryPart:
+    """What one training has left in a history.
+
+    Attributes:
+        run: what its lines are told apart by; empty in a file that does not say.
+        began: when it was begun or last resumed, in UTC, as ISO 8601; empty where that is not known.
+        resumed_at: the steps at which it was resumed.
+        settings: its options and what it measured, the latest ones: plain JSON values by name.
+        measurements: in order of steps, at least one.
+    """
+
+    run: str
+    began: str
+    resumed_at: tuple[int, ...]
+    settings: dict[str, Any]
+    measurements: list[Measurement]
+
+
+def new_run() -> str:
+    """A name for a run that no other has; takes nothing from the random streams of a training."""
+    return uuid.uuid4().hex[:12]
+
+
+def begin(
+    path: Path, settings: Mapping[str, Any], run: str = "", name: str = "", resumed_at: int | None = None
+) -> None:
+    """Write the line that a training begins with, or is resumed with.
+
+    Args:
+        path: the history; it is made where it is not there.
+        settings: options and what is measured, as JSON values.
+        run: what the training's lines are told apart by.
+        name: of the optimizer, where a training writes the measurements of several into one file.
+        resumed_at: the step at which it goes on; its lines from there on, of the stretch that was given up, are void.
 
     Raises:
         OSError: the file cannot be written.
     """
-    _write(path, {"settings": dict(settings)})
+    line: dict[str, Any] = {"settings": dict(settings)}
+    if run:
+        line |= {"run": run, "name": name, "began": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    if resumed_at is not None:
+        line["resumed_at"] = resumed_at
+    _write(path, line)
 
 
-def append(path: Path, measurement: Measurement) -> None:
+def append(path: Path, measurement: Measurement, run: str = "") -> None:
     """Write one line; values that were not had are left out.
 
     Raises:
         OSError: the file cannot be written.
     """
-    _write(path, {k: v for k, v in asdict(measurement).items() if v is not None and v != ()})
+    line = {k: v for k, v in asdict(measurement).items() if v is not None and v != ()}
+    _write(path, {"run": run, **line} if run else line)
 
 
 def _write(path: Path, line: dict[str, Any]) -> None:
@@ -46,8 +91,24 @@ def _write(path: Path, line: dict[str, Any]) -> None:
         file.write(text.encode() + b"\n")
 
 
-def read(path: str | Path) -> list[Measurement]:
-    """The measurements of a history, in order of steps; of a step written twice (a resumed run) the later line counts.
+def read(path: str | Path, part: int = -1) -> list[Measurement]:
+    """The measurements of one training in a history, in order of steps; of a step written twice the later line counts.
+
+    Args:
+        path: the history.
+        part: which of :func:`parts`; by default the latest.
+
+    Raises:
+        ConfigError: the file is not there, holds no measurement at all, or not so many parts.
+    """
+    found = parts(path)
+    if not -len(found) <= part < len(found):
+        raise ConfigError(f"{path} holds {len(found)} part(s), and there is no part {part}")
+    return found[part].measurements
+
+
+def parts(path: str | Path) -> list[HistoryPart]:
+    """The trainings that have left a measurement in a history, the one begun or resumed last at the end.
 
     Lines that are cut off or not a measurement are skipped, unknown fields ignored.
 
@@ -57,35 +118,95 @@ def read(path: str | Path) -> list[Measurement]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no history at {path}; give the path of a `history.jsonl`")
-    found: dict[tuple[str, int], Measurement] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        measurement = _parse(line)
-        if measurement is not None:
-            found.pop((measurement.optimizer_name, measurement.step), None)
-            found[measurement.optimizer_name, measurement.step] = measurement
+    found = [drafted.part() for drafted in _drafts(path) if drafted.measured]
     if not found:
         raise ConfigError(f"{path} holds no measurement")
-    return sorted(found.values(), key=lambda m: m.step)
+    return found
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The latest settings of a history: plain JSON values by name; empty where it holds none or cannot be read."""
-    settings: dict[str, Any] = {}
-    with contextlib.suppress(OSError), Path(path).open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith('{"settings"'):
-                with contextlib.suppress(ValueError, RecursionError):
-                    held = json.loads(line)["settings"]
-                    settings = held if isinstance(held, dict) else settings
-    return settings
+def read_settings(path: str | Path, part: int = -1) -> dict[str, Any]:
+    """The latest settings of one training in a history; empty where there are none or it cannot be read."""
+    try:
+        drafts = _drafts(Path(path))
+    except OSError:
+        return {}
+    measured = [d for d in drafts if d.measured] or drafts
+    return measured[part].settings if -len(measured) <= part < len(measured) else {}
 
 
-def _parse(line: str) -> Measurement | None:
+@dataclass
+class _Draft:
+    """A part while its lines are read."""
+
+    run: str
+    began: str = ""
+    names: set[str] = field(default_factory=set)
+    resumed_at: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    measured: dict[tuple[str, int], Measurement] = field(default_factory=dict)
+
+    def take_settings(self, line: dict[str, Any]) -> None:
+        self.settings = line["settings"]
+        self.began = line["began"] if isinstance(line.get("began"), str) else self.began
+        name, step = line.get("name"), line.get("resumed_at")
+        self.names.add(name if isinstance(name, str) else "")
+        if type(step) is int and abs(step) <= _MOST:
+            self.resumed_at = [*(s for s in self.resumed_at if s < step), step]
+            void = [key for key, m in self.measured.items() if m.step >= step and name in (None, "", m.optimizer_name)]
+            for key in void:  # of several optimizers in one file each says so for its own
+                del self.measured[key]
+
+    def part(self) -> HistoryPart:
+        measurements = sorted(self.measured.values(), key=lambda m: m.step)
+        return HistoryPart(self.run, self.began, tuple(self.resumed_at), self.settings, measurements)
+
+
+def _drafts(path: Path) -> list[_Draft]:
+    """The parts of a history in the order in which each was begun or resumed last."""
+    ordered: list[_Draft] = []
+    by_run: dict[str, _Draft] = {}
+    latest = ""  # the run of the line before
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        held = _object(line)
+        if held is None:
+            continue
+        run = held["run"] if isinstance(held.get("run"), str) else latest
+        if isinstance(held.get("settings"), dict):
+            draft = by_run.get(run) or _joined(ordered, held.get("name")) or _Draft(run)
+            by_run[run] = draft
+            ordered = [*(d for d in ordered if d is not draft), draft]
+            draft.take_settings(held)
+        else:
+            measurement = _parse(held)
+            if measurement is None:
+                continue
+            if run not in by_run:
+                by_run[run] = _Draft(run)
+                ordered.append(by_run[run])
+            measured, key = by_run[run].measured, (measurement.optimizer_name, measurement.step)
+            measured.pop(key, None)
+            measured[key] = measurement
+        latest = run
+    return ordered
+
+
+def _joined(ordered: list[_Draft], name: Any) -> _Draft | None:
+    """The part that the settings of a further optimizer belong to: the last, where its optimizers have other names."""
+    if isinstance(name, str) and name and ordered and ordered[-1].names and not {"", name} & ordered[-1].names:
+        return ordered[-1]
+    return None
+
+
+def _object(line: str) -> dict[str, Any] | None:
     try:
         held: Any = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(held, dict) or type(held.get("step")) is not int or abs(held["step"]) > _MOST:
+    return held if isinstance(held, dict) else None
+
+
+def _parse(held: dict[str, Any]) -> Measurement | None:
+    if type(held.get("step")) is not int or abs(held["step"]) > _MOST:
         return None
     values: dict[str, Any] = {}
     for name, value in held.items():

@@ -98,7 +98,9 @@ class StabilityMonitor:
             raise ConfigError(str(error)) from None
         if not params:
             raise ConfigError("nothing to measure: the optimizer holds no parameter with `requires_grad=True`")
-        self._history_begun = False
+        self._run = history.new_run()
+        self._history_begun = self._resumed = False
+        self._resumed_at: int | None = None
         self.count = 0  # optimizer steps seen, in a plain loop
         self.measured = self._solved = 0
         self._warm = WarmStart()
@@ -201,6 +203,8 @@ class StabilityMonitor:
         Returns:
             What is to be logged: the measurement, with the warning's state; or the state alone, where it changed.
         """
+        if self._resumed:
+            self._resumed, self._resumed_at, self._history_begun = False, step, False
         changes: list[Event | None] = []
         if self.alarm is not None:
             if not self.control.holding and self._rates_on_host():
@@ -234,9 +238,9 @@ class StabilityMonitor:
         if self.history is not None:
             try:
                 if not self._history_begun:
-                    history.begin(self.history, self._settings())
+                    history.begin(self.history, self._settings(), self._run, self.name, self._resumed_at)
                     self._history_begun = True
-                history.append(self.history, measurement)
+                history.append(self.history, measurement, self._run)
             except (OSError, ValueError) as error:  # a path may be no path at all
                 self._tell(f"the history cannot be written ({error}); training goes on without it")
                 self.history = None
@@ -416,6 +420,7 @@ class StabilityMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next measurement depends on; loadable with ``weights_only=True``."""
         return {
+            "run": self._run,
             "count": self.count,
             "measured": self.measured,
             "solved": self._solved,
@@ -452,8 +457,14 @@ class StabilityMonitor:
             if self.config.strict:
                 raise ConfigError(text) from None
             self._tell(text, own=True)
+        else:
+            self._resumed = True  # at the step that is seen next
 
     def _load(self, state: dict[str, Any]) -> None:
+        run = state.get("run", self._run)
+        if not isinstance(run, str) or not run:
+            raise ValueError(f"`run` is {run!r}")
+        self._run = run
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         self._solved, fits = int(state.get("solved", 0)), state.get("fits")
         self._fits = None if fits is None else max(int(fits), 1)

@@ -90,6 +90,7 @@ class GFSCallback(_Base):
             monitor.history = self._history(trainer, name)
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
+        self._resumed = {}  # not that of a second fit, which begins anew
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure before the first micro-batch of an optimizer step: the weights are its, no graph is alive."""

@@ -129,10 +129,13 @@ MEASURED = {"step": 3, "optimizer_name": "SGD", "sharpness": 2.0, "alarm": 1, "r
 LINES = (
     st.binary(max_size=20)
     | VALUES.map(lambda v: json.dumps(v).encode())
-    | st.tuples(st.sampled_from([*MEASURED, "threshold", "overhead", "odd"]), VALUES).map(
+    | st.tuples(st.sampled_from([*MEASURED, "run", "threshold", "overhead", "odd"]), VALUES).map(
         lambda pair: json.dumps(MEASURED | {pair[0]: pair[1]}).encode()
     )
     | VALUES.map(lambda v: json.dumps({"settings": v}).encode())
+    | st.tuples(st.sampled_from(["run", "name", "began", "resumed_at"]), VALUES).map(
+        lambda pair: json.dumps({"settings": {}, "run": "a", "resumed_at": 2, pair[0]: pair[1]}).encode()
+    )
     | st.sampled_from([DEEP, '{"settings": ' + DEEP, '{"step": 1, "x": ' + DEEP, "9" * 5000]).map(str.encode)
 )
 
@@ -300,6 +303,7 @@ def test_a_damaged_checkpoint_is_refused_whole_and_training_goes_on(
         ((), "state"),
         (("warm",), "vectors"),
         (("fits",), "many"),
+        (("run",), 3),
         (("running",), [1, 2]),
         (("running", 0, "moments"), [1.0]),
         (("clock", "spent"), {"gfs": "x"}),

@@ -210,6 +210,9 @@ def test_trained_twice(tmp_path: Path) -> None:
     trainer.train()
     assert [row["step"] for row in rows(trainer)] == [0, 2, 4]
     assert "compute_loss" not in vars(trainer)
+    parts = gfs.history_parts(tmp_path / "history.jsonl")
+    assert [[m.step for m in part.measurements] for part in parts] == [[0, 2, 4], [0, 2, 4]]
+    assert parts[0].measurements != parts[1].measurements  # the second goes on from the first's weights
 
 
 class NoLoss(nn.Module):

@@ -360,6 +360,27 @@ def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path, probe: str) -> N
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_second_fit_writes_a_part_of_its_own_and_starts_anew(tmp_path: Path) -> None:
+    fits = []
+    callback = every(2)
+    for part, epochs in enumerate((8, 12)):
+        model, checkpoint = Linear(), ModelCheckpoint(dirpath=tmp_path, filename=f"{part}", save_last=False)
+        _, trainer = train(tmp_path, [callback, checkpoint], model=lambda m=model: m, batch=160, max_epochs=epochs)
+        fits.append([m.step for m in history(trainer)])
+    assert fits == [list(range(0, 8, 2)), list(range(0, 12, 2))]
+    trainer = quiet(tmp_path, [callback], max_epochs=16, logger=trainer.logger)
+    loader = DataLoader(digits(), batch_size=160)
+    trainer.fit(Linear(), loader, ckpt_path=tmp_path / "0.ckpt")
+    resumed = gfs.history_parts(Path(trainer.log_dir) / "history.jsonl")[-1]
+    assert resumed.resumed_at == (8,)
+    assert [m.step for m in resumed.measurements] == list(range(0, 16, 2))
+    trainer.fit_loop.max_epochs = 20
+    trainer.fit(Linear(), loader)  # not from the checkpoint: none of its state
+    parts = gfs.history_parts(Path(trainer.log_dir) / "history.jsonl")
+    assert [p.resumed_at for p in parts] == [(), (8,), ()]
+    assert [m.step for m in parts[-1].measurements] == [16, 18]
+
+
 def test_options_are_those_of_the_config() -> None:
     hints = get_type_hints(gfs.GFSConfig)
     parameters = inspect.signature(GFSCallback).parameters

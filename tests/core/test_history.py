@@ -1,0 +1,128 @@
+"""Each training writes its own part of a history; a resumed one goes on with its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gfs_core as gfs
+from gfs_core import history
+
+
+class Training:
+    """A small training whose steps, from ``first``, are measured each."""
+
+    def __init__(self, path: Path, rate: float = 0.1, name: str = "") -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), rate)
+        config = gfs.GFSConfig(tier="sharpness", every=1, running_every=None, max_overhead=None, history=str(path))
+        self.monitor = gfs.StabilityMonitor(self.model, self.optimizer, config, name=name)
+
+    def train(self, first: int, end: int) -> Training:
+        x = torch.ones(4, 3)
+        for step in range(first, end):
+            assert self.monitor.step(lambda b: self.model(b).square().mean(), x, step) is not None
+        return self
+
+
+def rates(measurements: list[gfs.Measurement]) -> list[tuple[int, float | None]]:
+    return [(m.step, m.learning_rate) for m in measurements]
+
+
+def test_a_second_training_has_a_part_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    Training(path, 0.1).train(0, 4)
+    Training(path, 0.2).train(0, 2)
+    first, second = gfs.history_parts(path)
+    assert rates(first.measurements) == [(i, 0.1) for i in range(4)]
+    assert rates(second.measurements) == [(0, 0.2), (1, 0.2)]
+    assert gfs.read_history(path) == gfs.read_history(path, part=1) == second.measurements
+    assert gfs.read_history(path, part=0) == first.measurements
+    assert first.run != second.run
+    assert first.resumed_at == second.resumed_at == ()
+    assert first.settings["optimizer"] == "SGD"
+    assert first.began[:2] == "20"
+    with pytest.raises(gfs.ConfigError, match=r"holds 2 part\(s\), and there is no part 2"):
+        gfs.read_history(path, part=2)
+
+
+def test_trainings_that_write_at_once_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    one, two = Training(path, 0.1), Training(path, 0.2)
+    for step in range(3):
+        one.train(step, step + 1)
+        two.train(step, step + 1)
+    assert [rates(p.measurements) for p in gfs.history_parts(path)] == [[(i, r) for i in range(3)] for r in (0.1, 0.2)]
+
+
+def test_a_resumed_training_goes_on_with_its_part_and_voids_the_stretch_that_was_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    whole = Training(path, 0.1).train(0, 3)
+    state = whole.monitor.state_dict()
+    whole.train(3, 6)
+    Training(path, 0.2).train(0, 1)  # another one in between
+    resumed = Training(path, 0.3)
+    resumed.monitor.load_state_dict(state)
+    resumed.train(3, 5)
+    other, part = gfs.history_parts(path)  # the one that was resumed is the latest
+    assert rates(other.measurements) == [(0, 0.2)]
+    assert rates(part.measurements) == [(0, 0.1), (1, 0.1), (2, 0.1), (3, 0.3), (4, 0.3)]
+    assert part.resumed_at == (3,)
+    assert sum('"step"' in line for line in path.read_text().splitlines()) == 9  # nothing is deleted from the file
+    again = Training(path, 0.4)
+    again.monitor.load_state_dict(resumed.monitor.state_dict())
+    again.train(5, 6)
+    assert gfs.history_parts(path)[-1].resumed_at == (3, 5)
+    assert [m.step for m in gfs.read_history(path)] == list(range(6))
+
+
+def test_a_state_that_is_loaded_without_another_step_begins_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    training = Training(path).train(0, 2)
+    before = path.read_text()
+    Training(path).monitor.load_state_dict(training.monitor.state_dict())
+    assert path.read_text() == before
+
+
+def test_several_optimizers_of_a_training_share_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    for rate in (0.1, 0.2):
+        pair = [Training(path, rate, name) for name in ("gen", "disc")]
+        states = [t.train(0, 2).monitor.state_dict() for t in pair]
+    first, second = gfs.history_parts(path)
+    for part, rate in ((first, 0.1), (second, 0.2)):
+        found = sorted((m.optimizer_name, m.step) for m in part.measurements if m.learning_rate == rate)
+        assert found == [("disc", 0), ("disc", 1), ("gen", 0), ("gen", 1)]
+        assert len(part.measurements) == 4
+    resumed = Training(path, 0.3, "disc")
+    resumed.monitor.load_state_dict(states[1])
+    resumed.train(1, 2)
+    found = [(m.optimizer_name, m.step, m.learning_rate) for m in gfs.read_history(path)]
+    assert sorted(found) == [("disc", 0, 0.2), ("disc", 1, 0.3), ("gen", 0, 0.2), ("gen", 1, 0.2)]
+
+
+def test_a_file_that_names_no_runs_is_one_part(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    for step in (0, 1):
+        history.begin(path, {"every": step})
+        history.append(path, gfs.Measurement(step))
+    [part] = gfs.history_parts(path)
+    assert [m.step for m in part.measurements] == [0, 1]
+    assert (part.run, part.began, part.settings) == ("", "", {"every": 1})
+
+
+def test_the_settings_are_those_of_the_part(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    for run in ("a", "b"):
+        history.begin(path, {"of": run}, run)
+        history.append(path, gfs.Measurement(0), run)
+    history.begin(path, {"of": "c"}, "c")  # killed before its first measurement
+    assert history.read_settings(path) == {"of": "b"}
+    assert history.read_settings(path, 0) == {"of": "a"}
+    assert history.read_settings(path, 2) == {}
+    assert [json.loads(line).get("run") for line in path.read_text().splitlines()] == ["a", "a", "b", "b", "c"]

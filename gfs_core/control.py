@@ -25,28 +25,30 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gfs_core.config import Policy
 from gfs_core.errors import ConfigError
 from gfs_core.measurement import Measurement
 from gfs_core.stability import unwrap
+from gfs_core.vectors import local, norm
 
 # What optimizers without and with second moments stand was measured, in benchmarks/control.md: nearer to the edge, and
 # with faster growth, momentum loses runs; AdamW, whose steps keep their size where gradients explode, gains a point.
 _GROWTH = {False: 1.02, True: 1.05}  # of the limit, per step
 MARGIN = {False: 0.5, True: 0.75}
 _FOLLOW_MEMORY = 0.8  # weight of the past in what `follow` and `cdat` go by, in the logarithm
-_FIRST = 4  # measurements before the limit is trusted, …
+FIRST = 4  # measurements before the limit is trusted, …
 _FREE = 20  # measurements that no budget holds back: the curvature changes fastest at the start
 _FIRST_SCALE = 0.01  # … the scale until then, …
 _FIRST_SHARE = 0.3  # … and the part of the limit to start from
-_PATIENCE = 50  # steps without those measurements after which the rate is given free
+PATIENCE = 50  # steps without those measurements after which the rate is given free; at rate 0 none can be had
 _LARGEST = 100.0  # scale; a base rate that is further off is a mistake, and a curvature that vanishes no reason
 _SETTLED = 100  # steps with nothing to hold back after which `warmup` is over
 _DOWN = 0.5
@@ -66,7 +68,7 @@ class Control:
         margin: the stability ratio to stay below.
         growth: factor by which the limit may grow per step.
         last: the scale of the last step taken.
-        lost: whether a policy that needs measurements has had too few for too long; the scale is 1 then.
+        lost: whether a policy that needs measurements has had too few for too long; the scale is 1 until they come.
     """
 
     def __init__(self, policy: Policy, margin: float | None = None, adaptive: bool = False) -> None:
@@ -76,7 +78,7 @@ class Control:
         self.lost = False
         self.last = 1.0
         self._seen = 0  # measurements
-        self._steps = 0
+        self._steps = 0  # that have waited for the first measurements
         self._target: float | None = None  # rate to stay below by the measurements …
         self._limit: float | None = None  # … and with the growth limited
         self._peak = 0.0  # largest rate of the user's so far
@@ -91,9 +93,14 @@ class Control:
         return self.policy not in ("observe", "step_down")
 
     @property
+    def seen(self) -> int:
+        """The measurements so far that held what the policy goes by."""
+        return self._seen
+
+    @property
     def waiting(self) -> bool:
         """Whether the policy needs a measurement before this step: its first ones are still to come."""
-        return self.measures and self._seen < _FIRST and not self.lost
+        return self.measures and self._seen < FIRST and not self.lost
 
     @property
     def starting(self) -> bool:
@@ -117,8 +124,14 @@ class Control:
             mixed = _FOLLOW_MEMORY * math.log(self._target) + (1 - _FOLLOW_MEMORY) * math.log(target)
             self._target = math.exp(mixed)
         self._seen += 1
-        if self._seen == _FIRST:
+        if self._seen == FIRST:
             self._target, self._limit = target, _FIRST_SHARE * target
+            self._steps, self.lost = 0, False
+
+    def renew(self) -> None:
+        """Start again with the first measurements: weights are trained whose curvature has not been measured."""
+        self._seen, self._noisy = 0, False
+        self._target, self._limit, self._moments = None, None, (0.0, 0.0)
 
     def alarmed(self) -> None:
         """Take in an alarm."""
@@ -140,17 +153,19 @@ class Control:
         return min(limit / peak, _LARGEST) if peak > 0 else 1.0
 
     def step(self, rate: float) -> float:
-        """The scale for a step that is taken now."""
+        """The scale for a step that is taken now; one at rate 0 moves nothing, and does not count."""
         scale = self.scale(rate)
-        self._steps += 1
+        if not rate > 0:
+            return scale
         self._peak = max(self._peak, rate)
         self._limit = self._next_limit()
         if self.policy == "step_down":
             self._down, self._quiet = scale, self._quiet + 1
         elif self.policy == "warmup" and not self._finished():
-            self._quiet = self._quiet + 1 if scale == 1.0 and self._seen >= _FIRST else 0
-        if self.waiting and self._steps >= _PATIENCE:
-            self.lost = True
+            self._quiet = self._quiet + 1 if scale == 1.0 and self._seen >= FIRST else 0
+        if self.waiting:
+            self._steps += 1
+            self.lost = self._steps >= PATIENCE
         self.last = scale
         return scale
 
@@ -204,8 +219,11 @@ class Control:
 
 
 def rate_of(optimizer: Any) -> float:
-    """The largest rate among the optimizer's groups: the one that scales and limits are told of."""
-    return max((float(g["lr"]) for g in unwrap(optimizer).param_groups if "lr" in g), default=0.0)
+    """The largest rate among the optimizer's groups, which scales and limits refer to; 0 while nothing is trained."""
+    groups = unwrap(optimizer).param_groups
+    if not any(p.requires_grad for group in groups for p in group["params"]):
+        return 0.0
+    return max((float(g["lr"]) for g in groups if "lr" in g), default=0.0)
 
 
 def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
@@ -239,9 +257,15 @@ class Overlay:
     checkpoints and logged rates stay the user's. A closure runs at the user's rates. A step that gradient scaling skips
     never sees the scale. Tensor rates are changed in place, so that compiled and captured steps see them.
 
+    It acts through torch's hooks on ``optimizer.step``. An optimizer that moves the weights by other methods (the two
+    halves of a sharpness-aware step, a step inside the backward pass) passes them by: :meth:`look` notices.
+
     Args:
         optimizer: a torch optimizer or a wrapper of one.
         control: decides the scale.
+
+    Attributes:
+        passed_by: how many times in a row :meth:`look` has found the weights moved without a step.
 
     Raises:
         ConfigError: the optimizer searches along a line itself (LBFGS).
@@ -254,7 +278,9 @@ class Overlay:
                 "LBFGS evaluates the loss several times per step and chooses its own step length; its rate cannot be "
                 "controlled: use control='observe'"
             )
-        self._held: list[float | Tensor] = []
+        self._held: list[tuple[dict[str, Any], float | Tensor]] = []  # groups with the user's rates, while scaled
+        self.passed_by, self._stepped = 0, False
+        self._length: float | None = None  # of the weights, when `look` last found no step
         # A compiled step would take the scale of its first time for a constant.
         before, after = (torch.compiler.disable(hook) for hook in (self._before, self._after))  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [
@@ -270,7 +296,25 @@ class Overlay:
             handle.remove()
         self._handles = []
 
+    def look(self, anywhere: Callable[[bool], bool] = bool) -> None:
+        """Look, once for each step of the training, whether the weights move without one that this acts on.
+
+        Weights that stay where they are (gradient scaling has skipped the step, rate 0) prove nothing.
+
+        Args:
+            anywhere: whether something is so on any of the processes that train together.
+        """
+        if self._stepped:
+            self._stepped, self._length = False, None
+            return
+        weights = [p for group in self.optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+        length = norm([local(p) for p in weights]) if weights else 0.0
+        if self._length is not None and anywhere(math.isfinite(length) and length != self._length):
+            self.passed_by += 1
+        self._length = length
+
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._stepped, self.passed_by = True, 0
         self._restore()  # of a step that broke off
         closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
         if closure is None:
@@ -306,7 +350,7 @@ class Overlay:
         if scale == 1.0:
             return
         groups = [g for g in self.optimizer.param_groups if "lr" in g]
-        self._held = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+        self._held = [(g, g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"]) for g in groups]
         for group in groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].mul_(scale)
@@ -314,8 +358,7 @@ class Overlay:
                 group["lr"] = group["lr"] * scale
 
     def _restore(self) -> None:
-        groups = [g for g in self.optimizer.param_groups if "lr" in g]
-        for group, rate in zip(groups, self._held, strict=False):
+        for group, rate in self._held:
             set_rate(group, rate)
         self._held = []
 

@@ -17,6 +17,10 @@ class MeasurementError(GFSError, RuntimeError):
     """A value could not be had. A monitor reports it and goes on; ``strict=True`` raises it."""
 
 
+class NoLoss(MeasurementError):
+    """The loss function returned ``None``: a batch that training skips."""
+
+
 class GFSWarning(UserWarning):
     """Something the user should know; each text is shown once per run."""
 

@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
 from gfs_core.batches import Sizes, changed, copied, examples_of, first_of_all, fraction_of, is_plain, rotating_part
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
-from gfs_core.control import Control, Overlay, at_scale, rate_of, scheduler_of
+from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
 from gfs_core.curvature import HvpMethod
-from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
+from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss
 from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
@@ -32,12 +33,15 @@ from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
-from gfs_core.vectors import Vector, clone, combine, is_half, local, norm, random_like, sharded
+from gfs_core.vectors import Vector, clone, combine, norm, random_like, sharded
 from gfs_core.vectors import scale as times
+from gfs_core.weights import Weights, fitted, moved, to_come
 
 T = TypeVar("T")
 _MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
+_PASSING = ("come with its first step", "the learning rate is 0")  # reasons that nobody has to do anything about
+_SURE = 3  # steps in a row that pass the control by before it is told
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
 
@@ -118,6 +122,10 @@ class StabilityMonitor:
         self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
         self._before_step = -1  # … for a measurement at this one
+        self._weights = Weights()
+        self._weights.changed(params)
+        self._looked = -1  # step at which it was last looked whether the control acts
+        self._why = "no measurement was made"  # the control has no ratio
         if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
             self._tell(
                 f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
@@ -177,7 +185,8 @@ class StabilityMonitor:
         if loss is not None:
             self.saw(loss, examples_of(batches))
         measurement = None
-        if self.wants(step):
+        self._look(step)
+        if self.wants(step) and self._measurable():
             try:
                 measurement = self._step(loss_fn, batches, step)
             finally:
@@ -206,10 +215,11 @@ class StabilityMonitor:
         if self._resumed:
             self._resumed, self._resumed_at, self._history_begun = False, step, False
         changes: list[Event | None] = []
+        self._look(step)
         if self.alarm is not None:
             if not self.control.holding and self._rates_on_host():
                 rate = self._rate()
-                changes.append(self.alarm.saw_rate(step, rate * self.control.scale(rate)))
+                changes.append(self.alarm.saw_rate(step, rate * self._scale(rate)))
             now = measurement is not None
             losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
             changes += [self.alarm.saw_loss(*seen) for seen in losses]
@@ -274,6 +284,60 @@ class StabilityMonitor:
         if self.on_alarm is not None:
             self.on_alarm(event)
 
+    def _look(self, step: int) -> None:
+        """Notice, once a step, where the control does not act, and where the weights are others than they were."""
+        if step == self._looked or self.control.policy == "observe":
+            return
+        self._looked = step
+        self._measurable()
+        policy, ranks = self.control.policy, self.ranks
+        if self.control.lost:
+            self._complain(
+                f"control={policy!r} starts from {FIRST} stability ratios, and had {self.control.seen} in {PATIENCE} "
+                f"steps ({self._why}). It leaves the rate alone until it has them: lr_scale is 1. Mend what is in "
+                "brackets, or use control='observe'"
+            )
+        if self._overlay is not None:
+            alone: Callable[[bool], bool] = bool
+            self._overlay.look(alone if ranks is None else lambda so: self._agreed(lambda: ranks.any(so), so))
+            if self._overlay.passed_by >= _SURE:
+                self._complain(
+                    f"control={policy!r} does not act: the weights move without `optimizer.step()`, by other methods "
+                    f"of {self._label()} or inside the backward pass, and it holds the rate of such steps alone. "
+                    "lr_scale is 1. Step with `optimizer.step()` (sharpness-aware optimizers: with a closure), or use "
+                    "control='observe'"
+                )
+
+    def _complain(self, reason: str) -> None:
+        if self.config.strict:
+            raise MeasurementError(reason)
+        self._tell(reason)
+
+    def _scale(self, rate: float) -> float:
+        """The scale of the coming step; 1 where the control does not act."""
+        passed_by = self._overlay is not None and self._overlay.passed_by > 0
+        return 1.0 if passed_by else self.control.scale(rate)
+
+    def _measurable(self) -> bool:
+        """Whether there are weights to measure now; what was measured on others is dropped."""
+        params = parameters_of(self.optimizer)
+        if not params:
+            self._tell("every weight that the optimizer holds is frozen: nothing is measured until one is trained")
+            return False
+        if to_come(self.model, params):
+            return False
+        device = self._weights.device
+        if self._weights.changed(params):
+            self._warm, self._running, self._before = WarmStart(), RunningSharpness(), None
+            self._method, self._trusted, self._precision = self.config.hvp, False, self.config.precision
+            self._batch_sharpness, self._solved = None, 0
+            if self._weights.device != device:
+                self._probe = [moved(b, device, self._weights.device) for b in self._probe]
+            self.control.renew()
+            if self._scheduler is not None:
+                self._scheduler.refresh()
+        return True
+
     def _step(self, loss_fn: Callable[[Any], Tensor], current: list[Any], step: int) -> Measurement | None:
         if self._is_short(current):
             self._before = None
@@ -300,7 +364,7 @@ class StabilityMonitor:
             running = Running(self._running, part, fraction_of(part, current))
             self._turn += 1
         free = self._cadence.free(tiers)
-        scale_before = self.control.scale(self._rate())
+        scale_before = self._scale(self._rate())
         try:
             with self.together():
                 if running is not None:
@@ -338,7 +402,7 @@ class StabilityMonitor:
             batch_sharpness=self._averaged(measurement.batch_sharpness),
         )
         for reason in measurement.reasons:
-            if "come with its first step" not in reason:
+            if not any(words in reason for words in _PASSING):
                 self._tell(reason)
         return self._controlled(measurement, scale_before)
 
@@ -369,7 +433,9 @@ class StabilityMonitor:
         if self._cadence.leading == "directional" and measurement.stability_ratio is not None:
             measurement = replace(measurement, stability_ratio=measurement.stability_ratio * along)
         self.control.measured(rate * before, measurement)
-        scale = self.control.scale(rate)
+        if self.control.waiting:
+            self._why = "; ".join(measurement.reasons) or "the curvature found was not positive"
+        scale = self._scale(rate)
         if self._scheduler is not None:
             self._scheduler.refresh()
         return replace(at_scale(measurement, scale / before), lr_scale=scale, lr_effective=rate * scale)
@@ -476,31 +542,24 @@ class StabilityMonitor:
         if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
             self._precision = state["precision"]
         params = parameters_of(self.optimizer)
-
-        def fitted(vector: list[Tensor] | None) -> list[Tensor] | None:
-            if vector is None or [t.shape for t in vector] != [p.shape for p in params]:
-                return None
-            dtypes = [torch.float32 if is_half(p) else p.dtype for p in params]
-            pairs = zip(vector, params, dtypes, strict=True)
-            return [t.to(device=p.device, dtype=dtype, copy=True) for t, p, dtype in pairs]
-
+        self._weights.changed(params)
         if self.ranks is not None and self.ranks.sharding(params) is not None:
             state = {k: v for k, v in state.items() if k not in ("warm", "before", "running")}  # another rank's shards
 
-        raw, preconditioned = (fitted(v) for v in state.get("warm", [None, None]))
+        raw, preconditioned = (fitted(v, params) for v in state.get("warm", [None, None]))
         self._warm = WarmStart(raw, preconditioned)
-        device = params[0].device
+        device = params[0].device if params else None
         kept = self.config.probe == "fixed" and self.ranks is None  # of several processes it is rank 0's alone
         probe = state.get("probe", [])
         if kept and probe is None:
             self._tell("the fixed probe was not saved, its batches are of a class of their own; it is collected anew")
         self._probe = [changed(b, lambda t: t.to(device)) for b in probe or []] if kept else []
         before_step, before = state.get("before", [-1, None])
-        self._before_step, self._before = int(before_step), fitted(before)
+        self._before_step, self._before = int(before_step), fitted(before, params)
         if "running" in state:
             running, turn, parts, mean_loss = state["running"]
             self._turn, self._parts = int(turn), max(int(parts), 1)
-            if (vector := fitted(running["vector"])) is not None:
+            if (vector := fitted(running["vector"], params)) is not None:
                 self._running.load_state_dict({**running, "vector": vector})
             self._mean_loss.load(mean_loss)
         batch_sharpness = state.get("batch_sharpness")
@@ -530,8 +589,6 @@ class StabilityMonitor:
             self._solved += 1
             if self._solved % _MIX_EVERY == 0:
                 self._mix(seed)
-        if before is not None and [t.shape for t in before] != [local(p).shape for p in parameters_of(self.optimizer)]:
-            before = None  # weights were frozen or added since
         scaled = contextlib.nullcontext() if self._overlay is None else self._overlay.scaled(scale)
         with scaled:
             measurement, hessian, seconds = measure(
@@ -586,7 +643,9 @@ class StabilityMonitor:
                 combine(1.0, noise, 1.0, vector)
 
     def _failed(self, error: Exception) -> None:
-        self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
+        self._why = str(error)
+        if not isinstance(error, NoLoss) or self.ranks is not None:  # of several processes each drops the same
+            self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             why = str(error) if isinstance(error, OverLimit) else "a measurement ran out of memory"
@@ -623,7 +682,7 @@ class StabilityMonitor:
         facts = {
             "version": version("gfs-sharpness"),
             "optimizer": type(unwrap(self.optimizer)).__name__,
-            "parameters": sum(p.numel() for p in parameters_of(self.optimizer)),
+            "parameters": sum(p.numel() for p in parameters_of(self.optimizer) if not is_lazy(p)),
             "processes": 1 if self.ranks is None else self.ranks.size,
         }
         return facts | asdict(self.config)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.batches import pieces
-from gfs_core.errors import MeasurementError
+from gfs_core.errors import MeasurementError, NoLoss
 from gfs_core.isolation import Isolation
 from gfs_core.memory import Allowance
 from gfs_core.precision import Precision
@@ -138,12 +138,15 @@ class Objective:
         """The loss on one batch, with its graph.
 
         Raises:
+            NoLoss: it is ``None``.
             MeasurementError: the loss is not a 0-dim tensor with a graph.
         """
         if self.isolation is not None:
             self.isolation.rewind()
         with torch.enable_grad(), self.allowance.counted():
             loss = self.loss_fn(self.model, self.precision.of(batch))
+        if loss is None:
+            raise NoLoss("the loss is None, as of a batch that training skips: nothing is measured on such a batch")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise MeasurementError(f"the loss function must return a 0-dim tensor, got {got}")

@@ -74,14 +74,16 @@ class EdgeOfStabilityLR(LRScheduler):
 
     def refresh(self) -> None:
         """Put the control's present scale into the rates; a monitor calls it after a measurement."""
-        scale = self.control.scale(self.users_rate)
         groups = self.optimizer.param_groups
+        self._take_in_new_groups()
+        scale = self.control.scale(self.users_rate)
         for group, rate in zip(groups, self._users, strict=True):
             set_rate(group, rate * scale)
         self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
 
     def get_lr(self) -> list[Any]:
         """The rates of the coming step, a number per group."""
+        self._take_in_new_groups()
         if self.last_epoch > 0:
             self.control.step(self.users_rate)  # the step that has been taken
             if self.base_scheduler is not None:
@@ -91,6 +93,11 @@ class EdgeOfStabilityLR(LRScheduler):
                 self._users = [float(g["lr"]) for g in self.optimizer.param_groups]
         scale = self.control.scale(self.users_rate)
         return [rate * scale for rate in self._users]
+
+    def _take_in_new_groups(self) -> None:
+        """A group that was added since has the user's rate."""
+        groups = self.optimizer.param_groups
+        self._users = self._users[: len(groups)] + [float(g["lr"]) for g in groups[len(self._users) :]]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the base scheduler's state and the control's included."""

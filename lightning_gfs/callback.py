@@ -174,10 +174,7 @@ class GFSCallback(_Base):
                 return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]
             takes_index = len(inspect.signature(module.training_step).parameters) > 1
             out = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
-        loss = out["loss"] if isinstance(out, Mapping) else out
-        if loss is None:
-            raise ValueError("`training_step` returned None for this batch")
-        return loss  # type: ignore[no-any-return]
+        return out["loss"] if isinstance(out, Mapping) else out  # type: ignore[no-any-return]  # None: skipped
 
     def _history(self, trainer: Any, name: str) -> Path | None:
         path = Path(self.config.history) if self.config.history else None

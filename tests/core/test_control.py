@@ -177,6 +177,36 @@ def test_without_measurements_the_rate_is_given_free_in_the_end() -> None:
     assert control.step(RATE) == 1.0
 
 
+def test_steps_at_rate_0_do_not_count() -> None:
+    control = Control("warmup", 0.5)
+    assert [control.step(0.0) for _ in range(200)] == [0.01] * 200
+    assert control.waiting
+    for _ in range(4):
+        control.step(RATE)
+        control.measured(RATE, measured(0.01))
+    assert [control.step(0.0) for _ in range(200)] == [1.0] * 200  # nothing is held back, and nothing tried
+    assert control.holding
+
+
+def test_a_control_that_was_lost_begins_when_it_has_its_measurements() -> None:
+    control = Control("cap", 0.5)
+    for _ in range(60):
+        control.step(RATE)
+    assert control.lost
+    for _ in range(4):
+        assert control.step(RATE) == 1.0
+        control.measured(RATE, measured(1.0))
+    assert not control.lost
+    assert control.step(RATE) == pytest.approx(0.15 * 1.02)
+
+
+def test_of_other_weights_the_first_measurements_are_taken_anew() -> None:
+    control = started("cap")
+    control.renew()
+    assert control.waiting
+    assert control.step(RATE) == 0.01
+
+
 def test_the_solved_ratio_serves_where_there_is_no_running_one() -> None:
     control = Control("cap", 0.5)
     for _ in range(4):

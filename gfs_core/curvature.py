@@ -8,12 +8,14 @@ Two ways, and a choice between them:
   as long as leaves the gradient nearly linear: it turns by about a hundredth of its length in float32.
 
 ``"auto"`` tries exact, then exact with attention in its plain (math) kernel and compiled code run eagerly,
-then goes over to gradients. Fused attention and compiled code have no second derivative.
+then goes over to gradients. Fused attention and compiled code have no second derivative. Others are infinite at single
+points, as that of a norm at zero: there a product is not finite, and differences reach over the point.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -25,13 +27,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
 from gfs_core.precision import PrecisionChoice
-from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, owned, scale, zeros_like
+from gfs_core.vectors import Vector, axpy, clone, copy, dense, dots, norm, owned, scale, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
 
 
 class _SilentlyWrong(RuntimeError):
+    pass
+
+
+class _NotFinite(RuntimeError):
     pass
 
 
@@ -65,11 +71,13 @@ class Hessian:
         trusted: whether exact products are known to be right for this model. Otherwise the first one is compared
             with a difference of gradients (four gradients, once): some layers drop out of a second derivative
             without an error, ``once_differentiable`` functions for instance.
+        plain_kernels: whether attention is known to need its plain kernel, and compiled code to run eagerly.
 
     Attributes:
         hvps: products computed so far.
         method: how products are computed now; ``"auto"`` until the first product has settled it.
-        reason: why the products are not the plain exact ones; empty where they are.
+        plain_kernels: whether exact products take attention's plain kernel, and run compiled code eagerly.
+        reason: why the products are not exact; empty where they are.
         loss: the loss at the last product.
         error: relative error of a product from gradients, as the difference of two step lengths; 0 where exact.
 
@@ -77,7 +85,9 @@ class Hessian:
         MeasurementError: from a product, where ``method="exact"`` and there is no second derivative.
     """
 
-    def __init__(self, objective: Objective, method: HvpMethod = "auto", trusted: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, method: HvpMethod = "auto", trusted: bool = False, plain_kernels: bool = False
+    ) -> None:
         if method not in ("auto", "exact", "gradients"):
             raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
         self.objective = objective
@@ -88,7 +98,7 @@ class Hessian:
         self.error = 0.0
         self.reason = ""
         self._graph: _Graph | None = None
-        self._plain_kernels = False
+        self.plain_kernels = plain_kernels
         self._noise = 0.0
         self._slope = 0.0  # length of the gradient
         self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen in a difference
@@ -112,6 +122,9 @@ class Hessian:
                         product = self._exact_on_all(vector)
                     if self.objective.precision.half is not None:
                         self.release()
+                if not math.isfinite(norm(product)):
+                    raise _NotFinite("it is not finite at these weights, as that of the norm of a zero vector")
+                if check is not None:
                     self._compare(product, check)
             except RuntimeError as error:
                 self._next_method(error)
@@ -156,13 +169,14 @@ class Hessian:
     def _next_method(self, error: RuntimeError) -> None:
         text = str(error).splitlines()[0]
         self.release()
-        if isinstance(error, _SilentlyWrong):
-            self._plain_kernels = True  # no other kernel would help
+        if isinstance(error, _NotFinite):
+            self.objective.gradient()  # it may not be finite either, and says so
+        if isinstance(error, (_SilentlyWrong, _NotFinite)):
+            self.plain_kernels = True  # no other kernel would help
         elif not self._may_be_met(error):
             raise error
-        if not self._plain_kernels:
-            self._plain_kernels = True
-            self.reason = f"second derivatives need plain attention kernels and uncompiled code here ({text})"
+        if not self.plain_kernels:
+            self.plain_kernels = True
         elif self._may_fall_back:
             self.method = "gradients"
             self.reason = f"products come from differences of gradients: no second derivative ({text})"
@@ -222,6 +236,7 @@ class Hessian:
             value = finite(float(loss.detach()))
             grads = torch.autograd.grad(loss, self.objective.params, create_graph=True, allow_unused=True)
         self.objective.grad_evals += 1
+        grads = tuple(None if g is None else dense(g) for g in grads)
         live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         return _Graph([grads[i] for i in live], live, grads, value)
 
@@ -237,7 +252,7 @@ class Hessian:
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:
         # Around forward *and* backward: checkpointed layers run their forward again inside the backward.
-        if not self._plain_kernels:
+        if not self.plain_kernels:
             yield
             return
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):

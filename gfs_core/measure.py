@@ -191,6 +191,7 @@ def measure(
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
     trusted: bool = False,
+    plain_kernels: bool = False,
     micro_batch: int | None = None,
     max_memory: float | None = None,
     precision: PrecisionChoice = "auto",
@@ -206,17 +207,17 @@ def measure(
 ) -> tuple[Measurement, Hessian, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
-    ``trusted`` is what the last measurement's Hessian found, and ``check_precision`` whether half precision is held
-    against float32 (one product). ``tiers`` names what is measured, ``before`` the weights before the last optimizer
-    step (consumed; without them nothing directional is measured), and ``directional`` how: ``"product"``, or
-    ``"losses"`` for forward passes only. ``running`` is the running estimate, renewed (without it nothing running is
-    measured), and ``current`` the batch whose batch sharpness is measured, by default ``batches``. ``ranks`` are the
-    processes that measure together, each on its own data: the loss is the mean over all of them.
+    ``trusted`` and ``plain_kernels`` are what the last measurement's Hessian found, and ``check_precision`` whether
+    half precision is held against float32 (one product). ``tiers`` names what is measured, ``before`` the weights
+    before the last optimizer step (consumed; without them nothing directional is measured), and ``directional`` how:
+    ``"product"``, or ``"losses"`` for forward passes only. ``running`` is the running estimate, renewed (without it
+    nothing running is measured), and ``current`` the batch whose batch sharpness is measured, by default ``batches``.
+    ``ranks`` are the processes that measure together, each on its own data: the loss is the mean over all of them.
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
-        The measurement, the Hessian used, whose ``method`` and ``trusted`` the next measurement may start from, and the
-        seconds that each tier's own part took.
+        The measurement, the Hessian used, whose ``method``, ``trusted`` and ``plain_kernels`` the next measurement may
+        start from, and the seconds that each tier's own part took.
 
     Raises:
         MeasurementError: nothing could be had.
@@ -242,7 +243,15 @@ def measure(
         objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, micro_batch, room)
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
-        probe = Probe(objective, hvp=hvp, trusted=trusted, tol=tol, max_hvps=max_hvps, seed=seed)
+        probe = Probe(
+            objective,
+            hvp=hvp,
+            trusted=trusted,
+            plain_kernels=plain_kernels,
+            tol=tol,
+            max_hvps=max_hvps,
+            seed=seed,
+        )
         if running is not None and known and "running" in tiers:
             with _timed(seconds, "running"), probe.on([running.part]):
                 values |= _running(probe, running, stability)

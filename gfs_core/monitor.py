@@ -109,7 +109,7 @@ class StabilityMonitor:
         self.measured = self._solved = 0
         self._warm = WarmStart()
         self._method: HvpMethod = self.config.hvp
-        self._trusted = False
+        self._trusted = self._plain_kernels = False
         self._precision: PrecisionChoice = self.config.precision
         self._probe: list[Any] = []
         self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
@@ -494,6 +494,7 @@ class StabilityMonitor:
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
             "method": self._method,
             "trusted": self._trusted,
+            "plain_kernels": self._plain_kernels,
             "precision": self._precision,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe if is_plain(self._probe) else None,
@@ -539,10 +540,12 @@ class StabilityMonitor:
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
         self._trusted = bool(state.get("trusted", False))
+        self._plain_kernels = bool(state.get("plain_kernels", False))
         if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
             self._precision = state["precision"]
         params = parameters_of(self.optimizer)
         self._weights.changed(params)
+
         if self.ranks is not None and self.ranks.sharding(params) is not None:
             state = {k: v for k, v in state.items() if k not in ("warm", "before", "running")}  # another rank's shards
 
@@ -604,6 +607,7 @@ class StabilityMonitor:
                 horizon=config.horizon,
                 hvp=self._method,
                 trusted=self._trusted,
+                plain_kernels=self._plain_kernels,
                 micro_batch=config.micro_batch,
                 max_memory=config.max_memory,
                 precision=self._precision,
@@ -618,6 +622,7 @@ class StabilityMonitor:
                 ranks=self._global,
             )
         self._trusted, self._precision = hessian.trusted, hessian.precision
+        self._plain_kernels = hessian.plain_kernels
         if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
         return measurement, seconds

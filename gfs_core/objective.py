@@ -21,7 +21,7 @@ from gfs_core.isolation import Isolation
 from gfs_core.memory import Allowance
 from gfs_core.precision import Precision
 from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, axpy, local, owned, scale, spread
+from gfs_core.vectors import Vector, axpy, local, norm, owned, scale, spread
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -159,7 +159,7 @@ class Objective:
         """Loss and gradient at the present weights; unused parameters have gradient zero.
 
         Raises:
-            MeasurementError: the loss is not finite.
+            MeasurementError: the loss or the gradient is not finite.
         """
         total = 0.0
         out: Vector = []
@@ -177,7 +177,21 @@ class Objective:
         if self.ranks is not None:  # FSDP has exchanged the gradients of what it shards
             own = [g for g, p in zip(out, self.params, strict=True) if not hasattr(p, "to_local")]
             value = self.ranks.mean_of(value, own)
-        return finite(value), out
+        finite(value)
+        if not math.isfinite(norm(out)):
+            raise MeasurementError(self._what_is_not_finite(value, out))
+        return value, out
+
+    def _what_is_not_finite(self, loss: float, gradient: Vector) -> str:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for i, (p, g) in enumerate(zip(self.params, gradient, strict=True)):
+            if bad := int((~g.isfinite()).sum()):
+                name = names.get(id(p), f"parameter {i} of the optimizer")
+                return (
+                    f"the gradient of `{name}` is not finite in {bad} of {g.numel()} entries, while the loss is "
+                    f"({loss:.4g}): a root, norm or logarithm of zero in the loss?"
+                )
+        return f"the gradient is too long for its precision, while the loss is finite ({loss:.4g})"
 
     def loss(self) -> float:
         """The loss at the present weights, without its gradient.

@@ -59,12 +59,13 @@ class Probe:
         *,
         hvp: HvpMethod = "auto",
         trusted: bool = False,
+        plain_kernels: bool = False,
         tol: float = 1e-2,
         max_hvps: int = 100,
         seed: int = 0,
     ) -> None:
         self.objective = objective
-        self.hessian = Hessian(objective, hvp, trusted)
+        self.hessian = Hessian(objective, hvp, trusted, plain_kernels)
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -8,7 +8,7 @@ Adam); tests run the real optimizer just below and just above it.
 ==================================  ==========================================
 SGD, momentum β, dampening τ        (2 + 2β) / (η(1 − τ)), τ = 0 where β = 0
 SGD, Nesterov β                     (2 + 2β) / (η(1 + 2β))
-Adam                                (2 + 2β₁) / ((1 − β₁)η)
+Adam, SparseAdam                    (2 + 2β₁) / ((1 − β₁)η)
 AdamW, decoupled weight decay λ     (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
 NAdam, decay λ if decoupled         (2 − ηλ) / (η(1 − μ + μ′(1 − β₁)/(1 + β₁)))
 RAdam, decay λ if decoupled         (2 − ηλ)(1 + β₁) / ((1 − β₁)η)
@@ -18,10 +18,13 @@ Adagrad                             2 / η_t
 
 μ and μ′ are NAdam's momenta of the coming step and the one after; η_t is Adagrad's decayed rate.
 S = P^-1/2 with P = √v̂ + ε for Adam, AdamW and NAdam (v̂ bias-corrected), P = √v + ε for RMSprop and Adagrad (v its sum
-of squares), P = (√v + ε)/(r√(1 − β₂^t)) for RAdam with its rectification r (1 while it does not rectify), and 1 for
-SGD. Coefficients that still move in the first steps (β₁^t, NAdam's product of momenta) are taken as settled. An entry
-whose second moment is zero (a token not seen yet, a unit that is off) has had no gradient so far: the optimizer has not
-moved it, its P is about to change by orders of magnitude, and its entry of S is 0.
+of squares), P = (√v + ε)/√(1 − β₂^t) for SparseAdam, P = (√v + ε)/(r√(1 − β₂^t)) for RAdam with its rectification r (1
+while it does not rectify), and 1 for SGD. Coefficients that still move in the first steps (β₁^t, NAdam's product of
+momenta) are taken as settled. An entry whose second moment is zero (a token not seen yet, a unit that is off) has had
+no gradient so far: the optimizer has not moved it, its P is about to change by orders of magnitude, and its entry of S
+is 0.
+SparseAdam steps a row only with the batches that hold it. So its threshold is exact for rows that are in every batch;
+of rarer ones it is that of the steps they take, while the curvature must be of a batch that holds them.
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
 S is scaled by √(threshold of the reference group / threshold of the group), the reference being the group with
 the lowest threshold. With equal momentum in all groups that is exact; with different ones it is an approximation.
@@ -48,7 +51,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
 from gfs_core.vectors import local
 
@@ -80,8 +83,9 @@ def register_optimizer(
         threshold: ``threshold(optimizer, group)``, the largest eigenvalue of S·(H + shift)·S at which a step on a
             quadratic stops being stable at the group's present rate; infinite where the group does not move.
         preconditioner: ``preconditioner(optimizer, group, parameter)``, the diagonal P of S = P^-1/2, a new tensor of
-            the parameter's shape, > 0; infinite where the weight has had no gradient so far. Asked for only once
-            ``optimizer.state`` holds something for the parameter. ``None``: no preconditioner.
+            the parameter's shape (of a complex one that of its real view), > 0; infinite where the weight has had no
+            gradient so far. Asked for only once ``optimizer.state`` holds something for the parameter. ``None``: no
+            preconditioner.
         decoupled_weight_decay: whether the group's ``weight_decay`` stays out of the gradient; otherwise it is added
             to the diagonal of H.
         gain: ``gain(group)``, the long-run length of the steps for a constant gradient, in units of rate × gradient:
@@ -133,7 +137,7 @@ class Diagonal:
             else:
                 preconditioner = _RULES[type(self.optimizer)].preconditioner
                 assert preconditioner is not None
-                diagonal = local(preconditioner(self.optimizer, group, p).rsqrt_().to(p.dtype))
+                diagonal = local(preconditioner(self.optimizer, group, p).rsqrt_()).to(local(p).dtype)
                 yield diagonal.mul_(relative).pow_(self.power)
 
     def squared(self) -> Diagonal:
@@ -200,8 +204,8 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     """Learning rate, operator and threshold of ``optimizer`` as it stands now.
 
     Args:
-        optimizer: SGD, Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, one of :func:`register_optimizer`, or a wrapper
-            of one. Of any other the threshold is not known.
+        optimizer: SGD, Adam, AdamW, NAdam, RAdam, SparseAdam, RMSprop or Adagrad, one of :func:`register_optimizer`, or
+            a wrapper of one. Of any other the threshold is not known.
         params: the parameters measured, in order.
     """
     inner = unwrap(optimizer)
@@ -275,7 +279,7 @@ def _adagrad(inner: Adagrad, group: Group) -> float:
     return 2 * (1 + _steps(inner, group) * float(group["lr_decay"])) / float(group["lr"])
 
 
-def _adam(inner: Adam | RAdam, group: Group) -> float:
+def _adam(inner: Adam | RAdam | SparseAdam, group: Group) -> float:
     return _shrunk(inner, group) / (_gradient_weight(float(group["betas"][0])) * float(group["lr"]))
 
 
@@ -305,13 +309,19 @@ def _steps(inner: Optimizer, group: Group) -> float:
 
 
 def _adam_preconditioner(inner: Adam, group: Group, p: Tensor) -> Tensor:
-    held = inner.state[p]["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    held = _held(inner, p, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
     correction = 1 - float(group["betas"][1]) ** float(inner.state[p]["step"])
     return _with_eps((held / correction).sqrt_(), held, group)
 
 
+def _sparse_adam_preconditioner(inner: SparseAdam, group: Group, p: Tensor) -> Tensor:
+    held = _held(inner, p, "exp_avg_sq")
+    correction = 1 - float(group["betas"][1]) ** float(inner.state[p]["step"])
+    return _with_eps(held.sqrt(), held, group).div_(math.sqrt(correction))
+
+
 def _radam_preconditioner(inner: RAdam, group: Group, p: Tensor) -> Tensor:
-    held = inner.state[p]["exp_avg_sq"]
+    held = _held(inner, p, "exp_avg_sq")
     second, step = float(group["betas"][1]), float(inner.state[p]["step"])
     rectified = _rectification(second, step)
     if rectified is None:
@@ -320,14 +330,20 @@ def _radam_preconditioner(inner: RAdam, group: Group, p: Tensor) -> Tensor:
 
 
 def _rmsprop_preconditioner(inner: RMSprop, group: Group, p: Tensor) -> Tensor:
-    held = inner.state[p]["square_avg"]
+    held = _held(inner, p, "square_avg")
     if not group["centered"]:
         return _with_eps(held.sqrt(), held, group)
-    return _with_eps((held - inner.state[p]["grad_avg"] ** 2).clamp_(min=0).sqrt_(), held, group)
+    return _with_eps((held - _held(inner, p, "grad_avg") ** 2).clamp_(min=0).sqrt_(), held, group)
 
 
 def _adagrad_preconditioner(inner: Adagrad, group: Group, p: Tensor) -> Tensor:
-    return _with_eps(inner.state[p]["sum"].sqrt(), inner.state[p]["sum"], group)
+    held = _held(inner, p, "sum")
+    return _with_eps(held.sqrt(), held, group)
+
+
+def _held(inner: Optimizer, p: Tensor, name: str) -> Tensor:
+    """A moment in the optimizer's state, of complex weights that of real and imaginary parts; not to be changed."""
+    return local(inner.state[p][name])
 
 
 def _with_eps(root: Tensor, second_moment: Tensor, group: Group) -> Tensor:
@@ -352,4 +368,5 @@ _RULES: dict[type[Optimizer], _Rule] = {
     RAdam: _Rule(_adam, _radam_preconditioner),
     RMSprop: _Rule(_rmsprop, _rmsprop_preconditioner, gain=lambda group: 1 / (1 - float(group["momentum"]))),
     Adagrad: _Rule(_adagrad, _adagrad_preconditioner),
+    SparseAdam: _Rule(_adam, _sparse_adam_preconditioner),
 }

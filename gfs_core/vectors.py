@@ -3,7 +3,8 @@
 A *vector* here is a list of tensors with the shapes of the parameters: nothing is ever flattened into
 one long tensor, so a vector costs exactly one copy of the weights. Everything goes through
 ``torch._foreach_*``, and inner products come back to the host together, in one transfer. Of half-precision weights
-a vector is in float32.
+a vector is in float32. Of complex weights it holds real and imaginary parts side by side, as torch's optimizers do; of
+sparse gradients it is dense.
 
 Where the weights are sharded over processes, a vector holds this process's shards alone: it is never gathered, and
 inner products are summed over the processes (:func:`sharded`).
@@ -56,9 +57,18 @@ def sharded(how: Sharding | None) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor detached, of a DTensor this process's shard: in the same memory."""
+    """The tensor detached, of a DTensor this process's shard, of a complex one its real view: in the same memory."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return _real(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor dense and real, with its graph; of complex numbers the real view."""
+    return _real(tensor if tensor.layout is torch.strided else tensor.to_dense())
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def spread(tensor: Tensor) -> bool:
@@ -68,7 +78,7 @@ def spread(tensor: Tensor) -> bool:
 
 
 def clone(vector: Sequence[Tensor]) -> Vector:
-    """Copy of ``vector``, detached; of sharded weights, of this process's shards."""
+    """Copy of ``vector``, detached and real; of sharded weights, of this process's shards."""
     return [local(t).clone() for t in vector]
 
 
@@ -93,7 +103,7 @@ def owned(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
         if part is None:
             out += zeros_like([model])
             continue
-        tensor = part.detach()
+        tensor = dense(part.detach())
         if is_half(tensor):
             out.append(tensor.float())
             continue

@@ -24,7 +24,7 @@ from gfs_core.batches import batch_size
 from gfs_core.isolation import PythonState, RandomState
 from gfs_core.objective import LossFn
 from gfs_core.ranks import Ranks, alone
-from gfs_core.vectors import Vector, clone, dots, local
+from gfs_core.vectors import Vector, clone, dense, dots, local
 
 Saw = Callable[[Tensor, int | None], None]
 
@@ -227,7 +227,7 @@ def disagreement(
     pairs = [(p, p.grad) for p in params if p.grad is not None]
     if not pairs:
         return ""
-    true = [local(g) for _, g in pairs]
+    true = [dense(local(g)) for _, g in pairs]
     params = [p for p, _ in pairs]
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with Isolation(model, params) as isolation:

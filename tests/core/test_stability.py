@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "amsgrad": lambda p, r, b: torch.optim.Adam(p, r, betas=(b, 1.0 - 1e-15), amsgrad=True),
     "adam, coupled decay": lambda p, r, b: torch.optim.Adam(p, r, betas=(b, 1.0 - 1e-15), weight_decay=0.2),
     "adamw": lambda p, r, b: torch.optim.AdamW(p, r, betas=(b, 1.0 - 1e-15), weight_decay=0.4 / r),
+    "sparse adam": lambda p, r, b: torch.optim.SparseAdam(p, r, betas=(b, 1.0 - 1e-15)),
     "rmsprop": lambda p, r, b: torch.optim.RMSprop(p, r, momentum=b, alpha=1.0),
     "centered": lambda p, r, b: torch.optim.RMSprop(p, r, momentum=b, alpha=1.0, centered=True),
     "nadam": lambda p, r, b: torch.optim.NAdam(p, r, betas=(b, 1.0 - 1e-15)),
@@ -92,7 +93,7 @@ def grows(kind: str, rate: float, beta: float, spectrum: list[float], ratio: flo
             return True
         gradient = hessian @ x
         for p, g in zip(w, gradient.split([2, n - 2]), strict=True):
-            p.grad = g.clone()
+            p.grad = g.to_sparse() if isinstance(optimizer, torch.optim.SparseAdam) else g.clone()
         if isinstance(optimizer, torch.optim.Adagrad):
             freeze_second_moments(optimizer)  # its sum would grow with every step
         optimizer.step()

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
     "GPT-2": (language, {}, "works", ""),
     "GPT-2, accumulation": (language, {"gradient_accumulation_steps": 3}, "works", ""),
     "GPT-2, bf16 autocast": (language, {"bf16": True}, "works", ""),
-    "GPT-2, SDPA attention": (language, {"attention": "sdpa"}, "works", "plain attention kernels"),
+    "GPT-2, SDPA attention": (language, {"attention": "sdpa"}, "works", ""),
     "GPT-2, checkpointing": (language, NOT_REENTRANT, "works", ""),
     "GPT-2, re-entrant checkpointing": (language, REENTRANT, "works", "differences of gradients"),
     "GPT-2, torch_compile": (

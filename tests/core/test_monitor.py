@@ -152,7 +152,8 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
         for tier in tiers:
             spent[tier] += prices[tier]
         spent[tiers[-1]] += 0.001
-        return gfs.Measurement(step), SimpleNamespace(trusted=True, method="exact", precision="auto"), seconds
+        known = SimpleNamespace(trusted=True, method="exact", precision="auto", plain_kernels=False)
+        return gfs.Measurement(step), known, seconds
 
     monkeypatch.setattr(monitor_module, "measure", measured)
     model = nn.Linear(2, 1)

@@ -1,0 +1,296 @@
+"""Trainings that go well and trainings that are destroyed, recorded as a user would have them.
+
+Each is a small real training whose losses and history (default options) are written into a folder. What became of it is
+measured apart, by the loss on all its data, and is not in that folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import pydoc_data.topics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from torch import Tensor, nn
+
+import gfs_core as gfs
+from benchmarks.data import digits
+from benchmarks.tiers import Characters, text
+
+Batch = tuple[Tensor, Tensor]
+_WEIGHTS = "weights ×"
+
+
+@dataclass
+class Task:
+    """A training without a fault.
+
+    Attributes:
+        model: what is trained.
+        optimizer: with its usual rate.
+        loss: mean loss of a batch.
+        data: inputs and targets, all of them.
+        batch: examples of a batch; ``None``: all.
+        steps: how long it trains.
+        clip: largest norm of the gradient.
+        warmup: steps over which the rate grows.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Batch], Tensor]
+    data: Batch
+    batch: int | None
+    steps: int
+    clip: float | None = None
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, over a part of the steps.
+
+    Attributes:
+        since: fraction of the steps after which it begins.
+        until: fraction of the steps after which it ends.
+        rate: factor of the rate, by the steps since it began.
+        inputs: factor of the inputs (text is not changed).
+        labels: whether the targets of each batch are shuffled.
+        weights: factor of all weights, once.
+        bias: added to all biases but the last one, once: large and negative, it kills units.
+        fit: train on these first examples only: what is easy is fitted to the end.
+    """
+
+    since: float = 0.0
+    until: float = 1.0
+    rate: Callable[[int], float] = lambda k: 1.0
+    inputs: float = 1.0
+    labels: bool = False
+    weights: float = 1.0
+    bias: float = 0.0
+    fit: int | None = None
+
+
+def jump(factor: float, since: float = 0.0, until: float = 1.0) -> Fault:
+    """The rate is ``factor`` times what it should be."""
+    return Fault(since, until, rate=lambda k: factor)
+
+
+def ramp(percent: float, since: float = 0.3) -> Fault:
+    """The rate grows by ``percent`` in every step."""
+    return Fault(since, rate=lambda k: min((1 + percent / 100) ** (k + 1), 1e12))
+
+
+@dataclass
+class Ended:
+    """What became of a training, by the loss on all its data and its true targets: before the first step, and after."""
+
+    first: float
+    last: float
+    curve: list[float] = field(default_factory=list)
+
+
+def train(task: Task, fault: Fault, folder: Path, *, log_every: int = 1, logged: bool = True, seed: int = 0) -> Ended:
+    """Train, and leave ``history.jsonl`` and ``metrics.csv`` in ``folder``.
+
+    Args:
+        task: what to train.
+        fault: what goes wrong.
+        folder: for what a user would have.
+        log_every: steps between logged losses, each the mean since the one before.
+        logged: whether the losses are logged at all.
+        seed: of the batches.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = torch.Generator().manual_seed(seed)
+    config = gfs.GFSConfig(history=str(folder / "history.jsonl"))
+    monitor = gfs.StabilityMonitor(task.model, task.optimizer, config)
+    rates = [group["lr"] for group in task.optimizer.param_groups]
+    x, y = (t[: fault.fit] for t in task.data)
+    first = _loss_of_all(task)
+    held: list[float] = []
+    rows: list[tuple[int, float]] = []
+    for step in range(task.steps):
+        on = fault.since * task.steps <= step < fault.until * task.steps
+        begun = step - math.ceil(fault.since * task.steps)
+        if begun == 0:
+            _harm(task.model, fault)
+        for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
+            warm = min(1.0, (step + 1) / task.warmup) if task.warmup else 1.0
+            group["lr"] = rate * warm * (fault.rate(begun) if on else 1.0)
+        pick = slice(None) if task.batch is None else torch.randint(len(x), (task.batch,), generator=draws)
+        inputs, targets = x[pick], y[pick]
+        if on and fault.labels:
+            targets = targets[torch.randperm(len(targets), generator=draws)]
+        if on and inputs.is_floating_point():
+            inputs = inputs * fault.inputs
+        loss = task.loss((inputs, targets))
+        task.optimizer.zero_grad()
+        loss.backward()
+        if task.clip is not None:
+            nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)
+        monitor.step(task.loss, (inputs, targets), loss=loss.detach())
+        task.optimizer.step()
+        held.append(loss.item())
+        if (step + 1) % log_every == 0:
+            rows.append((step, sum(held) / len(held)))
+            held = []
+    monitor.close()
+    if logged:
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "train_loss"), *rows])
+    return Ended(first, _loss_of_all(task))
+
+
+def _harm(model: nn.Module, fault: Fault) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= fault.weights
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None]
+        for layer in layers[:-1]:
+            layer.bias += fault.bias
+
+
+def _loss_of_all(task: Task) -> float:
+    with torch.no_grad():
+        parts = list(zip(*(t.split(256) for t in task.data), strict=True))
+        sizes = [len(x) for x, _ in parts]
+        return sum(float(task.loss(part)) * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes)
+
+
+# --- the tasks ------------------------------------------------------------------------------------------------------
+
+
+def _task(make: Callable[[], nn.Module], seed: int, optimizer: Callable[..., torch.optim.Optimizer], rate: float,
+          loss: Callable[[nn.Module, Batch], Tensor], data: Batch, batch: int | None, steps: int,
+          **more: float) -> Task:  # fmt: skip
+    torch.manual_seed(seed)
+    model = make()
+    return Task(model, optimizer(model.parameters(), rate), lambda b: loss(model, b), data, batch, steps, **more)  # type: ignore[arg-type]
+
+
+def classes(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy."""
+    out = model(batch[0])
+    return nn.functional.cross_entropy(out.flatten(0, -2), batch[1].flatten())
+
+
+def squares(model: nn.Module, batch: Batch) -> Tensor:
+    """Half the squared distance to the targets, or to the one-hot classes."""
+    out, y = model(batch[0]), batch[1]
+    return 0.5 * (out - (nn.functional.one_hot(y, 10) if y.dtype == torch.int64 else y)).square().sum(1).mean()
+
+
+def momentum(parameters: object, rate: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9."""
+    return torch.optim.SGD(parameters, rate, momentum=0.9)  # type: ignore[arg-type]
+
+
+def _dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Recurrent(nn.Module):
+    """A GRU over bytes."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(128, 32), nn.GRU(32, width, batch_first=True)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, length, 128)."""
+        out: Tensor = self.head(self.rnn(self.embed(x))[0])
+        return out
+
+
+def _bytes(count: int, length: int) -> Batch:
+    content = "".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")[: count * (length + 1)]
+    ids = torch.tensor(list(content)).reshape(count, length + 1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def _images() -> Batch:
+    x, y = digits()
+    return x.reshape(-1, 1, 8, 8), y
+
+
+def _cancer() -> Batch:
+    x, y = load_breast_cancer(return_X_y=True)
+    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    return x, torch.tensor(y, dtype=torch.int64)
+
+
+def _diabetes() -> Batch:
+    x, y = load_diabetes(return_X_y=True)
+    return torch.tensor(x / x.std(0), dtype=torch.float32), torch.tensor((y - y.mean()) / y.std()).float()[:, None]
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 16, 10),
+    )  # fmt: skip
+
+
+def _characters() -> Task:
+    data, alphabet = text(400, 32)
+    make = lambda: Characters(alphabet, 32, 32)  # noqa: E731
+    return _task(make, 3, torch.optim.AdamW, 3e-3, classes, data, 16, 500)
+
+
+def _reconstruction() -> Batch:
+    x = digits()[0]
+    return x, x
+
+
+_SGD, _ADAM = torch.optim.SGD, torch.optim.Adam
+DESIGN: dict[str, Callable[[], Task]] = {
+    "tanh MLP, momentum": lambda: _task(lambda: _dense(64, 64, 64, 10, act=nn.Tanh), 0, momentum, 0.05, classes,
+                                        digits(), 64, 500),
+    "ReLU MLP, AdamW": lambda: _task(lambda: _dense(64, 64, 64, 10), 1, torch.optim.AdamW, 3e-3, classes, digits(), 64,
+                                     500),
+    "squared loss, full-batch SGD": lambda: _task(lambda: _dense(64, 32, 10, act=nn.Tanh), 2, _SGD, 0.3, squares,
+                                                  digits(200), None, 1000),
+    "transformer, AdamW": _characters,
+}  # fmt: skip
+EXAM: dict[str, Callable[[], Task]] = {
+    "CNN, SGD": lambda: _task(_cnn, 10, _SGD, 0.1, classes, _images(), 32, 600),
+    "regression, Adam": lambda: _task(lambda: _dense(10, 64, 64, 1), 11, _ADAM, 2e-3, squares, _diabetes(), 32, 500),
+    "bytes, GRU, RMSprop, clipped": lambda: _task(Recurrent, 12, torch.optim.RMSprop, 3e-3, classes, _bytes(600, 32),
+                                                  16, 500, clip=1.0),
+    "autoencoder, NAdam": lambda: _task(lambda: _dense(64, 32, 8, 32, 64), 13, torch.optim.NAdam, 2e-3, squares,
+                                        _reconstruction(), 64, 500),
+    "deep ReLU, batch of 4, Adam, warm-up": lambda: _task(lambda: _dense(64, 48, 48, 48, 48, 10), 14, _ADAM, 1e-3,
+                                                          classes, digits(), 4, 900, warmup=100),
+    "two classes, Nesterov": lambda: _task(
+        lambda: _dense(30, 32, 2), 15, lambda p, r: torch.optim.SGD(p, r, momentum=0.9, nesterov=True), 0.05, classes,
+        _cancer(), 32, 500),
+}  # fmt: skip
+
+FAULTS: dict[str, Fault] = {
+    "none": Fault(),
+    "rate ×0.3": jump(0.3),
+    "rate ×0.003": jump(0.003),
+    "one bad batch": Fault(0.5, 0.501, inputs=30.0),
+    "few examples, fitted": Fault(fit=48),
+    "rate ×30": jump(30.0),
+    "rate ×90": jump(90.0),
+    "jump ×10 at half": jump(10.0, 0.5),
+    "jump ×30 at half": jump(30.0, 0.5),
+    "jump ×90 late": jump(90.0, 0.92),
+    "jump ×30 for a while": jump(30.0, 0.4, 0.45),
+    "ramp 2 %": ramp(2.0),
+    "ramp 10 %": ramp(10.0),
+    "labels shuffled": Fault(0.5, labels=True),
+    "weights ×30": Fault(0.5, weights=30.0),
+    "dead from the start": Fault(bias=-100.0),
+    "dead from half": Fault(0.5, bias=-100.0),
+}

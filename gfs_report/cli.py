@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from gfs_report.report import Report
 
 app = typer.Typer(
     name="gfs",
@@ -89,12 +92,16 @@ def report(
     format: Annotated[Format | None, typer.Option("--format", "-f", help="Page, picture, text or numbers.")] = None,
     loss: Annotated[str | None, typer.Option(help="Your own key of the training loss, where it is not found.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Which optimizer, where the run has several.")] = None,
+    part: Annotated[
+        int | None,
+        typer.Option(min=1, help="Which training, from 1 on, where the history holds several; else the latest."),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Write the page again while training goes on; Ctrl-C ends it.")
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="Seconds between looks, with --watch.")] = 5,
 ) -> None:
-    """Report on a run: a verdict in three sentences, then the pictures, the numbers and the settings.
+    """Report on a run: the verdict in a few sentences, then the pictures, the numbers and the settings.
 
     One file that holds all it needs, opens without a network, and can be sent to others:
 
@@ -119,10 +126,9 @@ def report(
             for ending in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background ignores the first
                 signal.signal(ending, signal.default_int_handler)
             typer.echo(f"{out} follows {run}; Ctrl-C ends it.")
-            told = lambda made: typer.echo(f"step {made.run.steps[1]}: {made.verdict.where}")  # noqa: E731
-            program.watch(run, optimizer, out, every=every, loss_key=loss, told=told)
+            program.watch(run, optimizer, out, every=every, part=part, loss_key=loss, told=_tell_where)
             return
-        made = program.make_report(read_run(run, optimizer), loss)
+        made = program.make_report(read_run(run, optimizer, part), loss)
         program.write_report(made, out, kind)
     except ModuleNotFoundError as error:
         fail_without(error, "report")
@@ -132,7 +138,15 @@ def report(
         fail(f"cannot write {out}: {error}; choose another file with --out")
     for sentence in made.verdict.sentences:
         typer.echo(sentence)
+    if made.run.parts > 1:
+        typer.echo(f"This is part {made.run.part} of {made.run.parts} in its history; --part N shows another one.")
     typer.echo(f"→ {out}")
+
+
+def _tell_where(made: Report) -> None:
+    """A line on a run that still trains: that it is destroyed, or where it stands."""
+    verdict = made.verdict
+    typer.echo(f"step {made.run.steps[1]}: {verdict.summary if verdict.failed else verdict.where}")
 
 
 @app.command()
@@ -164,14 +178,14 @@ def compare(
 ) -> None:
     """Judge by an A/B test what a change did: two or more sets of runs that differ in their seed only.
 
-    Says what the runs end with, with an interval for the difference, which diverged or spiked, and what measuring
+    Says what the runs end with, with an interval for the difference, which failed or spiked, and what measuring
     cost. Five seeds of each are the least for a verdict:
 
         gfs compare runs/plain runs/cap --out compare.html
         gfs compare 'logs/plain-*' 'logs/cap-*' --metric val_acc --higher-is-better
         gfs compare runs/plain runs/cap --margin 0.01
 
-    Exit status: 0 better or no difference shown, 1 worse or more runs diverged, 2 wrong usage.
+    Exit status: 0 better or no difference shown, 1 worse or more runs failed, 2 wrong usage.
     """
     import json
 

@@ -33,6 +33,8 @@ _OPTIONS: dict[str, Any] = {
     "alarm": "off",
 }
 _TIERS = ("running", "directional", "batch_sharpness", "sharpness", "gfs")
+# A running ratio is 0.3 to 1.5 of the solved one once it has settled; it is the mean of a handful of products here.
+_APART = 10.0
 _NAMES = (
     "gfs-sharpness", "torch", "lightning", "pytorch-lightning", "transformers", "accelerate", "torchmetrics",
     "jsonargparse", "tensorboard", "bokeh", "typer", "rich",
@@ -162,7 +164,9 @@ def examine(
     problems += [line.strip() for line in re.findall(r"GFSWarning: gfs: (?:stability measurement: )?(.*)", printed)]
     if outcome.steps < STEPS:
         problems.append(f"the job ended after {outcome.steps} steps; it takes {STEPS} to measure everything")
-    problems = list(dict.fromkeys(problems))
+    values = _latest(measured)
+    apart = _disagreement(values)
+    problems = list(dict.fromkeys([*problems, *([apart] if apart else [])]))
     facts = outcome.facts
     measurable = any(m.stability_ratio is not None for m in measured)
     prices = _prices(facts, step) if measurable else []
@@ -173,12 +177,12 @@ def examine(
         products=_products(facts, problems) if measured else "not computed",
         precision=_precision(facts, problems),
         threshold=_threshold(facts),
-        values=_latest(measured),
+        values=values,
         step=step,
         prices=prices,
         memory=_memory(facts),
         problems=problems,
-        advice=_advise(prices, step, facts, problems) if prices and step is not None else None,
+        advice=_advise(prices, step, facts, problems, apart) if prices and step is not None else None,
     )
 
 
@@ -200,14 +204,32 @@ def _prices(facts: dict[str, Any], step: float | None) -> list[Price]:
     return out
 
 
-def _advise(prices: list[Price], step: float, facts: dict[str, Any], problems: list[str]) -> Advice:
+def _advise(prices: list[Price], step: float, facts: dict[str, Any], problems: list[str], apart: str) -> Advice:
     examples = facts.get("batch_size") or 1
     crowded = examples > 1 and any("out of memory" in p for p in problems)
     return advise(
         step,
         {p.tier: p.seconds for p in prices},
+        running="it is far from the solved ratio here" if apart else "",
         empirical=bool(facts.get("empirical")),
         extra={"micro_batch": max(1, examples // 4)} if crowded else None,
+    )
+
+
+def _disagreement(values: dict[str, float]) -> str:
+    """A remark on a running ratio that is far from the solved one, with the likely cause; empty where it is not."""
+    running, solved = values.get("running_stability_ratio", 0.0), values.get("stability_ratio", 0.0)
+    if not (running > 0 and solved > 0) or 1 / _APART <= running / solved <= _APART:
+        return ""
+    text = f"the running stability ratio, {running:.3g}, is far from the solved one, {solved:.3g}"
+    if running > solved:
+        return (
+            f"{text}: it comes from parts of batches, and differs where the loss is no mean over the examples of a "
+            "batch or the optimizer's second moments are still young; go by the solved one"
+        )
+    return (
+        f"{text}: it averages over batches and begins low, and the solved one is that of a single batch, whose noise "
+        "it finds where batches are small; more steps tell (`gfs pilot`)"
     )
 
 

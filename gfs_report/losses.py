@@ -1,48 +1,189 @@
-"""How a loss went: where it began, whether it diverged, how often it spiked."""
+"""How a loss went: from where to where, whether the run lost what it had learnt, how often it spiked."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from gfs_report.ratios import main_ratio
 from gfs_report.runs import Curve, Run
 
 Values = NDArray[np.float64]
-_END = 0.1  # the part of the steps over which a run is judged as diverged or not
-_START = 3.0  # robust spreads above the usual loss of the start: single losses there scatter
-_WINDOW, _FEWEST = 50, 20  # trailing losses that a spike is judged by, and the fewest
+Fate = Literal["not finite", "worse", "lost", "blown up", "rose slowly", "flat", "recovered", "fell", "unknown"]
+FAILED: tuple[Fate, ...] = ("not finite", "worse", "lost", "blown up")
+
+# Chosen on the first four tasks of benchmarks/verdicts.md, and reported there on the other six.
+_PART = 0.1  # of the losses: those that a running median is of, and that count as the end
+_BLOCKS = 1000  # a longer curve is judged by medians of so many blocks
+_FEWEST = 5  # losses: fewer do not make a curve
+_LOST = 0.25  # of the progress, from the first loss to the best, from which on it counts as lost again
+_BACK = 0.5  # of the progress that was lost in between, of a run that has it back
+_SURE = 4.0  # standard errors: a smaller difference between running medians is none
+_ABOVE = 0.1  # of the start: how far above it an end is worse …
+_BELOW = 0.02  # … where no more than this part of the losses lies below it
+_LITTLE = 0.05  # of the start: a smaller fall is none
+_BLOWN = 1.0  # of the start: two losses in a row that far above it, in the first part, are a blow-up
+_SLOW = 0.5  # of a rise: one is slow where no tenth of the run holds more of it …
+_MODEST = 3.0  # … and where it ends no more than this many times the start above it
+
+_WINDOW, _BEFORE = 50, 20  # trailing losses that a spike is judged by, and the fewest
 _SPIKE = 6.0  # robust spreads above their median
 _TINY = 1e-3  # smallest spread, relative to the median: losses that hardly vary are not judged by their last digits
 _INFINITE = ("the loss is nan", "the loss is inf", "the loss is -inf")  # what the early warning says of such a loss
 
 
-def start_of(values: Values) -> float:
-    """The largest loss that still counts as one of the start: the median of its losses and 3 robust spreads.
+class Course(NamedTuple):
+    """How a loss went.
 
-    A robust spread is 1.4826 times the median distance to the median. Infinite where no loss is finite.
+    Attributes:
+        fate: what became of it. *not finite* at the end; *worse* than its start all along; *lost* what it had gained;
+            *blown up* and back at its start, without a gain; *rose slowly*; *flat*; *recovered* what it had lost
+            in between; *fell*; *unknown*, of too few losses.
+        start: the first loss; NaN where there is none.
+        best: the least running median.
+        best_step: where that was.
+        end: median of the last part.
+        since: the step at which what the fate says began; ``None`` where it has no such step.
+        lost: fraction of the progress, from the start to the best, that the end has lost again.
     """
-    first = values[np.isfinite(values)]
-    if not len(first):
-        return math.inf
-    usual = float(np.median(first))
-    return usual + _START * 1.4826 * float(np.median(np.abs(first - usual)))
+
+    fate: Fate
+    start: float = math.nan
+    best: float = math.nan
+    best_step: int = 0
+    end: float = math.nan
+    since: int | None = None
+    lost: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run is destroyed, as far as its loss tells."""
+        return self.fate in FAILED
 
 
-def diverged(run: Run, loss: Curve | None, start: float) -> bool:
-    """Whether the loss ended non-finite, or with a median above ``start``."""
-    if loss is None:
+def course_of(run: Run, loss_key: str | None = None) -> Course:
+    """How the training loss went: the one that was logged, or the one on the probe where that tells of worse.
+
+    Raises:
+        ConfigError: there is nothing under ``loss_key``.
+    """
+    key = run.loss_key(loss_key)
+    curves = [c for c in (run.logged.get(key or ""), run.gfs.get("loss_probe")) if c is not None]
+    calm = _calm(run)
+    judged = [course(c, calm) for c in curves if c is curves[0] or len(c.steps) >= _FEWEST]
+    found = next((c for c in judged if c.failed), next((c for c in judged if c.fate != "unknown"), Course("unknown")))
+    if found.fate == "unknown" and judged:
+        found = judged[0]
+    broken = _broken(run, key)
+    if broken is not None and found.fate != "not finite":
+        found = found._replace(fate="not finite", since=broken)
+    return found
+
+
+def course(loss: Curve, calm: bool = False) -> Course:
+    """How one curve went: the end against the start and the best, in units of the progress that was made.
+
+    The scatter of mini-batches is no measure of harm, for a run at chance scatters little. It only tells which
+    differences are none.
+
+    Args:
+        loss: the curve.
+        calm: whether it was measured that the run was stable; then a slow rise counts for no harm.
+    """
+    finite = np.isfinite(loss.values)
+    steps, values = loss.steps[finite], loss.values[finite]
+    if not len(values):
+        return Course("not finite", since=int(loss.steps[0]))
+    start = float(values[0])
+    smooth, at, width = _smoothed(values)
+    lowest = int(smooth.argmin())
+    best, end = float(smooth[lowest]), float(smooth[-1])
+    found = Course("unknown", start, best, int(steps[at[lowest]]), end)
+    if not finite[-1] or finite[-max(1, round(_PART * len(finite))) :].mean() < 0.5:
+        broken = loss.steps[~finite][-1] if finite[-1] else loss.steps[np.flatnonzero(finite)[-1] + 1]
+        return found._replace(fate="not finite", since=int(broken))
+    noise = _noise(values, int(at[lowest]))
+    sure = _SURE * noise * math.sqrt(2 / width)
+    progress = max(start - best, _SURE * noise)  # a first loss that is low by chance makes it no smaller
+    lost = (end - best) / progress if end - best > sure else 0.0
+    gone = np.flatnonzero(smooth[lowest:] > best + max(_LOST * progress, sure))
+    since = (
+        int(steps[at[lowest + gone[0]] - (width - 1) // 2]) if len(gone) else None
+    )  # a median follows half of its values
+    scatter = max(2 * _noise(values, len(values) - 1), _ABOVE * abs(start))
+    never_below = (values[1:] <= start).mean() <= _BELOW if len(values) > 1 else False
+    if never_below and end > start + (scatter if len(values) >= _FEWEST else _ABOVE * abs(start)):
+        found = found._replace(fate="worse", since=int(steps[np.flatnonzero(values > start)[0]]))
+    elif len(values) < _FEWEST:
+        return found
+    elif lost >= _LOST:
+        found = found._replace(fate="lost", since=since, lost=lost)
+    elif end > start - _LITTLE * abs(start):
+        level = start + max(_BLOWN * abs(start), 2 * _SURE * noise)
+        high = np.flatnonzero(np.minimum(values[:-1], values[1:]) > level)
+        blown = len(high) > 0 and high[0] <= _PART * len(
+            values
+        )  # a spike in the midst of a flat run takes nothing away
+        return found._replace(fate="blown up" if blown else "flat", since=int(steps[high[0]]) if blown else None)
+    else:
+        risen = smooth - np.minimum.accumulate(smooth)
+        top = int(risen.argmax())
+        back = risen[top] > max(_BACK * progress, sure)
+        return found._replace(
+            fate="recovered" if back else "fell", since=int(steps[at[top]]) if back else None, lost=lost
+        )
+    if calm and end - start < _MODEST * abs(start) and _slow(smooth[lowest:], round(_PART * len(smooth))):
+        found = found._replace(fate="rose slowly")
+    return found
+
+
+def _smoothed(values: Values) -> tuple[Values, NDArray[np.int64], int]:
+    """Running medians, the place of the last value in each, and the number of values in one."""
+    each = -(-len(values) // _BLOCKS)
+    ends = np.arange(len(values) % each, len(values), each) + each - 1
+    blocks = np.median(values[len(values) % each :].reshape(-1, each), axis=1)
+    width = max(1, round(_PART * len(blocks)))
+    return np.median(sliding_window_view(blocks, width), axis=1), ends[width - 1 :], width * each
+
+
+def _noise(values: Values, near: int) -> float:
+    """How far single values scatter around ``near``: from the differences of neighbours, which no trend makes large."""
+    reach = max(4, round(1.5 * _PART * len(values)))
+    low = min(max(0, near - reach), max(0, len(values) - 2 * reach))
+    changes = np.diff(values[low : low + 2 * reach])
+    return 1.4826 * float(np.median(np.abs(changes))) / math.sqrt(2) if len(changes) else 0.0
+
+
+def _slow(rising: Values, span: int) -> bool:
+    """Whether the rise from the first to the last value took its time."""
+    if len(rising) < 2 * span + 1 or span < 1:
         return False
-    if run.loss_key() is None and any(m.reason in _INFINITE for m in run.marks):
-        return True  # a history holds finite values only
+    most = float((rising[span:] - rising[:-span]).max())
+    return most <= _SLOW * float(rising[-1] - rising[0])
+
+
+def _calm(run: Run) -> bool:
+    """Whether it was measured that the run was stable while its loss rose."""
+    found, alarm = main_ratio(run), run.gfs.get("alarm")
+    below = found is not None and found.lately and float(np.median(found.curve.tail(_PART))) < 1
+    return below and (alarm is None or alarm.last < 2)
+
+
+def _broken(run: Run, key: str | None) -> int | None:
+    """The step from which on the loss was not finite, where its own curve does not show it; ``None``: it was finite."""
+    told = [m for m in run.marks if m.reason in _INFINITE]
+    if key is None and told:  # a history holds finite values only
+        later = [c.steps[-1] for name, c in run.gfs.items() if name != "alarm"]
+        return told[-1].step if max(later, default=-1) <= told[-1].step else None
     norm = run.logged.get("grad_norm", run.logged.get("train/grad_norm"))
-    if norm is not None and not math.isfinite(norm.last):
-        return True  # the Hugging Face Trainer then logs a loss of 0
-    end = loss.tail(_END)
-    return not np.isfinite(end).all() or float(np.median(end)) > start
+    if norm is not None and not math.isfinite(norm.last):  # the Hugging Face Trainer then logs a loss of 0
+        finite = np.flatnonzero(np.isfinite(norm.values))
+        return int(norm.steps[finite[-1] + 1 if len(finite) else 0])
+    return None
 
 
 def count_spikes(values: Values) -> int | None:
@@ -55,10 +196,10 @@ def count_spikes(values: Values) -> int | None:
     """
     finite = np.isfinite(values)
     v = values[finite]
-    if len(v) <= _FEWEST:
+    if len(v) <= _BEFORE:
         return None
     risen = np.zeros(len(v), np.bool_)
-    for i in range(_FEWEST, min(_WINDOW, len(v))):
+    for i in range(_BEFORE, min(_WINDOW, len(v))):
         risen[i] = v[i] > _limit(v[:i])
     if len(v) > _WINDOW:
         risen[_WINDOW:] = v[_WINDOW:] > _limit(sliding_window_view(v[:-1], _WINDOW))

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,7 +85,9 @@ class Report:
         return {
             "title": self.title,
             "optimizer": self.run.optimizer,
-            "verdict": asdict(self.verdict),
+            "part": self.run.part,
+            "parts": self.run.parts,
+            "verdict": self.verdict.to_dict(),
             "steps": self.run.steps,
             "values": curves,
             "alarms": [m._asdict() for m in self.run.marks],
@@ -109,6 +111,7 @@ def make_report(run: Run, loss_key: str | None = None, title: str | None = None)
     """
     place = Path(run.name).resolve()
     name = (place.parent if place.is_file() else place).name + (f", {run.optimizer}" if run.optimizer else "")
+    name += f", part {run.part} of {run.parts}" if run.parts > 1 else ""
     return Report(title or f"Stability of {name}", judge(run, loss_key), pictures_of(run, loss_key), run)
 
 
@@ -209,7 +212,7 @@ def write_report(report: Report, path: Path, kind: Format, refresh: int | None =
         else:
             from gfs_report.still import write_still
 
-            write_still(whole, report.title, report.pictures)
+            write_still(whole, f"{report.title}\n{report.verdict.summary}", report.pictures)
         whole.chmod(0o644)
         whole.replace(path)
     finally:
@@ -235,6 +238,7 @@ def watch(
     out: Path,
     *,
     every: int,
+    part: int | None = None,
     loss_key: str | None = None,
     told: Callable[[Report], None] = lambda _: None,
 ) -> None:
@@ -245,6 +249,7 @@ def watch(
         optimizer: which one, where there are several.
         out: the page.
         every: seconds between looks.
+        part: which training of the history, from 1 on; ``None``: the latest.
         loss_key: the user's own key of the training loss, where it has to be told.
         told: called with each report.
 
@@ -256,7 +261,7 @@ def watch(
     try:
         while True:
             try:
-                run = read_run(path, optimizer)
+                run = read_run(path, optimizer, part)
                 now = [(s, s.stat().st_size, s.stat().st_mtime_ns) for s in run.sources]
                 if now != seen:
                     seen, report = now, make_report(run, loss_key)

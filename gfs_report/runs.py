@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gfs_core import ConfigError, log_keys, read_history
+from gfs_core import ConfigError, history_parts, log_keys
 from gfs_core.alarm import State
-from gfs_core.history import read_settings
 
 _KEYS = {key.removeprefix("gfs/") for key in log_keys()}
 _LOSSES = ("train_loss_step", "train_loss", "train/loss_step", "train/loss", "loss", "training_loss")
@@ -78,6 +77,8 @@ class Run:
         settings: the options and facts that the history begins with.
         sources: the files that were read.
         notes: what was left out while reading, in sentences.
+        part: which training of its history it is, from 1 on, …
+        parts: … of how many.
     """
 
     name: str
@@ -89,6 +90,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     sources: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    part: int = 1
+    parts: int = 1
 
     def loss_key(self, wanted: str | None = None) -> str | None:
         """The key in ``logged`` under which the training loss stands; ``wanted``, where it is given.
@@ -118,7 +121,7 @@ class Run:
         return min(a for a, _ in ends), max(b for _, b in ends)
 
 
-def read_run(path: str | Path, optimizer: str | None = None) -> Run:
+def read_run(path: str | Path, optimizer: str | None = None, part: int | None = None) -> Run:
     """Read a run from a file (history, TensorBoard log, ``metrics.csv``, ``trainer_state.json``) or a folder of them.
 
     In a folder the history counts first; from the others comes what it does not hold, as the training loss.
@@ -126,9 +129,11 @@ def read_run(path: str | Path, optimizer: str | None = None) -> Run:
     Args:
         path: file or folder.
         optimizer: which one, where the run measured several.
+        part: which training, from 1 on, where the history holds several; ``None``: the latest. Beside an earlier one
+            no other log is read, for that is of a later training.
 
     Raises:
-        ConfigError: nothing to read is there, or several runs or optimizers where one is asked for.
+        ConfigError: nothing to read is there, no such part, or several runs or optimizers where one is asked for.
     """
     path = Path(path)
     if not path.exists():
@@ -136,11 +141,13 @@ def read_run(path: str | Path, optimizer: str | None = None) -> Run:
     run = Run(str(path))
     for source in _sources(path):
         try:
-            _add(run, source, optimizer)
+            _add(run, source, optimizer, part)
         except (OSError, ValueError, KeyError, RecursionError, csv.Error) as error:
             if path.is_file() or isinstance(error, _Several):
                 raise ConfigError(f"{source}: {error}") from None
             run.notes.append(f"{source.name} was left out: {error}")
+    if part is not None and not any(s.suffix == ".jsonl" for s in run.sources):
+        raise ConfigError(f"{path} holds no history, and only a history has parts; leave --part out")
     if not run.gfs and not run.logged:
         why = f" ({'; '.join(run.notes)})" if run.notes else ""
         raise ConfigError(f"{path} holds no logged value{why}")
@@ -179,12 +186,14 @@ def logs_in(folder: Path) -> list[Path]:
     return found
 
 
-def _add(run: Run, source: Path, optimizer: str | None) -> None:
+def _add(run: Run, source: Path, optimizer: str | None, part: int | None) -> None:
     """Add what a file holds and the run does not have yet."""
+    if run.part < run.parts:
+        return
     if source.suffix == ".jsonl":
         if run.gfs and source.name.startswith("history"):
             raise _Several("there are several histories here; give the path of one of them")
-        _add_history(run, source, optimizer)
+        _add_history(run, source, optimizer, part)
     elif "tfevents" in source.name:
         _add_logged(run, _of_tensorboard(source))
     elif source.suffix == ".csv":
@@ -196,8 +205,19 @@ def _add(run: Run, source: Path, optimizer: str | None) -> None:
     run.sources.append(source)
 
 
-def _add_history(run: Run, source: Path, optimizer: str | None) -> None:
-    measurements = read_history(source)
+def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None) -> None:
+    found = history_parts(source)
+    if part is not None and not 1 <= part <= len(found):
+        raise _Several(f"there is no part {part}; it holds {len(found)}, numbered from 1")
+    run.parts = len(found)
+    run.part = run.parts if part is None else part
+    training = found[run.part - 1]
+    measurements = training.measurements
+    if run.parts > 1:
+        began = f", begun {training.began}" if training.began else ""
+        run.notes.append(
+            f"{source.name} holds {run.parts} trainings; this is part {run.part}{began}. --part N shows another one."
+        )
     names = sorted({m.optimizer_name for m in measurements})
     if optimizer is not None and optimizer not in names:
         raise _Several(f"there is no optimizer {optimizer!r}; there are {', '.join(map(repr, names))}")
@@ -205,7 +225,7 @@ def _add_history(run: Run, source: Path, optimizer: str | None) -> None:
         raise _Several(f"it holds several optimizers, {', '.join(map(repr, names))}; name one of them")
     held = [m for m in measurements if optimizer in (None, m.optimizer_name)]
     run.optimizer = held[0].optimizer_name
-    run.settings = read_settings(source)
+    run.settings = training.settings
     points: dict[str, list[tuple[int, float]]] = {}
     state = 0
     for m in held:

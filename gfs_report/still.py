@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from gfs_report.plots import RED, Picture
+
+_WIDE = 90  # characters of a line of the title
 
 
 def write_still(path: Path, title: str, pictures: Sequence[Picture]) -> None:
@@ -18,7 +21,8 @@ def write_still(path: Path, title: str, pictures: Sequence[Picture]) -> None:
     """
     drawn = [(p, lines) for p in pictures if (lines := p.shown())]
     sheet = Figure(figsize=(8, 2.6 * max(1, len(drawn)) + 0.5), layout="constrained")
-    sheet.suptitle(_literal(title))
+    lines_of_title = [part for line in title.splitlines() for part in textwrap.wrap(line, _WIDE)]
+    sheet.suptitle(_literal("\n".join(lines_of_title)))
     axes = sheet.subplots(max(1, len(drawn)), sharex=True, squeeze=False)[:, 0]
     for axis, (picture, lines) in zip(axes, drawn, strict=False):
         for line in lines:

@@ -1,53 +1,58 @@
-"""What a run's log says, in three sentences: where the run stood against the edge, what happened, what to do."""
+"""What a run's log says in a few sentences: what became of it, where it stood against the edge, what to do."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gfs_report.losses import diverged, start_of
-from gfs_report.runs import Curve, Run
+from gfs_report.losses import Course, Fate, course_of
+from gfs_report.ratios import has_room, lower_rate, main_ratio
+from gfs_report.runs import Mark, Run
 from gfs_report.units import in_digits
 
 Standing = Literal["unknown", "far", "near", "edge", "past"]
 _EDGE = (0.85, 1.15)  # of the ratio: with full batches its median stays within 0.9–1.1 (benchmarks/edge.md)
 _FAR = 0.3
-_WORSE = 0.1  # of the loss of the start above it: more than mini-batches scatter
-_START = 0.02  # the first part of the steps
 _END = 0.1  # the last part of the steps, which counts as now
-_RATIOS = {  # the best one that was logged is the one to judge by
-    "stability_ratio": "stability ratio",
-    "running_stability_ratio": "running stability ratio",
-    "gfs_stability_ratio": "GFS_k stability ratio",
-}
+_ALARM = 2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Three sentences, and what they rest on.
+    """A few sentences, the verdict first, and what they rest on.
 
     Attributes:
-        standing: of the ratio at the end of the run; unknown where none was logged.
-        diverged: whether the training loss ended non-finite, or above where it began.
+        fate: what became of the training loss.
+        failed: whether the run is destroyed, as far as its loss tells.
+        standing: of the ratio at the end of the run; unknown where none was measured there.
+        course: the numbers of the loss.
+        summary: what became of the run.
         where: the run against the edge.
-        what: what happened.
+        what: what happened besides; empty where nothing did.
         do: what to do.
     """
 
+    fate: Fate
+    failed: bool
     standing: Standing
-    diverged: bool
+    course: Course
+    summary: str
     where: str
     what: str
     do: str
 
     @property
-    def sentences(self) -> tuple[str, str, str]:
+    def sentences(self) -> tuple[str, ...]:
         """In the order in which they are read."""
-        return self.where, self.what, self.do
+        return tuple(s for s in (self.summary, self.where, self.what, self.do) if s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as plain values; a number that is not known, or not finite, is absent."""
+        course = {k: v for k, v in self.course._asdict().items() if not isinstance(v, float) or math.isfinite(v)}
+        return {**vars(self), "course": {k: v for k, v in course.items() if v is not None}}
 
 
 def judge(run: Run, loss_key: str | None = None) -> Verdict:
@@ -61,14 +66,57 @@ def judge(run: Run, loss_key: str | None = None) -> Verdict:
         ConfigError: there is nothing under ``loss_key``.
     """
     standing, where = _where(run)
-    loss = run.loss(loss_key)
-    bad = loss is not None and diverged(run, loss, _worse_than(loss.head(_START)))
-    return Verdict(standing, bad, where, _what(run, loss, bad), _do(run, standing, bad))
+    course = course_of(run, loss_key)
+    losses = 0 if (loss := run.loss(loss_key)) is None else len(loss.steps)
+    summary = _destroyed(course) if course.failed else _summary(run, course, losses, standing)
+    do = _restart(run, course) if course.failed else _do(run, course, standing)
+    return Verdict(course.fate, course.failed, standing, course, summary, where, _what(run), do)
 
 
-def main_ratio(run: Run) -> tuple[str, Curve] | None:
-    """The stability ratio to judge by, with its name in words."""
-    return next(((name, run.gfs[key]) for key, name in _RATIOS.items() if key in run.gfs), None)
+def _destroyed(c: Course) -> str:
+    """The first sentence on a destroyed run."""
+    begun = f"it began at {c.start:.3g}"
+    if c.fate == "not finite":
+        return f"This run is destroyed: from step {c.since} on its loss was not finite."
+    if c.fate == "blown up":
+        return f"This run is destroyed: its loss blew up at step {c.since} and ended at {c.end:.3g}, where {begun}."
+    if c.fate == "worse":
+        return f"This run is destroyed: its loss ended at {c.end:.3g}, far above its start: {begun}."
+    lost = "all that it had gained" if c.lost >= 1 else f"{c.lost:.0%} of what it had gained"
+    return (
+        f"This run is destroyed: its loss ended at {c.end:.3g}, after a best of {c.best:.3g} at step {c.best_step}; "
+        f"since about step {c.since} it has lost {lost} ({begun})."
+    )
+
+
+def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
+    """The first sentence on a run that is not destroyed, as far as its loss tells."""
+    ends = f"from {c.start:.3g} to {c.end:.3g}"
+    if c.fate == "unknown":
+        few = f"of its training loss there is {'one value' if losses == 1 else f'no more than {losses} values'}"
+        why = few if losses else "no loss was logged"
+        if losses > 1:
+            why += f", {ends}"
+        if _ringing(run):
+            return f"This run is in danger: its early warning is still on; what became of it is not known, for {why}."
+        return f"What became of this run is not known: {why}."
+    if c.fate == "flat":
+        return f"This run has learnt next to nothing: its loss went {ends}."
+    if c.fate == "rose slowly":
+        return (
+            f"The loss of this run rose slowly, to {c.end:.3g}, after a best of {c.best:.3g} at step {c.best_step} "
+            f"(it began at {c.start:.3g})."
+        )
+    if _ringing(run):
+        return f"The loss of this run went {ends}, but its early warning is still on."
+    if standing == "past" or _past_in_mean_square(run):
+        return f"The loss of this run went {ends}, but its steps are past the edge."
+    if c.fate == "recovered":
+        return (
+            f"This run recovered: its loss went {ends}, though much of that was lost for a while about step {c.since}."
+        )
+    came_back = ", and it came back from its early warnings" if _alarms(run) else ""
+    return f"This run went well: its loss went {ends}{came_back}."
 
 
 def _where(run: Run) -> tuple[Standing, str]:
@@ -77,9 +125,17 @@ def _where(run: Run) -> tuple[Standing, str]:
         return "unknown", (
             "Where the run stood against the edge of stability is not known: no stability ratio was logged."
         )
-    name, ratio = found
-    end = ratio.tail(_END)
-    now = float(np.median(end))
+    ratio = found.curve
+    past = float((ratio.values >= 1).mean())
+    measured = f"{len(ratio.values)} measurements" if len(ratio.values) > 1 else "one measurement"
+    whole = f"over the whole run it lay between {in_digits(ratio.values.min())} and {in_digits(ratio.values.max())}"
+    whole += f", past 1 in {_percent(past)} of {measured}" if past else f", never past 1 in {measured}"
+    if not found.lately:
+        return "unknown", (
+            f"Where the run stood at its end is not known: its {found.name} was last measured at step "
+            f"{ratio.steps[-1]} of {run.steps[1]}, and was {in_digits(ratio.last)} then, where 1 is the edge."
+        )
+    now = float(np.median(ratio.tail(_END)))
     standing: Standing = "far" if now < _FAR else "near" if now < _EDGE[0] else "edge" if now <= _EDGE[1] else "past"
     place = {
         "far": "far below the edge of stability",
@@ -87,27 +143,13 @@ def _where(run: Run) -> tuple[Standing, str]:
         "edge": "at the edge of stability",
         "past": "past the edge of stability",
     }[standing]
-    past = float((ratio.values >= 1).mean())
-    measured = f"{len(ratio.values)} measurements" if len(ratio.values) > 1 else "one measurement"
-    whole = f"over the whole run it lay between {in_digits(ratio.values.min())} and {in_digits(ratio.values.max())}"
-    whole += f", past 1 in {_percent(past)} of {measured}" if past else f", never past 1 in {measured}"
-    now_at = f"its {name} was {in_digits(now)} over the last steps, where 1 is the edge"
+    now_at = f"its {found.name} was {in_digits(now)} over the last steps, where 1 is the edge"
     return standing, f"The run ended {place}: {now_at}; {whole}."
 
 
-def _what(run: Run, loss: Curve | None, bad: bool) -> str:
+def _what(run: Run) -> str:
     parts = []
-    ends = (0.0, 0.0) if loss is None else (_median(loss.head(_START)), _median(loss.tail(_END)))
-    if loss is None:
-        parts.append("no loss was logged")
-    elif bad and not math.isfinite(loss.last):
-        since = int(loss.steps[~np.isfinite(loss.values)][0])
-        parts.append(f"the loss stopped being finite at step {since}")
-    elif bad:
-        parts.append(f"the loss ended at {ends[1]:.3g}, above the {ends[0]:.3g} of its start")
-    else:
-        parts.append(f"the loss went from {ends[0]:.3g} to {ends[1]:.3g}")
-    alarms = [m for m in run.marks if m.state == 2]
+    alarms = _alarms(run)
     if alarms:
         more = "" if len(alarms) == 1 else f" and {len(alarms) - 1} more later"
         parts.append(f"the early warning raised an alarm at step {alarms[0].step}{more}: {_phrase(alarms[0].reason)}")
@@ -123,39 +165,64 @@ def _what(run: Run, loss: Curve | None, bad: bool) -> str:
     if full is not None and len(full.values) > 1:
         parts.append(f"the full GFS sharpness went from {full.values[0]:.3g} to {full.last:.3g}")
     text = "; ".join(parts)
-    return text[0].upper() + text[1:] + "."
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
-def _do(run: Run, standing: Standing, bad: bool) -> str:
-    found = main_ratio(run)
-    rate = run.gfs.get("lr_effective") or run.gfs.get("learning_rate")
-    last = [m for m in run.marks if m.state == 2]
-    now = run.gfs.get("alarm")
-    noisy = run.gfs.get("mean_square_stability_ratio")
-    past = noisy is not None and _median(noisy.tail(_END)) > 1
-    if standing == "unknown":
-        return "Add GFSCallback to the run: without its values only the loss can be shown."
-    if bad:
-        when = f"before step {last[0].step}, where the alarm came," if last else "before the loss rose"
+def _restart(run: Run, c: Course) -> str:
+    """What to do about a destroyed run. No rate is named: what was measured of it is of its broken state."""
+    since = c.since if c.since is not None else run.steps[0]
+    warned = next((m.step for m in _alarms(run) if m.step <= since), None)
+    learnt = c.fate == "lost" or (c.fate == "not finite" and c.best < c.start)
+    if learnt:
+        when = f"step {warned}, where the alarm came," if warned is not None else f"step {since}"
+        text = f'Start again from a checkpoint before {when} with control="cap", or with a lower learning rate'
+    else:
+        text = 'Start again with a lower learning rate, or with control="cap"'
+    text += '; alarm="stop" with alarm_checkpoint=True ends such a run while its weights are still good.'
+    if c.fate == "lost":
+        text += " Only where the data or the loss were made harder at that step on purpose is this no fault."
+    return text
+
+
+def _do(run: Run, c: Course, standing: Standing) -> str:
+    ringing = _ringing(run)
+    if standing == "past" or _past_in_mean_square(run):
+        found = lower_rate(run)
+        less, unknown = "", ""
+        if found.rate is None:
+            unknown = f" To which rate is not known: {found.why_not}."
+        else:
+            by = f"by {found.measurements} measurements of the {found.name}"
+            less = f", to about {found.rate:.2g} ({found.low:.2g} to {found.high:.2g}, {by})"
+        return f'Lower the learning rate{less}, or let control="cap" do it: the steps are past their edge.{unknown}'
+    if ringing:
         return (
-            f'Start again from a checkpoint {when} with control="cap", or with a lower learning rate; alarm="stop" '
-            "with alarm_checkpoint=True ends such a run while its weights are still good."
+            'Do not raise the learning rate, for the alarm is still on: watch the next steps, or let control="cap" '
+            "hold the rate."
         )
-    ringing = now is not None and now.last >= 2
-    if ringing or past or standing == "past":
-        why = "the alarm is still on" if ringing else "the steps are past their edge"
-        less = ""
-        if found is not None and rate is not None:
-            allowed = 0.5 / max(_median(found[1].tail(_END)), _median(noisy.tail(_END)) if noisy is not None else 0.0)
-            less = f", to about {rate.last * min(allowed, 1):.2g}" if allowed < 1 else ""
-        return f'Lower the learning rate{less}, or let control="cap" do it: {why}.'
+    if c.fate == "flat":
+        return (
+            "A rate that is far too low, a network whose units are dead and targets that do not go with their inputs "
+            "look alike here: look at the norm of the gradient and at the data before the rate is changed."
+        )
+    if c.fate == "rose slowly":
+        return (
+            "A loss that is meant to fall should not rise: look at what changed in the rate, the data or the "
+            "regularisation. Of a loss that rises in good runs too, as with adversaries or rewards, this is no fault."
+        )
+    if standing == "unknown":
+        if not any("stability_ratio" in key for key in run.gfs):
+            return "Add GFSCallback to the run: without its values only the loss can be shown."
+        return "Measure to the end of the run, with a smaller `every` or a larger `max_overhead`, to know more."
+    came = "the run came back from its alarms by itself, and " if _alarms(run) else ""
     if standing == "edge":
-        came = "the run came back from its alarms by itself, and " if last else ""
         return (
             f"Nothing has to be done: {came}training at the edge is how gradient descent works, with a loss that "
             'swings. Do not raise the rate; for a margin below the edge, control="cap".'
         )
-    if standing == "far":
+    if c.fate == "unknown":
+        return "Log the training loss, or name its key with --loss: the ratio alone does not tell how a run went."
+    if standing == "far" and c.fate == "fell" and not _alarms(run) and has_room(run):
         return (
             "Nothing has to be done for stability. The learning rate may be lower than it need be: whether a higher "
             "one trains better a pilot run can show (`gfs pilot`)."
@@ -163,13 +230,19 @@ def _do(run: Run, standing: Standing, bad: bool) -> str:
     return "Nothing has to be done; keep the early warning on."
 
 
-def _worse_than(first: NDArray[np.float64]) -> float:
-    """A loss above this is worse than the start: of one run a few losses, maybe one, have to tell how they scatter."""
-    return start_of(first) + _WORSE * abs(_median(first))
+def _alarms(run: Run) -> list[Mark]:
+    return [m for m in run.marks if m.state == _ALARM]
 
 
-def _median(values: NDArray[np.float64]) -> float:
-    return float(np.median(values))
+def _ringing(run: Run) -> bool:
+    """Whether the alarm was still on at the end."""
+    now = run.gfs.get("alarm")
+    return now is not None and now.last >= _ALARM
+
+
+def _past_in_mean_square(run: Run) -> bool:
+    noisy = run.gfs.get("mean_square_stability_ratio")
+    return noisy is not None and float(np.median(noisy.tail(_END))) > 1
 
 
 def _percent(fraction: float) -> str:

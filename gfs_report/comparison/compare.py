@@ -98,8 +98,8 @@ class Comparison:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 where a set is worse than the baseline or diverges more often, else 0."""
-        often = [s.diverged / len(s.results) for s in self.sets]
+        """Exit status: 1 where a set is worse than the baseline or fails more often, else 0."""
+        often = [s.failed / len(s.results) for s in self.sets]
         return int(any(d.outcome == "worse" for d in self.differences) or max(often) > often[0])
 
 
@@ -134,7 +134,7 @@ def compare(
     key = metric_of(read) if metric is None else metric
     base, *others = judged = [judge_set(one, key, final) for one in read]
     for one in judged:
-        if not len(one.known("final")) and not one.diverged:
+        if not len(one.known("final")) and not one.failed:
             held = sorted({k for r in one.runs for k in (*r.logged, *(f"gfs/{name}" for name in r.gfs))})
             raise ConfigError(f"no run of {one.name} holds `{key}`; they hold {', '.join(held)}")
     return Comparison(
@@ -274,7 +274,7 @@ def _left_out(base: SetResult, other: SetResult, partners: list[tuple[Result, Re
     for one in (base, other):
         for r in one.results:
             if r.final is None:
-                out.append(f"{r.name} of {one.name} ({'diverged' if r.diverged else f'holds no {key}'})")
+                out.append(f"{r.name} of {one.name} ({'failed' if r.failed else f'holds no {key}'})")
             elif partners and id(r) not in partnered:
                 out.append(f"{r.name} of {one.name} (has no partner)")
     return out

@@ -1,4 +1,4 @@
-"""What became of the runs of a set: what they end with, whether they diverged, how often the loss spiked, the cost."""
+"""What became of the runs of a set: what they end with, whether they failed, how often the loss spiked, the cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from gfs_core import ConfigError
 from gfs_report.comparison.sets import RunSet
-from gfs_report.losses import Values, count_spikes, diverged, start_of
+from gfs_report.losses import Values, count_spikes, course_of
 from gfs_report.runs import Curve, Run
 
 _SECONDS = ("train_runtime", "train/train_runtime")  # wall time of a run, which the Hugging Face Trainer logs
@@ -23,8 +23,8 @@ class Result:
     Attributes:
         name: the run within its set.
         steps: last step at which anything was logged.
-        final: mean of the metric over the last part of its steps; not of a diverged run.
-        diverged: whether the loss (or the metric) ended non-finite, or the loss above where its set began.
+        final: mean of the metric over the last part of its steps; not of a failed run.
+        failed: whether the loss (or the metric) ended non-finite, or the loss tells that the run is destroyed.
         spikes: how often the loss rose far above its latest values.
         overhead: fraction of the wall time spent measuring.
         alarms: early warnings that reached *alarm*.
@@ -34,7 +34,7 @@ class Result:
     name: str
     steps: int
     final: float | None
-    diverged: bool
+    failed: bool
     spikes: int | None
     overhead: float | None
     alarms: int | None
@@ -50,9 +50,9 @@ class SetResult:
     runs: tuple[Run, ...] = field(repr=False)
 
     @property
-    def diverged(self) -> int:
-        """How many runs diverged."""
-        return sum(r.diverged for r in self.results)
+    def failed(self) -> int:
+        """How many runs failed."""
+        return sum(r.failed for r in self.results)
 
     def known(self, name: str) -> Values:
         """The values of a field of :class:`Result`, of the runs that have one."""
@@ -96,22 +96,21 @@ def judge_set(one: RunSet, key: str, final: float) -> SetResult:
         key: of the metric, the user's own or this package's.
         final: the last part of the steps, over which the mean of the metric is taken; 0: its last value.
     """
-    start = start_of(np.array([loss.values[0] for run in one.runs.values() if (loss := run.loss()) is not None]))
-    results = tuple(_result(name, run, key, final, start) for name, run in one.runs.items())
+    results = tuple(_result(name, run, key, final) for name, run in one.runs.items())
     return SetResult(one.name, results, tuple(one.runs.values()))
 
 
-def _result(name: str, run: Run, key: str, final: float, start: float) -> Result:
+def _result(name: str, run: Run, key: str, final: float) -> Result:
     metric, loss = curve_of(run, key), run.loss()
     end = np.array([]) if metric is None else metric.tail(final)
-    bad = diverged(run, loss, start) or not np.isfinite(end).all()
+    bad = course_of(run).failed or (len(end) > 0 and not np.isfinite(end[-1]))
     overhead = run.gfs.get("overhead")
     seconds = next((run.logged[k].last for k in _SECONDS if k in run.logged), math.nan)
     return Result(
         name=name,
         steps=run.steps[1],
-        final=None if bad or not len(end) else float(end.mean()),
-        diverged=bad,
+        final=None if bad or not np.isfinite(end).any() else float(end[np.isfinite(end)].mean()),
+        failed=bad,
         spikes=None if loss is None else count_spikes(loss.values),
         overhead=None if overhead is None else overhead.last,
         alarms=sum(m.state >= 2 for m in run.marks) if run.marks or "alarm" in run.gfs else None,

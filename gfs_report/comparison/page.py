@@ -19,11 +19,11 @@ from gfs_report.plots import COLOURS, Line, Picture, thinned
 from gfs_report.runs import Curve
 
 _POINTS = 20_000  # of all lines of a picture together
-_HIGH = 10.0  # times the highest loss of the runs that did not diverge: what is above is not drawn
+_HIGH = 10.0  # times the highest loss of the runs that did not fail: what is above is not drawn
 _RULES = (
-    "Final value: mean over the last part of the steps at which the metric was logged; a diverged run has none.",
-    "Diverged: the loss, the gradient norm or the metric ended non-finite, or the median of the last tenth of the loss "
-    "lies above where the runs of its set began (median of their first losses and three robust spreads).",
+    "Final value: mean over the last part of the steps at which the metric was logged; a failed run has none.",
+    "Failed: the loss, the gradient norm or the metric ended non-finite, or the report calls the run destroyed: its "
+    "loss ended above its start, back at its start after a blow-up, or above its best by a quarter of its progress.",
     "Spike: a logged loss above the median of the 50 before it (20 at the start) by six robust spreads, 1.4826 times "
     "the median distance to the median; consecutive ones are one.",
     "Interval: 9,999 bootstrap resamples of the pairs (of the runs of both sets where they are not paired), "
@@ -79,7 +79,7 @@ def as_dict(c: Comparison) -> dict[str, Any]:
             {
                 "name": s.name,
                 "median": s.median("final"),
-                "diverged": s.diverged,
+                "failed": s.failed,
                 "runs": [asdict(r) for r in s.results],
             }
             for s in c.sets
@@ -94,7 +94,7 @@ def _pictures(c: Comparison) -> list[Picture]:
     runs = [(i, r, run) for i, s in enumerate(c.sets) for r, run in zip(s.results, s.runs, strict=True)]
     most = max(100, _POINTS // (2 * len(runs)))
     losses = [(i, r, loss) for i, r, run in runs if (loss := run.loss()) is not None]
-    healthy = [x.values[np.isfinite(x.values)] for _, r, x in losses if not r.diverged]
+    healthy = [x.values[np.isfinite(x.values)] for _, r, x in losses if not r.failed]
     highest = max((float(v.max()) for v in healthy if len(v)), default=0.0)
     top = _HIGH * highest if highest > 0 else np.inf
     cut = any((x.values > top).any() for _, _, x in losses)
@@ -139,7 +139,7 @@ def _sets_table(c: Comparison) -> Table:
             s.name,
             str(len(s.results)),
             _or_dash(s.median("final"), ".4g"),
-            str(s.diverged),
+            str(s.failed),
             f"{s.known('spikes').sum():.0f}" if len(s.known("spikes")) else "–",
             _range(s),
             _or_dash(s.median("overhead"), "%"),
@@ -147,7 +147,7 @@ def _sets_table(c: Comparison) -> Table:
         ]
         for s in c.sets
     ]
-    head = ("set", "runs", f"median final {c.metric}", "diverged", "spikes", "last step", "measuring", "alarms")
+    head = ("set", "runs", f"median final {c.metric}", "failed", "spikes", "last step", "measuring", "alarms")
     return Table("The sets", "The first is the baseline. Measuring: median fraction of the wall time.", head, rows)
 
 
@@ -176,7 +176,7 @@ def _runs_table(c: Comparison) -> Table:
             r.name,
             str(r.steps),
             _or_dash(r.final, ".4g"),
-            "yes" if r.diverged else "no",
+            "yes" if r.failed else "no",
             _or_dash(r.spikes, ""),
             _or_dash(r.overhead, "%"),
             _or_dash(r.alarms, ""),
@@ -187,7 +187,7 @@ def _runs_table(c: Comparison) -> Table:
     return Table(
         "The runs",
         "",
-        ("set", "run", "last step", f"final {c.metric}", "diverged", "spikes", "measuring", "alarms"),
+        ("set", "run", "last step", f"final {c.metric}", "failed", "spikes", "measuring", "alarms"),
         rows,
     )
 

@@ -16,7 +16,7 @@ _ALIKE = 1.5  # ratio of the steps between logged losses up to which spikes are 
 
 
 def verdict(c: Comparison) -> list[str]:
-    """Three sentences on each set: the metric, divergences and spikes, cost; one more where there are several."""
+    """Three sentences on each set: the metric, failures and spikes, cost; one more where there are several."""
     each = [
         [_of_metric(c, d), _of_trouble(c, s, d), _of_cost(c.sets[0], s, d)]
         for s, d in zip(c.sets[1:], c.differences, strict=True)
@@ -65,9 +65,9 @@ def _of_metric(c: Comparison, d: Difference) -> str:
 def _of_trouble(c: Comparison, s: SetResult, d: Difference) -> str:
     base = c.sets[0]
     n, m = len(s.results), len(base.results)
-    parts = [f"{s.name} diverged in {s.diverged} of {n} runs, {base.name} in {base.diverged} of {m}"]
-    if s.diverged * m != base.diverged * n:
-        table = [[s.diverged, n - s.diverged], [base.diverged, m - base.diverged]]
+    parts = [f"{s.name} failed in {s.failed} of {n} runs, {base.name} in {base.failed} of {m}"]
+    if s.failed * m != base.failed * n:
+        table = [[s.failed, n - s.failed], [base.failed, m - base.failed]]
         parts[0] += f" (Fisher's exact test: p = {float(stats.fisher_exact(table).pvalue):.2g})"
     if d.left_out:
         partners = ", with their partners" if d.paired_by else ""

@@ -35,7 +35,13 @@ MEASURED = "Can the stability ratio be measured?"
 EDGE = "Is 1 the edge of this job?"
 TOLD = "Was harm told of before it came?"
 FOLLOWED = "Does the running estimate follow the solved ratio?"
-_HARMED = {"not finite": "stopped being finite", "doubled": "doubled for good", "worse": "rose above its start"}
+_HARMED = {
+    "not finite": "stopped being finite",
+    "doubled": "doubled for good",
+    "worse": "rose above its start",
+    "lost": "lost what it had gained",
+    "blown up": "blew up and ended where it began",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Rate:
         factor: on every rate that the job uses.
         ended: ``steps``, after those asked for; ``itself``, earlier; ``diverged``; ``error``.
         steps: optimizer steps taken.
-        loss: at its start and at its end, medians; ``None``: not known.
+        loss: the first, and the median of the last part; ``None``: not known.
         rates: learning rate at the first and the last step.
         had: fraction of the solved ratios due that were had.
         edge: where it stood.
@@ -115,7 +121,7 @@ def rate_of_run(factor: float, ended: str, run: Run | None, facts: dict[str, Any
         factor,
         ended,
         steps,
-        loss=None if loss is None else (float(np.median(loss.values[:10])), float(np.median(loss.tail(0.1)))),
+        loss=None if loss is None else (float(loss.values[0]), float(np.median(loss.tail(0.1)))),
         rates=None if used is None else (float(used.values[0]), used.last),
         had=0.0 if solved is None or not due else min(1.0, int((solved.steps > 0).sum()) / due),
         edge=None if ratio is None else evidence.edge(ratio, hurt is not None, start if whole else late),

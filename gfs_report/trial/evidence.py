@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from gfs_report.losses import course
 from gfs_report.runs import Curve, Run
 
 Floats = NDArray[np.float64]
@@ -26,10 +27,10 @@ _SETTLING = 0.05
 _FORGETTING, _FORGOTTEN = 1 / 3, 100
 _HARM_AHEAD = 150  # steps before the harm within which a warning is about it: the horizon of the early warning
 # A run is harmed where its loss is twice the mean of the 50 before and nine in ten of all later ones are as high, the
-# harm of benchmarks/alarm.md. A spike from which it comes back by itself belongs to the edge and is only counted.
+# harm of benchmarks/alarm.md, or where the report calls it destroyed. A spike from which it comes back by itself
+# belongs to the edge and is only counted.
 _DOUBLED, _BEFORE, _STAYS, _FEWEST = 2.0, 50, 0.9, 20
 _LASTS = 10  # losses that have to follow before anything can be said to stay
-_WORSE = 1.1  # loss at the end over that of the start, above which a run has got worse
 _SAME = 0.01  # relative change of a solved value that its tolerance explains
 _RESAMPLES = 1000
 
@@ -42,11 +43,14 @@ class Interval(NamedTuple):
     high: float
 
 
+Kind = Literal["not finite", "doubled", "worse", "lost", "blown up"]
+
+
 class Harm(NamedTuple):
     """What went wrong in a run, and who said so before."""
 
     step: int
-    kind: Literal["not finite", "doubled", "worse"]
+    kind: Kind
     alarm_lead: int | None  # steps from the early warning to the harm; None: there was none before
     ratio_before: float | None  # largest stability ratio of the last measurements before
 
@@ -148,9 +152,8 @@ def harm(run: Run, loss: Curve) -> Harm | None:
     return Harm(step, kind, max(told, default=None), max(ratios, default=None))
 
 
-def _harm(loss: Curve) -> tuple[int, Literal["not finite", "doubled", "worse"]] | None:
+def _harm(loss: Curve) -> tuple[int, Kind] | None:
     steps, values = loss.steps, loss.values
-    start = float(np.median(values[:10]))
     for i in range(len(values)):
         if not np.isfinite(values[i]):
             return int(steps[i]), "not finite"
@@ -159,10 +162,10 @@ def _harm(loss: Curve) -> tuple[int, Literal["not finite", "doubled", "worse"]] 
         high = ~(values[i:] <= _DOUBLED * values[max(0, i - _BEFORE) : i].mean())
         if high[0] and high.mean() >= _STAYS and len(high) >= _LASTS:
             return int(steps[i]), "doubled"
-    if len(values) > _FEWEST and float(np.median(loss.tail(0.1))) > _WORSE * start:
-        below = np.flatnonzero(values <= start)
-        return int(steps[below[-1] if len(below) else 0]), "worse"
-    return None
+    went = course(loss)
+    if len(values) <= _FEWEST or went.fate not in ("worse", "lost", "blown up"):
+        return None
+    return int(steps[0]) if went.since is None else went.since, went.fate
 
 
 def common(a: Curve, b: Curve) -> tuple[NDArray[np.int64], Floats, Floats]:

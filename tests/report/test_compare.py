@@ -222,7 +222,7 @@ def test_the_users_own_and_the_packages_values_can_be_compared(tmp_path: Path) -
     assert made.differences[0].metric.difference == pytest.approx(0.1)
     assert made.sets[0].median("final") == pytest.approx(0.802)
     run_csv(tmp_path / "c", [*FALLING, math.nan], val_acc=0.8)
-    assert [s.diverged for s in compare([sets[0], str(tmp_path / "c")], metric="val_acc").sets] == [0, 1]
+    assert [s.failed for s in compare([sets[0], str(tmp_path / "c")], metric="val_acc").sets] == [0, 1]
     for key in ("gfs/sharpness", "sharpness"):
         assert compare(sets, metric=key).differences[0].outcome == "same"
     with pytest.raises(
@@ -356,17 +356,17 @@ def test_divergence_counts_and_takes_the_pair_out(tmp_path: Path) -> None:
         (tmp_path / "b" / f"seed-{seed}").rmdir()
         run_csv(tmp_path / "b" / f"seed-{seed}", values)
     made = compare([a, b])
-    assert [r.diverged for r in made.sets[1].results] == [False, True, False, False, True, False]
+    assert [r.failed for r in made.sets[1].results] == [False, True, False, False, True, False]
     assert [r.final is None for r in made.sets[1].results] == [False, True, False, False, True, False]
     assert [name for name, _, _ in made.differences[0].pairs] == ["seed-0", "seed-2", "seed-3", "seed-5"]
     assert made.differences[0].metric.difference == pytest.approx(np.mean([NOISE[i] for i in (0, 2, 3, 5)]))
-    assert made.status == 1  # more runs diverged than of the baseline
+    assert made.status == 1  # more runs failed than of the baseline
     p = stats.fisher_exact([[2, 4], [0, 6]]).pvalue
     assert (
-        f"b diverged in 2 of 6 runs, a in 0 of 6 (Fisher's exact test: p = {p:.2g}); left out of the difference"
+        f"b failed in 2 of 6 runs, a in 0 of 6 (Fisher's exact test: p = {p:.2g}); left out of the difference"
         in (verdict(made)[1])
     )
-    assert "seed-1 of b (diverged), seed-4 of b (diverged)" in verdict(made)[1]
+    assert "seed-1 of b (failed), seed-4 of b (failed)" in verdict(made)[1]
     assert compare([b, a]).status == 0
     (alone,) = compare([f"{a}/seed-0", f"{b}/seed-1"]).differences
     assert alone.metric is None
@@ -382,7 +382,7 @@ def test_a_noisy_start_is_no_divergence(tmp_path: Path) -> None:
     made = compare([str(tmp_path / "a"), str(tmp_path / "b")])
     firsts = [run.loss().values[0] for s in made.sets for run in s.runs]
     assert sum(first < 1 for first in firsts) > 3
-    assert [s.diverged for s in made.sets] == [0, 0]
+    assert [s.failed for s in made.sets] == [0, 0]
 
 
 def test_the_trainers_zero_in_place_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
@@ -395,21 +395,21 @@ def test_the_trainers_zero_in_place_of_a_loss_that_is_not_finite(tmp_path: Path)
             [3.8e32, 0, 0, 0, 0, 0] if bad else [3, 2, 1, 1, 1, 1], [math.nan if bad else 1.0] * 6, 22 + seed,
         )  # fmt: skip
     made = compare([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert [r.diverged for r in made.sets[1].results] == [False, False, True, False, False]
+    assert [r.failed for r in made.sets[1].results] == [False, False, True, False, False]
     assert made.differences[0].seconds.difference == pytest.approx(2)
     assert "took 24 s, one of" in verdict(made)[2]
 
 
 def test_a_history_alone_tells_divergence_by_its_alarm(tmp_path: Path) -> None:
-    for name, diverged in (("a", False), ("b", True)):
+    for name, failed in (("a", False), ("b", True)):
         path = tmp_path / name / "history.jsonl"
         for step in (0, 10, 20):
             append(path, gfs.Measurement(step, "SGD", loss_probe=1 / (1 + step), overhead=0.04, alarm=0))
-        if diverged:
+        if failed:
             append(path, gfs.Measurement(23, "SGD", alarm=2, reasons=("the loss is inf",)))
     made = compare([str(tmp_path / "a"), str(tmp_path / "b")])
     assert made.metric == "gfs/loss_probe"
-    assert [s.diverged for s in made.sets] == [0, 1]
+    assert [s.failed for s in made.sets] == [0, 1]
     assert [s.results[0].alarms for s in made.sets] == [0, 1]
     assert [s.results[0].overhead for s in made.sets] == [0.04, 0.04]
     assert "Measuring took 4 % of the wall time of" in verdict(made)[2]
@@ -558,11 +558,11 @@ def test_real_runs_watched_end_as_plain_ones_do(real: Path) -> None:
 
 def test_the_cap_saves_real_runs_from_a_rate_that_diverges(real: Path, tmp_path: Path) -> None:
     made = compare([str(real / "wild"), str(real / "wild-cap"), str(real / "plain")])
-    assert [s.diverged for s in made.sets] == [5, 0, 0]
+    assert [s.failed for s in made.sets] == [5, 0, 0]
     assert made.status == 0
     assert compare([str(real / "wild-cap"), str(real / "wild")]).status == 1
     capped = compare([str(real / "plain"), str(real / "wild-cap")])
     assert capped.differences[0].metric is not None
     assert len(capped.differences[0].pairs) == 5
     write_comparison(made, tmp_path / "page.html")
-    assert "diverged in 0 of 5 runs" in (tmp_path / "page.html").read_text()
+    assert "failed in 0 of 5 runs" in (tmp_path / "page.html").read_text()

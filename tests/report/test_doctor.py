@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gfs_core import GFSConfig
 from gfs_report import jobs, terminal
 from gfs_report.cli import app
-from gfs_report.doctor import Examination, examine, installed
+from gfs_report.doctor import Examination, Price, _advise, _disagreement, examine, installed
 from tests.report import sources
 
 _JOBS = {
@@ -146,3 +146,19 @@ def test_without_a_job_the_command_says_what_is_installed() -> None:
     there = {"name": "torch", "version": metadata.version("torch"), "wanted": ">=2.6", "enough": True}
     assert there in held["installed"]
     assert CliRunner().invoke(app, ["doctor", "absent.py"]).exit_code == 2
+
+
+def test_ratios_that_disagree_are_remarked_on_with_the_likely_cause() -> None:
+    above = _disagreement({"running_stability_ratio": 188_800.0, "stability_ratio": 0.8})
+    assert "the running stability ratio, 1.89e+05, is far from the solved one, 0.8: it comes from parts of" in above
+    assert "begins low" in _disagreement({"running_stability_ratio": 0.01, "stability_ratio": 0.8})
+    assert _disagreement({"running_stability_ratio": 0.2, "stability_ratio": 0.8}) == ""
+    assert _disagreement({"running_stability_ratio": 0.2}) == ""
+
+
+def test_an_estimate_that_disagrees_is_not_advised() -> None:
+    prices = [Price(tier, seconds, seconds, 10, None) for tier, seconds in (("running", 0.1), ("sharpness", 0.4))]
+    assert _advise(prices, 1.0, {}, [], "").options.get("running_every", 0) is not None
+    apart = _advise(prices, 1.0, {}, [], "far")
+    assert apart.options["running_every"] is None
+    assert any("it is far from the solved ratio here" in reason for reason in apart.reasons)

@@ -46,20 +46,29 @@ ALARM = [Mark(40, 2, "the loss is 9")]
 
 
 @pytest.mark.parametrize(
-    ("run", "standing", "where", "what", "do"),
+    ("run", "standing", "summary", "where", "what", "do"),
     [
-        (run_with(), "unknown", "not known", "the loss went from 0.75 to 0.0105", "Add GFSCallback"),
+        (run_with(), "unknown", "went well: its loss went from 1 to 0.0105", "not known", "^$", "Add GFSCallback"),
         (
             run_with(stability_ratio=0.1),
             "far",
+            "went well",
             "far below .* 0.10 .* never past 1 in 100",
-            "The loss went",
+            "^$",
             "gfs pilot",
         ),
-        (run_with(stability_ratio=0.5, alarm=0), "near", "below the edge", "stayed quiet", "Nothing has to be done"),
+        (
+            run_with(stability_ratio=0.5, alarm=0),
+            "near",
+            "went well",
+            "below the edge",
+            "stayed quiet",
+            "Nothing has to be done",
+        ),
         (
             run_with(stability_ratio=lambda s: 0.5 if s < 50 else 1.0, marks=ALARM, alarm=0),
             "edge",
+            "went well: .* came back from its early warnings",
             r"at the edge .* between 0\.50 and 1\.00, past 1 in 50% of 100",
             "an alarm at step 40: the loss is 9",
             "came back from its alarms by itself",
@@ -67,20 +76,23 @@ ALARM = [Mark(40, 2, "the loss is 9")]
         (
             run_with(running_stability_ratio=2.0, learning_rate=0.1),
             "past",
+            "but its steps are past the edge",
             "its running stability ratio was 2.00",
-            "The loss went",
-            r"Lower the learning rate, to about 0\.025, .* past their edge",
+            "^$",
+            r"Lower the learning rate, to about 0\.025 \(0\.025 to 0\.025, by 50 measurements of the .* their edge",
         ),
         (
             run_with(stability_ratio=0.5, mean_square_stability_ratio=2.0, lr_effective=0.1),
             "near",
+            "but its steps are past the edge",
             "below",
-            "The loss went",
-            r"to about 0\.025, .* past their edge",
+            "^$",
+            r"to about 0\.025 .* in the mean square.* past their edge",
         ),
         (
             run_with(stability_ratio=0.5, alarm=2, marks=ALARM),
             "near",
+            "early warning is still on",
             "below",
             "alarm at step 40",
             "the alarm is still on",
@@ -88,32 +100,55 @@ ALARM = [Mark(40, 2, "the loss is 9")]
         (
             run_with(loss=lambda s: 1.0 if s < 60 else np.nan, stability_ratio=0.9, marks=ALARM),
             "edge",
+            "destroyed: from step 60 on its loss was not finite",
             "at the edge",
-            "stopped being finite at step 60; the early warning raised an alarm at step 40",
+            "raised an alarm at step 40",
+            "Start again with a lower learning rate",
+        ),
+        (
+            run_with(loss=lambda s: 1 / (1 + s) if s < 60 else np.nan, stability_ratio=0.9, marks=ALARM),
+            "edge",
+            "destroyed: from step 60 on its loss was not finite",
+            "at the edge",
+            "raised an alarm at step 40",
             "from a checkpoint before step 40",
         ),
         (
             run_with(loss=lambda s: 1.0 + s, stability_ratio=0.9),
             "edge",
+            r"destroyed: its loss ended at 95\.5, far above its start: it began at 1\.",
             "at the edge",
-            r"ended at 95\.5, above the 1\.5 of its start",
-            "from a checkpoint before the loss rose",
+            "^$",
+            "Start again with a lower learning rate",
+        ),
+        (
+            run_with(loss=lambda s: 1 / (1 + s) if s < 60 else 0.9, stability_ratio=0.1),
+            "far",
+            r"destroyed: its loss ended at 0\.9, after a best of .* at step 59; since about step 60 it has lost 9\d%",
+            "far below",
+            "^$",
+            r"from a checkpoint before step 60 .* Only where the data or the loss were made harder",
         ),
         (
             run_with(stability_ratio=0.5, lr_scale=0.25, gfs_sharpness_full=lambda s: 30 - s / 10),
             "near",
+            "went well",
             "below",
             r"down to 0\.25 of what .* full GFS sharpness went from 30 to 20\.1",
             "Nothing has to be done",
         ),
     ],
 )
-def test_the_verdict(run: Run, standing: str, where: str, what: str, do: str) -> None:
+def test_the_verdict(run: Run, standing: str, summary: str, where: str, what: str, do: str) -> None:
     verdict = judge(run)
     assert verdict.standing == standing
-    for pattern, sentence in zip((where, what, do), verdict.sentences, strict=True):
+    for pattern, sentence in zip(
+        (summary, where, what, do), (verdict.summary, verdict.where, verdict.what, verdict.do), strict=True
+    ):
         assert re.search(pattern, sentence, re.IGNORECASE), sentence
-        assert sentence.endswith(".")
+        assert sentence.endswith(".") or not sentence
+    assert verdict.sentences[0] == verdict.summary
+    assert all(verdict.sentences)
 
 
 def test_thinning_keeps_every_spike_and_both_ends() -> None:
@@ -225,3 +260,23 @@ def test_a_rate_that_a_control_held_down_is_shown_beside_the_asked_one() -> None
     run = run_with(lr_effective=0.05, lr_scale=0.5, learning_rate=0.05)
     rate = next(p for p in make_report(run).pictures if p.heading == "Learning rate")
     assert [(line.name, line.curve.last) for line in rate.lines] == [("asked for", 0.1), ("used", 0.05)]
+
+
+def test_a_part_of_a_history_is_named_in_every_format(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "history.jsonl"
+    for name, ratio in (("a", 0.2), ("b", 0.9)):
+        history.begin(path, {}, run=name)
+        for step in (0, 10):
+            history.append(path, gfs.Measurement(step, "SGD", stability_ratio=ratio), run=name)
+    latest = invoke(path, "-o", tmp_path / "latest.json")
+    assert "This is part 2 of 2 in its history; --part N shows another one." in latest.output
+    first = invoke(path, "-o", tmp_path / "first.json", "--part", "1")
+    assert "far below" in first.output
+    held = json.loads((tmp_path / "first.json").read_text())
+    assert (held["part"], held["parts"], held["title"]) == (1, 2, "Stability of run, SGD, part 1 of 2")
+    assert held["values"]["stability_ratio"]["last"] == 0.2
+    assert invoke(path, "-o", tmp_path / "first.html", "--part", "1").exit_code == 0
+    assert "SGD, part 1 of 2" in (tmp_path / "first.html").read_text()
+    missing = invoke(path, "--part", "5", "-o", tmp_path / "x.html")
+    assert missing.exit_code == 2
+    assert "there is no part 5; it holds 2" in missing.output

@@ -146,3 +146,37 @@ def test_a_broken_log_beside_a_good_one_is_left_out_and_said(tmp_path: Path) -> 
     run = read_run(tmp_path)
     assert run.gfs["sharpness"].last == 1.0
     assert run.notes == ["metrics.csv was left out: it has no column `step`, but a"]
+
+
+def two_trainings(tmp_path: Path) -> Path:
+    """A history of two trainings, and beside it the losses of the second."""
+    path = tmp_path / "history.jsonl"
+    for run, ratio in (("a", 0.2), ("b", 0.9)):
+        history.begin(path, {"every": 1 if run == "a" else 2}, run=run)
+        for step in (0, 10):
+            history.append(path, gfs.Measurement(step, "SGD", stability_ratio=ratio + step / 100), run=run)
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n0,2\n10,1\n")
+    return path
+
+
+def test_the_latest_training_of_a_history_is_read_and_the_others_are_named(tmp_path: Path) -> None:
+    two_trainings(tmp_path)
+    run = read_run(tmp_path)
+    assert (run.part, run.parts) == (2, 2)
+    assert run.gfs["stability_ratio"].values.tolist() == [0.9, 1.0]
+    assert run.settings == {"every": 2}
+    assert run.logged["train_loss"].values.tolist() == [2.0, 1.0]
+    assert any("holds 2 trainings; this is part 2, begun 20" in note for note in run.notes)
+
+
+def test_an_earlier_training_is_read_without_the_losses_of_a_later_one(tmp_path: Path) -> None:
+    path = two_trainings(tmp_path)
+    for place in (tmp_path, path):
+        run = read_run(place, part=1)
+        assert run.gfs["stability_ratio"].values.tolist() == [0.2, pytest.approx(0.3)]
+        assert run.settings == {"every": 1}
+        assert run.logged == {}
+    with pytest.raises(gfs.ConfigError, match="there is no part 3; it holds 2"):
+        read_run(tmp_path, part=3)
+    with pytest.raises(gfs.ConfigError, match="only a history has parts"):
+        read_run(tmp_path / "metrics.csv", part=1)

@@ -1,16 +1,19 @@
 """The largest eigenvalues of a symmetric operator, from a warm start and with little memory.
 
-``solver="ritz"`` is Rayleigh–Ritz over the span of the current estimates X and one conjugate direction P per
-estimate, a locally optimal scheme in the family of LOBPCG (Knyazev 2001). Differences from LOBPCG, and why:
+``solver="lanczos"`` is thick-restart Lanczos with full reorthogonalisation: Wu & Simon 2000, in the form of the
+Krylov–Schur method of Stewart 2001.
 
-1. The direction is P ← R + P·B with B chosen so that the new directions are conjugate to the old ones under
-   H − λ, and *H·P is computed directly*; LOBPCG keeps R, H·R, P and H·P. That saves two vectors per
-   eigenvalue at one product per step either way.
-2. X and P are orthonormal by construction, and residuals orthogonal to the last space, up to rounding: what is known
-   is not computed. A step with one estimate takes seven inner products in three transfers.
-3. No preconditioner: none is known for a network's Hessian.
+1. One basis vector is kept for each product, at most 6 for one eigenvalue, and the next one. Products themselves are
+   not kept, since H·V = V·C with a small matrix C.
+2. A restart keeps some of the lowest Ritz vectors beside the largest ones, as many of either as make the rest converge
+   soonest (Wu & Simon's estimate). Outlying negative eigenvalues stay deflated so.
+3. C is taken from the products as they are, without use of symmetry, so that the residual is that of the products
+   computed, their errors and their asymmetry included.
 4. The stop rule is the residual ‖Hx − λx‖, never the change between iterates, which stops early when the
-   next eigenvalue is close.
+   next eigenvalue is close. Rounding counts: what a product loses beside a much larger ‖H‖ is part of the residual.
+5. A warm start that turns out to lie far from what it leads to, or where the operator is 0, is mixed with a random
+   vector: a Krylov space never leaves the invariant subspace that its start lies in.
+6. For k eigenvalues the basis grows from k start vectors (block Lanczos), so that a k-fold eigenvalue is found.
 
 ``solver="power"`` is the plain power iteration of the literature, for comparison: it finds the eigenvalue
 largest in *magnitude* and stops on the change of its value.
@@ -28,9 +31,11 @@ from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.vectors import Vector, axpy, clone, combine, dots, is_half, norm, random_like, scale, zeros_like
+from gfs_core.vectors import Vector, axpy, dots, is_half, norm, random_like, scale
 
-Solver: TypeAlias = Literal["ritz", "power"]
+Solver: TypeAlias = Literal["lanczos", "power"]
+_FAR = 0.8  # a warm start is far from a Ritz vector where the cosine of the angle is less
+_ROUNDING = 4  # what a product loses, in units of eps·‖H‖
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class EigenResult:
     Attributes:
         values: the eigenvalues, largest first.
         vectors: their eigenvectors, of norm 1.
-        residuals: ‖Hx − λx‖ of each. An eigenvalue lies within this distance of the value (theorem, for a
-            symmetric operator); that it is the *largest* one is not implied.
+        residuals: ‖Hx − λx‖ of each, at least the rounding of a product. An eigenvalue lies within this distance of
+            the value (theorem, for a symmetric operator); that it is the *largest* one is not implied.
         hvps: operator products used.
         converged: every residual is within its tolerance.
         reason: why it stopped where it did not converge; empty otherwise.
@@ -83,9 +88,10 @@ def largest_eigenvalues(
     tol: float = 1e-2,
     max_hvps: int = 200,
     start: Sequence[Vector] | None = None,
-    solver: Solver = "ritz",
+    solver: Solver = "lanczos",
     generator: torch.Generator | None = None,
     product_error: float = 0.0,
+    basis: int | None = None,
 ) -> EigenResult:
     """The ``k`` largest (algebraic) eigenvalues of ``operator``.
 
@@ -96,9 +102,11 @@ def largest_eigenvalues(
         tol: relative residual at which an eigenvalue counts as converged.
         max_hvps: products allowed (each start vector costs one).
         start: warm start, up to ``k`` vectors, consumed; missing ones are random.
-        solver: ``"ritz"`` or ``"power"`` (``k=1`` only).
+        solver: ``"lanczos"`` or ``"power"`` (``k=1`` only).
         generator: source of the random start; by default one seeded with 0.
         product_error: relative error of the products, below which no residual can be asked for.
+        basis: vectors that are multiplied before a restart, more than ``2 * k``: memory against products; by default
+            ``3 * k + 3``.
 
     Raises:
         MeasurementError: a product is not finite.
@@ -114,17 +122,26 @@ def largest_eigenvalues(
     if not 1 <= k <= dimension:
         raise ValueError(f"`k` must be between 1 and the number of parameters ({dimension}), got {k}")
     if solver not in get_args(Solver):
-        raise ValueError(f"`solver` must be 'ritz' or 'power', got {solver!r}")
+        raise ValueError(f"`solver` must be 'lanczos' or 'power', got {solver!r}")
     if solver == "power" and k > 1:
-        raise ValueError(f"solver='power' finds one eigenvalue, and k is {k}; use 'ritz'")
+        raise ValueError(f"solver='power' finds one eigenvalue, and k is {k}; use 'lanczos'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if basis is not None and basis <= 2 * k:
+        raise ValueError(f"`basis` must be more than twice `k`, got {basis} for k={k}")
     if solver == "power":
         return _power(operator, like, tol, max_hvps, generator)
-    return _Ritz(operator, like, k, tol, max_hvps, start or (), generator, product_error).run()
+    return _Lanczos(operator, like, k, tol, max_hvps, start or (), generator, product_error, basis or 3 * k + 3).run()
 
 
-class _Ritz:
-    """One run of the block solver; holds X, HX, P, HP."""
+class _Lanczos:
+    """One run of the solver.
+
+    Attributes:
+        basis: orthonormal vectors V; the first of them have been multiplied, the rest wait for their turn.
+        coefficients: C of H·V = V·C, a row for each vector and a column for each that has been multiplied.
+        lost: of each column, the length of what restarts have dropped from H·V: 0 for exact products.
+        bound: the largest ‖Hv‖ seen for ‖v‖ = 1: a lower bound of the operator's norm.
+    """
 
     def __init__(
         self,
@@ -136,161 +153,205 @@ class _Ritz:
         start: Sequence[Vector],
         generator: torch.Generator,
         product_error: float,
+        most: int,
     ) -> None:
-        self.operator, self.k, self.tol, self.max_hvps = operator, k, tol, max_hvps
+        self.operator, self.like, self.k, self.tol, self.max_hvps = operator, like, k, tol, max_hvps
         self.product_error = product_error
         self.generator = generator
-        self.hvps = 0
-        self._php = self._pp = torch.zeros(0, 0, dtype=torch.float64)  # PᵀHP and PᵀP
-        self.bound = 0.0  # the largest ‖Hv‖ seen for ‖v‖ = 1: a lower bound of the operator's norm
+        self.most = most  # vectors that are multiplied before a restart
+        self.dimension = sum(t.numel() for t in like)
         self.eps = torch.finfo(torch.float32 if is_half(like[0]) else like[0].dtype).eps
-        self.x: list[Vector] = list(start)[:k]
-        for i, v in enumerate(self.x):
-            self._randomise(v, self.x[:i])
-        while len(self.x) < k:
-            v = random_like(like, generator)
-            self._randomise(v, self.x)
-            self.x.append(v)
+        self.hvps = 0
+        self.bound = 0.0
+        self.warm = bool(start)
+        self._begin(start[:k])
 
     def run(self) -> EigenResult:
-        hx = self._products(self.x)
-        values = self._rotate(self.x, hx)
-        p: list[Vector] = []
-        hp: list[Vector] = []
         best, stalled = math.inf, 0
         while True:
-            r = [list(torch._foreach_add(h, v, alpha=-a)) for h, v, a in zip(hx, self.x, values, strict=True)]
-            numbers = dots([(v, v) for v in r] + [(b, v) for v in r for b in hp])
-            norms, across = [x**0.5 for x in numbers[: self.k]], numbers[self.k :]
-            floor = 4 * self.eps * self.bound
-            wanted = [max(self.tol * abs(v), floor) for v in values]
-            open_ = [i for i in range(self.k) if norms[i] > wanted[i]]
-            worst = max(n / w if w else (0.0 if n == 0 else math.inf) for n, w in zip(norms, wanted, strict=True))
+            self._multiply()
+            if len(self.lost) < self.k:
+                continue
+            theta, s, residuals = self._ritz()
+            values = theta[-self.k :].flip(0).tolist()
+            if self.warm and self.hvps < self.max_hvps and self._is_far(values, s):
+                self.warm = False
+                self._begin_anew(s)
+                continue
+            rounding = _ROUNDING * self.eps * self.bound
+            residuals = [max(r, rounding) for r in residuals]
+            over = [r / (self.tol * abs(v) or math.ulp(0.0)) for r, v in zip(residuals, values, strict=True)]
+            worst = max(over)
             stalled = 0 if worst < 0.7 * best else stalled + 1
             best = min(best, worst)
             reason = Reason.OK
-            if open_:
-                below_error = self.product_error and max(norms) <= 3 * self.product_error * self.bound
-                if below_error or (self.product_error and stalled >= 15):
+            if worst > 1:
+                open_ = max(r for r, o in zip(residuals, over, strict=True) if o > 1)
+                floor = max(rounding, 3 * self.product_error * self.bound)
+                if open_ <= floor or (self.product_error and stalled >= 15 * self.k):
                     reason = Reason.INEXACT_PRODUCTS
-                elif self.hvps + len(open_) > self.max_hvps:
+                elif self.hvps >= self.max_hvps:
                     reason = Reason.MAX_PRODUCTS
-            if not open_ or reason is not Reason.OK:
-                return EigenResult(values, self.x, norms, self.hvps, not open_, reason)
-            for i in open_ if p else ():
-                self._conjugate(r[i], values[i], p, across[i * len(p) : (i + 1) * len(p)])
-            p, hp = self._orthonormal([r[i] for i in open_]), []
-            if not p:  # the residuals lie in the span already: nothing more to find from here
-                return EigenResult(values, self.x, norms, self.hvps, False, Reason.INEXACT_PRODUCTS)
-            hp = self._products(p)
-            values = self._ritz(values, hx, p, hp)
+                elif not self._go_on(theta, s):
+                    reason = Reason.INEXACT_PRODUCTS
+                else:
+                    continue
+            del self.basis[len(self.lost) :]
+            _rotate(self.basis, s[:, -self.k :].flip(1))
+            return EigenResult(values, self.basis, residuals, self.hvps, reason is Reason.OK, reason)
 
-    def _conjugate(self, r: Vector, value: float, p: list[Vector], across: list[float]) -> None:
-        """R ← R + P·B, conjugate to P under H − λ; R is orthogonal to P, as to all of the last space."""
-        left = self._php - value * self._pp
-        right = torch.tensor(across, dtype=torch.float64)
-        beta = torch.linalg.lstsq(left, -right.unsqueeze(1)).solution.flatten().tolist()
-        for b, direction in zip(beta, p, strict=True):
-            if math.isfinite(b):
-                axpy(b, direction, r)
+    def _begin(self, start: Sequence[Vector]) -> None:
+        """Start the basis from these vectors, and random ones where they are no basis."""
+        self.basis: list[Vector] = []
+        self.coefficients = torch.zeros(0, 0, dtype=torch.float64)
+        self.lost: list[float] = []
+        for vector in start:
+            self._append(vector, 0)
+        while len(self.basis) < self.k:
+            self._append(random_like(self.like, self.generator), 0)
 
-    def _orthonormal(self, directions: list[Vector]) -> list[Vector]:
-        """Those of the directions that add something, orthonormal and orthogonal to X."""
-        out: list[Vector] = []
-        for direction in directions:
-            if self._orthonormalise(direction, [*self.x, *out]):
-                out.append(direction)
-        return out
+    def _is_far(self, values: list[float], s: Tensor) -> bool:
+        """Whether the warm start has nothing to do with this operator: known after a second product of each vector."""
+        if 0.0 in values:
+            return True
+        overlap = s[: self.k, -self.k :].square().sum(0).sqrt()
+        return len(self.lost) == 2 * self.k and float(overlap.min()) < _FAR
 
-    def _ritz(self, values: list[float], hx: list[Vector], p: list[Vector], hp: list[Vector]) -> list[float]:
-        """Best estimates within span{X, P}; X and HX are updated, P and HP keep their part of the step.
+    def _begin_anew(self, s: Tensor) -> None:
+        """Start again, from the present Ritz vectors and random vectors in equal parts."""
+        found = self.basis[: len(self.lost)]
+        _rotate(found, s[:, -self.k :])
+        for vector in found:
+            noise = random_like(vector, self.generator)
+            axpy(1 / norm(noise), noise, vector)
+        self._begin(found)
 
-        The basis is orthonormal by construction, and X already diagonal in H: what is new has P in it.
-        """
-        k, m = self.k, len(p)
-        pairs = [(h, h) for h in hp] + [(v, h) for v in (*self.x, *p) for h in hp]
-        numbers = dots(pairs)
-        self._see(numbers[:m])
-        new = torch.tensor(numbers[m:], dtype=torch.float64).reshape(k + m, m)
-        h = torch.zeros(k + m, k + m, dtype=torch.float64)
-        h[:k, :k] = torch.tensor(values, dtype=torch.float64).diag()
-        h[:k, k:], h[k:, :k] = new[:k], new[:k].T
-        h[k:, k:] = php = (new[k:] + new[k:].T) / 2
-        theta, s = torch.linalg.eigh(h)
-        s = s[:, -k:].flip(1)  # the k largest, largest first
-        for vectors, directions in ((self.x, p), (hx, hp)):
-            _mix(vectors, directions, s)
-        self._php, self._pp = s[k:].T @ php @ s[k:], s[k:].T @ s[k:]
-        return list(theta[-k:].flip(0).tolist())
+    def _append(self, vector: Vector, columns: int) -> None:
+        """Take a start vector into the basis, a random one where nothing of it is new."""
+        while not self._orthonormalise(vector)[1] > 0:
+            for a, b in zip(vector, random_like(vector, self.generator), strict=True):
+                a.copy_(b)
+        self.basis.append(vector)
+        self.coefficients = torch.cat([self.coefficients, torch.zeros(1, columns, dtype=torch.float64)])
 
-    def _rotate(self, x: list[Vector], hx: list[Vector]) -> list[float]:
-        """Ritz values of X alone; X and HX are rotated to the Ritz vectors."""
-        n = len(x)
-        numbers = dots([(h, h) for h in hx] + [(a, b) for a in x for b in hx])
-        self._see(numbers[:n])
-        if n == 1:
-            return numbers[1:]
-        h = torch.tensor(numbers[n:], dtype=torch.float64).reshape(n, n)
-        theta, s = torch.linalg.eigh((h + h.T) / 2)
-        s = s.flip(1)
-        _mix(x, [], s)
-        _mix(hx, [], s)
-        return list(theta.flip(0).tolist())
-
-    def _products(self, vectors: list[Vector]) -> list[Vector]:
-        self.hvps += len(vectors)
-        return [self.operator(v) for v in vectors]
-
-    def _see(self, squares: list[float]) -> None:
-        """Take note of ‖Hv‖² of vectors of norm 1."""
-        if not all(map(math.isfinite, squares)):
+    def _multiply(self) -> None:
+        """The product of the next vector of the basis; what is new in it is appended."""
+        image = self.operator(self.basis[len(self.lost)])
+        self.hvps += 1
+        along, left = self._orthonormalise(image)
+        size = math.hypot(*along, left)
+        if not math.isfinite(size):
             raise MeasurementError("a Hessian-vector product is not finite")
-        self.bound = max(self.bound, *(x**0.5 for x in squares))
+        self.bound = max(self.bound, size)
+        column = torch.tensor([along], dtype=torch.float64).T
+        self.coefficients = torch.cat([self.coefficients, column], dim=1)
+        self.lost.append(0.0)
+        if left:
+            row = torch.zeros(1, len(self.lost), dtype=torch.float64)
+            row[0, -1] = left
+            self.basis.append(image)
+            self.coefficients = torch.cat([self.coefficients, row])
 
-    def _orthonormalise(self, v: Vector, basis: Sequence[Vector]) -> bool:
-        """Gram–Schmidt, again where it took off more than half; False where nothing is left of ``v``."""
+    def _ritz(self) -> tuple[Tensor, Tensor, list[float]]:
+        """Ritz values, ascending, their coordinates in the basis, and the residuals of the k largest, largest first."""
+        m = len(self.lost)
+        c = self.coefficients
+        theta, s = torch.linalg.eigh((c[:m] + c[:m].T) / 2)
+        apart = c @ s
+        apart[:m] -= s * theta
+        dropped = s.square().T @ torch.tensor(self.lost, dtype=torch.float64).square()
+        residuals = (apart.square().sum(0) + dropped).sqrt()
+        return theta, s, residuals[-self.k :].flip(0).tolist()
+
+    def _go_on(self, theta: Tensor, s: Tensor) -> bool:
+        """Make room for another product, and see that there is a vector for it; False where the space is used up."""
+        if len(self.lost) == self.most:
+            self._restart(theta, s)
+        if len(self.basis) == len(self.lost):  # invariant: what is missing lies elsewhere
+            if len(self.basis) == self.dimension:
+                return False
+            self._append(random_like(self.like, self.generator), len(self.lost))
+        return True
+
+    def _restart(self, theta: Tensor, s: Tensor) -> None:
+        """Keep some Ritz vectors at both ends, and the vectors that wait for their turn."""
+        low, high = _kept(theta.tolist(), self.k)
+        m = len(theta)
+        kept, given_up = [*range(low), *range(m - high, m)], [*range(low, m - high)]
+        wait = self.basis[m:]
+        del self.basis[m:]
+        _rotate(self.basis, s[:, kept])
+        self.basis += wait
+        c = torch.cat([s.T @ self.coefficients[:m] @ s, self.coefficients[m:] @ s])
+        before = s.square().T @ torch.tensor(self.lost, dtype=torch.float64).square()
+        self.lost = (c[given_up].square().sum(0) + before).sqrt()[kept].tolist()
+        self.coefficients = c[[*kept, *range(m, len(c))]][:, kept]
+
+    def _orthonormalise(self, v: Vector) -> tuple[list[float], float]:
+        """Gram–Schmidt against the basis, again where it took off nearly all.
+
+        Returns:
+            The components of ``v`` along the basis, and the length of what was left before it was scaled to 1: 0 where
+            that is rounding, nan where ``v`` is not finite.
+        """
+        total = [0.0] * len(self.basis)
         whole = 0.0
         while True:
-            square, *along = dots([(v, v), *((b, v) for b in basis)])
+            square, *along = dots([(v, v), *((b, v) for b in self.basis)])
             whole = whole or square
-            if not math.isfinite(square) or square <= (50 * self.eps) ** 2 * whole:
-                return False
-            for c, b in zip(along, basis, strict=True):
+            if not math.isfinite(square):
+                return total, math.nan
+            if square <= (50 * self.eps) ** 2 * whole:
+                return total, 0.0
+            for i, (c, b) in enumerate(zip(along, self.basis, strict=True)):
                 axpy(-c, b, v)
+                total[i] += c
             left = square - math.fsum(c * c for c in along)
-            if left >= 0.5 * square:  # little was taken off, and what is left is known well
+            if left >= 0.1 * square:  # not much was taken off, and what is left is known well
                 scale(left**-0.5, v)
-                return True
-
-    def _randomise(self, v: Vector, basis: Sequence[Vector]) -> None:
-        """Orthonormalise ``v``, at random where nothing of it is left."""
-        while not self._orthonormalise(v, basis):
-            for a, b in zip(v, random_like(v, self.generator), strict=True):
-                a.copy_(b)
+                return total, math.sqrt(left)
 
 
-def _mix(x: list[Vector], p: list[Vector], s: Tensor) -> None:
-    """X ← [X P]·S and P ← P·S_P in place, S of shape (len(X)+len(P), len(X))."""
-    k, m = len(x), len(p)
-    if k == 1 and m == 1:
-        scale(float(s[1, 0]), p[0])
-        combine(1.0, p[0], float(s[0, 0]), x[0])
-        return
-    steps = []
-    for j in range(k):
-        step = zeros_like(x[0])
-        for i in range(m):
-            axpy(float(s[k + i, j]), p[i], step)
-        steps.append(step)
-    rotated = []
-    for j in range(k):
-        new = clone(steps[j])
-        for i in range(k):
-            axpy(float(s[i, j]), x[i], new)
-        rotated.append(new)
-    x[:] = rotated
-    if m:
-        p[:] = steps
+def _kept(theta: list[float], k: int) -> tuple[int, int]:
+    """How many Ritz vectors a restart keeps at the low and at the high end.
+
+    The rate at which Lanczos converges until the next restart is about (products until then)·√γ, with γ the gap to the
+    largest value given up, relative to the spread of all that are given up (Wu & Simon 2000, section 4).
+
+    Args:
+        theta: Ritz values, ascending.
+        k: eigenvalues wanted.
+    """
+    m = len(theta)
+    best, choice = -1.0, (0, k)
+    for low in range(m - k):
+        for high in range(k, m - k - low):
+            top, bottom = theta[m - 1 - high], theta[low]
+            gap, spread = theta[m - k] - top, top - bottom
+            rate = (m - low - high) * math.sqrt(gap / spread) if spread > 0 else math.inf
+            if rate > best:
+                best, choice = rate, (low, high)
+    return choice
+
+
+def _rotate(basis: list[Vector], s: Tensor) -> None:
+    """V ← V·S in place, without another vector: by the factors of S = P·L·U, column after column.
+
+    Args:
+        basis: the columns of V; afterwards as many as S has.
+        s: at least as many rows as columns.
+    """
+    p, lower, upper = torch.linalg.lu(s)
+    n = s.shape[1]
+    basis[:] = [basis[i] for i in p.argmax(0).tolist()]
+    for j in range(n):
+        for i in range(j + 1, len(basis)):
+            axpy(float(lower[i, j]), basis[i], basis[j])
+    del basis[n:]
+    for j in reversed(range(n)):
+        scale(float(upper[j, j]), basis[j])
+        for i in range(j):
+            axpy(float(upper[i, j]), basis[i], basis[j])
 
 
 def _power(

@@ -42,7 +42,7 @@ def sharpness(
     *,
     tol: float = 1e-2,
     k: int = 1,
-    solver: Solver = "ritz",
+    solver: Solver = "lanczos",
     hvp: HvpMethod = "auto",
     precision: PrecisionChoice = "auto",
     max_hvps: int = 200,
@@ -57,7 +57,7 @@ def sharpness(
             DataLoader gives it, goes in as ``[batch]``.
         tol: relative residual at which an eigenvalue counts as converged.
         k: how many.
-        solver: ``"ritz"``, or ``"power"`` for the literature's power iteration.
+        solver: ``"lanczos"``, or ``"power"`` for the literature's power iteration.
         hvp: how products are computed.
         precision: as in :class:`~gfs_core.GFSConfig`, for losses with autocast and weights in half precision.
         max_hvps: products allowed.

@@ -32,6 +32,7 @@ _SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means 
 _FIT_MEMORY = 0.99  # … in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
 _START_HVPS = 30
+_START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
 
 
 class RunningSharpness:
@@ -83,7 +84,7 @@ class RunningSharpness:
             MeasurementError: the first products are not finite.
         """
         if self.vector is None:
-            first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS)
+            first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS, basis=_START_BASIS)
             self.vector = first.vector
             return first.value
         product = operator(self.vector)

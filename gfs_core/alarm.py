@@ -16,10 +16,17 @@ usual value is known, only watch a ratio that has long been rising, and keep qui
 sharpening looks when nothing is wrong. A learning rate that is restarted on purpose looks like one that jumps by
 mistake, and is announced like it. The loss of a short batch, such as the rest that ends an epoch, scatters more than
 the others, and is not held against them.
+
+A state is raised against what the run did lately. It ends when the run is *back*, not when it has got used to being
+broken: what the run did before the rise is kept, and the state comes down after quiet observations that are near that
+too. So the losses have to come back to theirs; where they never do, it never ends. A ratio or a rate is also back at a
+level that the run has stood before (schedules with restarts), and where the mean loss has been back for 100 steps: what
+was feared has not come. A second rise is told of while the first lasts; both end at the better of their usual values.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -51,6 +58,7 @@ _TINY = 1e-3  # smallest spread, relative to the median: losses that hardly vary
 _JUMPED = (1.2, 1.5)  # the learning rate above its median, relative to it: a linear warm-up reaches 1
 _NOISY = 5  # latest mean-square ratios, whose geometric mean counts …
 _SETTLED = 10  # … after so many: the second moments of adaptive optimizers are still settling before
+_RETURNED = 100  # losses in a row with their mean back, after which a ratio or a rate that stays high is no matter
 _PAST = (1.0, 1.5)  # that mean, for watch and alarm: healthy runs stay below 1, or pass it for a moment
 _SOURCES = (  # of observations: their name, and how many quiet ones in a row take a rule down one state
     ("running stability ratios", 5),
@@ -72,11 +80,11 @@ class State(IntEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """A change of the state.
+    """A change of the state, or a new rise while an earlier one lasts.
 
     Attributes:
         step: the training step at which it was seen.
-        state: the new state.
+        state: the state from now on.
         reason: why, in a sentence.
         rule: which rule spoke: ``rise``, ``growth``, ``edge``, ``rate``, ``spike``, ``loss``, ``not finite``, or
             ``calm`` on the way down.
@@ -93,10 +101,11 @@ class _Verdict:
     state: State
     reason: str = ""
     rule: str = "calm"
+    usual: float | None = None  # that it was held against
 
 
-class _Source:
-    """The state of what one stream of observations says: up at once, down one state after several quiet ones."""
+class _Ladder:
+    """Up at once, down one state after several quiet observations."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -111,11 +120,50 @@ class _Source:
                 self.state, self.calm = State(self.state - 1), 0
 
 
+class _Source:
+    """What one stream of observations says.
+
+    Attributes:
+        lately: the state beside what the run did lately; where it rises, something new is told.
+        shown: the state until the run is back.
+        usual: the usual value that it was raised from, while it is up and there is one.
+        stood: the highest usual value while all was quiet; 0 before there is one.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.lately, self.shown = _Ladder(patience), _Ladder(patience)
+        self.usual: float | None = None
+        self.stood = 0.0
+
+    def take(self, found: State, back: bool, usual: float | None) -> bool:
+        """Take in what an observation says, and whether it is back; say whether this is a rise from a quiet state."""
+        was_quiet = self.lately.state is State.QUIET
+        self.lately.take(found)
+        rises = was_quiet and self.lately.state is not State.QUIET
+        if rises and usual is not None:
+            self.usual = usual if self.usual is None else min(self.usual, usual)
+        self.shown.take(found if back else max(found, self.shown.state))
+        if self.shown.state is State.QUIET:
+            self.usual = None
+        return rises
+
+    def saved(self) -> list[Any]:
+        return [*(int(v) for a in (self.lately, self.shown) for v in (a.state, a.calm)), self.usual, self.stood]
+
+    def load(self, level: int, calm: int, shown: int | None = None, shown_calm: int = 0, *levels: Any) -> None:
+        """Go on where ``saved`` left off; a state of the first release says how it looks lately, and no more."""
+        self.lately.state, self.lately.calm = State(level), int(calm)
+        held = (level, calm) if shown is None else (shown, shown_calm)
+        self.shown.state, self.shown.calm = State(held[0]), int(held[1])
+        usual, stood = levels or (None, 0.0)
+        self.usual, self.stood = None if usual is None else _positive(usual), float(stood)
+
+
 class Alarm:
     """Watches a run by its losses and its stability ratios.
 
     Attributes:
-        state: the present state, the gravest of what the losses and the ratios say.
+        state: the present state, the gravest of what the losses, ratios and rates say: until the run is back.
         reason: why the state last changed; empty before it first does.
 
     Example:
@@ -140,6 +188,8 @@ class Alarm:
         self._noisy: deque[float] = deque(maxlen=_NOISY)
         self._noisy_seen = 0
         self._sources = [_Source(patience) for _, patience in _SOURCES]
+        self._before: tuple[float, float] | None = None  # usual loss and spread before the state rose, while it is up
+        self._returned = 0  # losses in a row with their mean back at it
 
     def saw_loss(self, step: int, loss: float, examples: int | None = None) -> Event | None:
         """Take in the loss of a training step.
@@ -154,13 +204,20 @@ class Alarm:
         """
         short = self._sizes.short(examples)
         if not math.isfinite(loss):
+            self._returned = 0
             return self._changed(step, _LOSS, _Verdict(State.ALARM, f"the loss is {loss}", "not finite"))
         if short:
             return None
+        rising = self._mean is None or loss >= self._mean
         self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
-        verdict = self._judge_loss(loss, self._mean)
+        verdict, back = self._judge_loss(loss, self._mean), True
+        if self._before is not None:
+            by_spike, by_mean = self._above(loss, self._mean, *self._before)
+            back = by_spike is by_mean is State.QUIET
+            self._returned = self._returned + 1 if by_mean is State.QUIET else 0
+        event = self._changed(step, _LOSS, verdict, back, rising)
         self._losses.append(loss)
-        return self._changed(step, _LOSS, verdict)
+        return event
 
     def saw_rate(self, step: int, rate: float) -> Event | None:
         """Take in the learning rate that a step is about to use; it needs no measurement.
@@ -177,7 +234,10 @@ class Alarm:
         self._rated = step
         verdict = self._judge_rate(rate)
         self._rates.append(rate)
-        return self._changed(step, _RATE, verdict)
+        event = self._changed(step, _RATE, verdict, self._is_back(_RATE, rate, _JUMPED))
+        if len(self._rates) >= _FEWEST:
+            self._stands(_RATE, min(itertools.islice(reversed(self._rates), _FEWEST)))
+        return event
 
     def saw_mean_square(self, step: int, ratio: float) -> Event | None:
         """Take in a stability ratio in the mean square, for which 1 is the edge whatever the batch size.
@@ -212,9 +272,27 @@ class Alarm:
         """
         if not (math.isfinite(ratio) and ratio > 0):
             return None
-        held = self._ratios[solved]
+        held, source = self._ratios[solved], _SOLVED if solved else _RUNNING
         held.append((step, ratio))
-        return self._changed(step, _SOLVED if solved else _RUNNING, self._judge_ratio([*held], 2 if solved else 1))
+        verdict = self._judge_ratio([*held], 2 if solved else 1)
+        event = self._changed(step, source, verdict, ratio < _FLOOR or self._is_back(source, ratio, _RISE))
+        if len(held) >= _RATIOS:
+            self._stands(source, median(r for _, r in itertools.islice(reversed(held), _RATIOS)))
+        return event
+
+    def forget_ratios(self, step: int) -> Event | None:
+        """Drop the stability ratios seen so far, and what they said: others are to come, of other weights.
+
+        Returns:
+            The change of state that follows; ``None`` where there is none.
+        """
+        for held in self._ratios:
+            held.clear()
+        self._noisy.clear()
+        self._noisy_seen = 0
+        for i in (_RUNNING, _SOLVED, _MEAN_SQUARE):
+            self._sources[i] = _Source(_SOURCES[i][1])
+        return self._shown(step, "other weights are trained now, whose usual stability ratio is not known yet")
 
     def _judge_rate(self, rate: float) -> _Verdict:
         if len(self._rates) < _FEWEST:
@@ -226,22 +304,33 @@ class Alarm:
         if known is not None and known * rate / usual < _FLOOR:
             return _Verdict(State.QUIET)
         reason = f"the learning rate rose to {rate:.3g}, {rate / usual:.1f} times its usual {usual:.3g}"
-        return _Verdict(self._passed(rate / usual - 1, _JUMPED), reason, "rate")
+        return _Verdict(self._passed(rate / usual - 1, _JUMPED), reason, "rate", usual)
 
     def _judge_loss(self, loss: float, mean: float) -> _Verdict:
-        if len(self._losses) < _FEWEST:
+        known = self._usual_loss()
+        if known is None:
             return _Verdict(State.QUIET)
-        ordered = sorted(self._losses)
-        usual, high = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
-        # The upper tenth tells how far healthy batches reach; a deviation would take their tail for a normal one.
-        spread = max(high - usual, _TINY * abs(usual), 1e-12)
-        spike, risen = (loss - usual) / spread, (mean - usual) / spread
-        by_spike, by_mean = self._passed(spike, _SPIKE), self._passed(risen, _MEAN)
+        usual, spread, high = known
+        by_spike, by_mean = self._above(loss, mean, usual, spread)
         if by_spike >= by_mean:
-            reason = f"the loss is {loss:.3g}, {spike:.1f} times as far above its median {usual:.3g} as nine in ten are"
+            far = (loss - usual) / spread
+            reason = f"the loss is {loss:.3g}, {far:.1f} times as far above its median {usual:.3g} as nine in ten are"
             return _Verdict(by_spike, reason, "spike")
         reason = f"the mean loss rose to {mean:.3g}, from a median of {usual:.3g}; nine in ten were below {high:.3g}"
         return _Verdict(by_mean, reason, "loss")
+
+    def _usual_loss(self) -> tuple[float, float, float] | None:
+        """Median of the losses lately, their spread, and what nine in ten are below; ``None``: too few of them."""
+        if len(self._losses) < _FEWEST:
+            return None
+        ordered = sorted(self._losses)
+        usual, high = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
+        # The upper tenth tells how far healthy batches reach; a deviation would take their tail for a normal one.
+        return usual, max(high - usual, _TINY * abs(usual), 1e-12), high
+
+    def _above(self, loss: float, mean: float, usual: float, spread: float) -> tuple[State, State]:
+        """What a loss, and their mean, say beside a usual loss and its spread."""
+        return self._passed((loss - usual) / spread, _SPIKE), self._passed((mean - usual) / spread, _MEAN)
 
     def _judge_ratio(self, seen: list[tuple[int, float]], agreeing: int) -> _Verdict:
         # A solved eigenvalue is that of one batch: it takes two in a row, where the running estimate is an average.
@@ -261,7 +350,19 @@ class Alarm:
         found, rule = max(by_rise, by_growth), "growth" if by_growth > by_rise else "rise"
         if usual > _RISEN * before and rise - 1 < self._strictness * _JUMP:
             found = min(found, State.WATCH)
-        return _Verdict(found, reason, rule)
+        return _Verdict(found, reason, rule, usual)
+
+    def _is_back(self, source: int, value: float, thresholds: tuple[float, float]) -> bool:
+        """Whether a ratio or a rate is near what it rose from, at a level stood before, or of no matter any more."""
+        usual, stood = self._sources[source].usual, self._sources[source].stood
+        near = usual is None or self._passed(value / usual - 1, thresholds) is State.QUIET
+        return near or value <= stood or self._returned >= _RETURNED
+
+    def _stands(self, source: int, level: float) -> None:
+        """Take in a level that lasts."""
+        held = self._sources[source]
+        if held.shown.state is State.QUIET:
+            held.stood = max(held.stood, level)
 
     def _passed(self, value: float, thresholds: tuple[float, float]) -> State:
         watch, alarm = thresholds
@@ -273,18 +374,38 @@ class Alarm:
         usual = median(self._losses)
         return usual - self._mean > _FALLING * abs(usual)
 
-    def _changed(self, step: int, source: int, verdict: _Verdict) -> Event | None:
-        if verdict.state is self._sources[source].state is State.QUIET:
+    def _changed(
+        self, step: int, source: int, verdict: _Verdict, back: bool = True, rising: bool = True
+    ) -> Event | None:
+        if verdict.state is self._sources[source].shown.state is State.QUIET:
             return None
-        self._sources[source].take(verdict.state)
-        state = max(s.state for s in self._sources)
+        lately = max(s.lately.state for s in self._sources)
+        if self._sources[source].take(verdict.state, back, verdict.usual):
+            self._keep_loss()
+        # On the way back a mean lags behind its median, which is no rise.
+        new = verdict.state > self.state or (verdict.state == self.state and rising)
+        if new and max(s.lately.state for s in self._sources) > lately:
+            self.state, self.reason = verdict.state, verdict.reason
+            return Event(step, verdict.state, verdict.reason, verdict.rule)
+        name, seen = _SOURCES[source]
+        return self._shown(step, f"the last {seen} {name} were nearer to their usual values")
+
+    def _shown(self, step: int, reason: str) -> Event | None:
+        """The state that the sources show together, where it has come down."""
+        state = max(s.shown.state for s in self._sources)
+        if state is State.QUIET:
+            self._before, self._returned = None, 0
         if state == self.state:
             return None
-        if state < self.state:
-            name, seen = _SOURCES[source]
-            verdict = _Verdict(state, f"the last {seen} {name} were nearer to their usual values")
-        self.state, self.reason = state, verdict.reason
-        return Event(step, state, verdict.reason, verdict.rule)
+        self.state, self.reason = state, reason
+        return Event(step, state, reason, "calm")
+
+    def _keep_loss(self) -> None:
+        """Keep what the losses were like before a rise; of several rises, the lowest."""
+        known = self._usual_loss()
+        if known is not None and (self._before is None or known[0] < self._before[0]):
+            self._before = known[:2]
+        self._returned = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next event depends on: numbers, strings and lists."""
@@ -297,7 +418,9 @@ class Alarm:
             "mean": self._mean,
             "rates": [self._rated, list(self._rates)],
             "noisy": [self._noisy_seen, list(self._noisy)],
-            "sources": [[int(s.state), s.calm] for s in self._sources],
+            "sources": [s.saved() for s in self._sources],
+            "before": None if self._before is None else list(self._before),
+            "returned": self._returned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,8 +437,11 @@ class Alarm:
         self._rated, self._noisy_seen = int(rated), int(seen)
         self._rates = deque(map(_positive, rates), maxlen=_LOSSES)
         self._noisy = deque(map(_positive, noisy), maxlen=_NOISY)
-        for source, (level, calm) in zip(self._sources, state["sources"], strict=True):
-            source.state, source.calm = State(level), int(calm)
+        for source, saved in zip(self._sources, state["sources"], strict=True):
+            source.load(*saved)
+        before = state.get("before")  # as in a state of the first release
+        self._before = None if before is None else (float(before[0]), _positive(before[1]))
+        self._returned = int(state.get("returned", 0))
 
 
 def _positive(value: Any) -> float:

@@ -186,7 +186,7 @@ class StabilityMonitor:
             self.saw(loss, examples_of(batches))
         measurement = None
         self._look(step)
-        if self.wants(step) and self._measurable():
+        if self.wants(step) and self._measurable(step):
             try:
                 measurement = self._step(loss_fn, batches, step)
             finally:
@@ -289,7 +289,7 @@ class StabilityMonitor:
         if step == self._looked or self.control.policy == "observe":
             return
         self._looked = step
-        self._measurable()
+        self._measurable(step)
         policy, ranks = self.control.policy, self.ranks
         if self.control.lost:
             self._complain(
@@ -318,7 +318,7 @@ class StabilityMonitor:
         passed_by = self._overlay is not None and self._overlay.passed_by > 0
         return 1.0 if passed_by else self.control.scale(rate)
 
-    def _measurable(self) -> bool:
+    def _measurable(self, step: int) -> bool:
         """Whether there are weights to measure now; what was measured on others is dropped."""
         params = parameters_of(self.optimizer)
         if not params:
@@ -333,6 +333,9 @@ class StabilityMonitor:
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
                 self._probe = [moved(b, device, self._weights.device) for b in self._probe]
+            event = None if self.alarm is None else self.alarm.forget_ratios(step)
+            if event is not None:
+                self._act_on(event)
             self.control.renew()
             if self._scheduler is not None:
                 self._scheduler.refresh()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -251,6 +251,106 @@ def test_a_higher_level_that_lasts_becomes_the_usual_one() -> None:
     alarm = settled()
     events = play(((step, 1.0, 0.6 if step % 5 == 0 else None) for step in range(300, 600)), alarm)
     assert [e.state for e in events] == [State.ALARM, State.WATCH, State.QUIET]
+
+
+# --- until the run is back ------------------------------------------------------------------------------------------
+
+
+def losses(alarm: Alarm, values: Iterable[float], start: int) -> list[tuple[int, State]]:
+    events = [alarm.saw_loss(start + k, value) for k, value in enumerate(values)]
+    return [(e.step, e.state) for e in events if e is not None]
+
+
+@pytest.mark.parametrize("broken", [3.0, 1.2])
+def test_a_loss_that_does_not_come_back_is_an_alarm_for_good(broken: float) -> None:
+    alarm = settled()
+    assert losses(alarm, [broken] * 2000, 300) == [(300, State.ALARM)]
+    back = losses(alarm, [1.0] * 200, 2300)
+    assert [state for _, state in back] == [State.WATCH, State.QUIET]
+    assert back[1][0] < 2300 + 20 + 20 + 100  # the mean needs its time
+    assert losses(alarm, [broken], 2500) == [(2500, State.ALARM)]  # and it is as it was
+
+
+def test_nearly_back_is_not_back() -> None:
+    alarm = Alarm()
+    noisy = [1.0 + 0.1 * (k % 10) for k in range(100)]  # median 1.5, nine in ten below 1.9
+    assert losses(alarm, noisy, 0) == []
+    assert losses(alarm, [v + 3.0 for v in noisy], 100) == [(100, State.ALARM)]
+    assert losses(alarm, [v + 0.3 for v in noisy * 10], 200) == []  # their mean is 1.75: more than half a spread above
+    assert [state for _, state in losses(alarm, [v + 0.1 for v in noisy * 2], 1200)] == [State.WATCH, State.QUIET]
+
+
+def test_after_losses_that_were_no_numbers_they_have_to_be_back_too() -> None:
+    alarm = settled()
+    assert losses(alarm, [math.nan] * 5 + [5.0] * 500, 300) == [(300, State.ALARM)]
+    assert [state for _, state in losses(alarm, [1.0] * 200, 805)] == [State.WATCH, State.QUIET]
+
+
+def rates(alarm: Alarm, value: float, steps: range, loss: float = 1.0) -> list[tuple[int, State, str]]:
+    events = [e for step in steps for e in (alarm.saw_rate(step, value), alarm.saw_loss(step, loss)) if e is not None]
+    return [(e.step, e.state, e.rule) for e in events]
+
+
+def test_a_rate_that_stays_high_is_an_alarm_until_the_losses_have_long_been_well() -> None:
+    alarm = Alarm()
+    assert rates(alarm, 0.1, range(100)) == []
+    told = rates(alarm, 1.0, range(100, 400))
+    assert told == [(100, State.ALARM, "rate"), (219, State.WATCH, "calm"), (239, State.QUIET, "calm")]
+    broken = Alarm()
+    rates(broken, 0.1, range(100))
+    assert rates(broken, 1.0, range(100, 600), loss=2.0) == [(100, State.ALARM, "rate")]
+    assert rates(broken, 0.1, range(600, 900), loss=2.0) == []  # the rate is back, the losses are not
+
+
+def test_a_rate_that_the_run_has_stood_before_ends_as_restarts_do() -> None:
+    alarm = Alarm()
+    assert rates(alarm, 1.0, range(100)) == []
+    assert rates(alarm, 0.1, range(100, 200)) == []
+    told = rates(alarm, 1.0, range(200, 300))
+    assert [state for _, state, _ in told] == [State.ALARM, State.WATCH, State.QUIET]
+    assert told[2][0] < 200 + 25 + 20 + 20 + 2  # the usual rate is up again after 25 steps
+
+
+def test_a_ratio_without_losses_has_to_come_back_itself() -> None:
+    alarm = Alarm()
+    for step in range(0, 300, 5):
+        assert alarm.saw_ratio(step, 0.2, solved=False) is None
+    held = [alarm.saw_ratio(step, 0.6, solved=False) for step in range(300, 2000, 5)]
+    assert [e.state for e in held if e is not None] == [State.ALARM]
+    back = [alarm.saw_ratio(step, 0.3, solved=False) for step in range(2000, 2100, 5)]
+    assert [k for k, e in enumerate(back) if e is not None] == [4, 9]
+
+
+def test_a_second_rise_is_told_of_while_the_first_lasts() -> None:
+    alarm = settled()
+    assert losses(alarm, [2.0] * 300, 300) == [(300, State.ALARM)]
+    assert losses(alarm, [8.0] * 300, 600) == [(600, State.ALARM)]
+    assert losses(alarm, [2.0] * 300, 900) == []  # where it was between the two is not back
+    assert [state for _, state in losses(alarm, [1.0] * 200, 1200)] == [State.WATCH, State.QUIET]
+
+
+def test_ratios_of_other_weights_begin_anew() -> None:
+    alarm = settled()
+    alarm.saw_ratio(300, 0.6, solved=False)
+    event = alarm.forget_ratios(301)
+    assert event is not None
+    assert (event.step, event.state, event.rule) == (301, State.QUIET, "calm")
+    assert [alarm.saw_ratio(305 + 5 * k, 5.0, solved=False) for k in range(40)] == [None] * 40
+    losses(alarm, [9.0], 600)
+    assert alarm.forget_ratios(601) is None  # what the losses say stays
+    assert alarm.state is State.ALARM
+
+
+def test_a_state_of_the_first_release_is_taken_in() -> None:
+    alarm = settled()
+    losses(alarm, [3.0], 300)
+    state = alarm.state_dict()
+    state["sources"] = [saved[:2] for saved in state["sources"]]  # type: ignore[attr-defined]
+    del state["before"], state["returned"]
+    resumed = Alarm()
+    resumed.load_state_dict(state)
+    assert resumed.state is State.ALARM
+    assert [state for _, state in losses(resumed, [1.0] * 200, 301)] == [State.WATCH, State.QUIET]
 
 
 # --- healthy runs ---------------------------------------------------------------------------------------------------

@@ -444,6 +444,22 @@ def test_a_scheduler_takes_in_a_group_that_is_added() -> None:
     assert scheduler.get_last_lr() == rates
 
 
+def test_ratios_of_weights_that_are_unfrozen_are_not_held_against_those_before() -> None:
+    """The ratio of all weights is several times that of the last layer, and no alarm."""
+    model = net()
+    model[:4].requires_grad_(False)
+    run = Run(model, sgd(model, 0.2))
+    run.steps(60)
+    before = run.found[-1]
+    unfreeze(run)
+    run.steps(60)
+    after = run.found[-1]
+    assert before is not None
+    assert after is not None
+    assert after.stability_ratio > 2.5 * before.stability_ratio  # type: ignore[operator]
+    assert {m.alarm for m in run.found if m is not None} == {0}
+
+
 # --- batches without a loss -------------------------------------------------------------------------------------------
 
 

@@ -648,6 +648,20 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     assert resumed.control.scale(0.05) == 0.5
 
 
+def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
+    monitor = Fit("sgd", 0.05, control="step_down").monitor
+    scales = []
+    for step in range(600):
+        monitor.saw((1.0 if step < 100 else 3.0) + 0.01 * (step % 7))
+        monitor.watch(step)
+        scales.append(monitor.control.step(0.05))
+    assert monitor.alarm is not None
+    assert monitor.alarm.state is gfs.State.ALARM
+    assert scales[:200] == [1.0] * 100 + [0.5] * 100
+    assert scales[200:] == sorted(scales[200:])
+    assert scales[-1] == 1.0
+
+
 def test_without_an_alarm_nothing_is_watched() -> None:
     fit = Fit("sgd", 0.05, alarm="off", control="observe").run(0, 30)
     assert fit.monitor.alarm is None

@@ -36,7 +36,7 @@ def batch_size(batch: Any) -> int | None:
 
 
 def first_examples(batch: Any, count: int) -> Any:
-    """The first ``count`` examples: every tensor whose first dimension is the batch's is cut, the rest kept."""
+    """The first ``count`` examples: whatever has one entry for each example is cut, the rest kept."""
     size = batch_size(batch)
     if size is None or size <= count:
         return batch
@@ -50,6 +50,16 @@ def rotating_part(batch: Any, parts: int, turn: int) -> Any:
         return batch
     low, high = (size * (turn % parts + i) // parts for i in (0, 1))
     return _rows(batch, size, low, high)
+
+
+def all_parts(batches: Sequence[Any], parts: int) -> list[tuple[Any, float]]:
+    """All that :func:`rotating_part` gives of each batch, each with its share of the mean over the batches."""
+    out: list[tuple[Any, float]] = []
+    for batch in batches:
+        size = batch_size(batch) or 1
+        found = [rotating_part(batch, parts, turn) for turn in range(max(min(parts, size // 2), 1))]
+        out += [(part, (batch_size(part) or 1) / size / len(batches)) for part in found]
+    return out
 
 
 def pieces(batches: Sequence[Any], count: int | None) -> list[tuple[Any, float]]:
@@ -102,20 +112,32 @@ def is_plain(batch: Any) -> bool:
 
 
 def _rows(batch: Any, size: int, low: int, high: int) -> Any:
-    return changed(batch, lambda t: t[low:high] if t.ndim and t.shape[0] == size else t)
+    return changed(batch, lambda item: item[low:high], lambda item: _by_example(item, size))
 
 
-def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor in it replaced by ``change`` of it."""
-    if isinstance(batch, Tensor):
+def _by_example(item: Any, size: int) -> bool:
+    """Whether it has one entry for each example: a tensor or an array, or a list of texts, names or numbers."""
+    if type(item) in (list, tuple):
+        return len(item) == size and not any(isinstance(entry, (Tensor, Mapping, list, tuple)) for entry in item)
+    shape = getattr(item, "shape", ())  # of NumPy's arrays too
+    return isinstance(shape, tuple) and len(shape) > 0 and shape[0] == size
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, Tensor)
+
+
+def changed(batch: Any, change: Callable[[Any], Any], which: Callable[[Any], bool] = _is_tensor) -> Any:
+    """The batch with everything in it of which ``which`` is true replaced by ``change`` of it; tensors by default."""
+    if which(batch):
         return change(batch)
     if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "copy")):
         out = batch.copy()
         for key, value in batch.items():
-            out[key] = changed(value, change)
+            out[key] = changed(value, change, which)
         return out
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(changed(item, change) for item in batch))
+        return type(batch)(*(changed(item, change, which) for item in batch))
     if type(batch) in (list, tuple):
-        return type(batch)(changed(item, change) for item in batch)
+        return type(batch)(changed(item, change, which) for item in batch)
     return batch

@@ -26,6 +26,7 @@ class Cadence:
         every: steps between measurements of each tier, cheapest first.
         clock: what measuring has cost.
         leading: the tier that the control goes by.
+        stretch: factor by which the interval of the running tier is longer, where it needs whole batches.
     """
 
     def __init__(self, config: GFSConfig, control: Control, empirical: bool, ranks: Ranks | None = None) -> None:
@@ -36,6 +37,7 @@ class Cadence:
         if by_the_step and "directional" not in self.every:
             often = config.every if empirical else config.running_every or config.every
             self.every = {"directional": often, **self.every}
+        self.stretch = 1
         self.clock = Clock()
         leads = ("directional",) if by_the_step else ("running", *SOLVED)
         self.leading: Tier = next((tier for tier in self.every if tier in leads), config.tier)
@@ -67,7 +69,8 @@ class Cadence:
         due: list[Tier] = []
         for tier, every in self.every.items():
             free = tier == self.leading and self.control.starting
-            wanted = step % every == 0 and (free or affords([*due, tier]))
+            apart = every * self.stretch if tier == "running" else every
+            wanted = step % apart == 0 and (free or affords([*due, tier]))
             if (stepped or tier != "directional") and (wanted or (free and self.control.waiting)):
                 due.append(tier)
         return due

@@ -198,7 +198,7 @@ class Control:
         """The user's rate at which the ratio would be 1."""
         if self.policy == "cdat":
             return self._critical_along(measurement)
-        ratio = measurement.mean_square_stability_ratio
+        ratio = measurement.mean_square_bound
         if ratio is not None:
             self._noisy = True
         elif self._noisy:  # a solved ratio knows nothing of the noise: it does not take turns with one that does
@@ -240,7 +240,13 @@ def at_scale(measurement: Measurement, factor: float) -> Measurement:
     def times(value: float | None, by: float) -> float | None:
         return None if value is None else value * by
 
-    ratios = ("stability_ratio", "running_stability_ratio", "mean_square_stability_ratio", "gfs_stability_ratio")
+    ratios = (
+        "stability_ratio",
+        "running_stability_ratio",
+        "mean_square_stability_ratio",
+        "mean_square_bound",
+        "gfs_stability_ratio",
+    )
     changed: dict[str, Any] = {name: times(getattr(measurement, name), factor) for name in ratios}
     return replace(
         measurement,

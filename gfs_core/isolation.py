@@ -78,6 +78,10 @@ class Isolation:
             self._rng.restore()
         self._evaluated = True
 
+    def shift(self, count: int) -> None:
+        """Go on from another random state, another for each ``count`` > 0: the next evaluation draws other numbers."""
+        self._rng.shift(count)
+
     def __exit__(self, *exc: object) -> None:
         try:
             self._put_back()
@@ -130,6 +134,17 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+    def shift(self, count: int) -> None:
+        """Go over to other random states, which follow from these and ``count``."""
+        chosen = random.Random(f"{hash(self.python)} {count}")
+        random.seed(chosen.getrandbits(32))
+        if self.numpy is not None:
+            sys.modules["numpy"].random.seed(chosen.getrandbits(32))
+        torch.default_generator.manual_seed(chosen.getrandbits(32))
+        for device in self.cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(chosen.getrandbits(32))
 
 
 class PythonState:

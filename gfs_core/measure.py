@@ -165,15 +165,19 @@ class Running:
 
     Attributes:
         estimate: renewed by it.
-        part: the part of the current batch that is its turn.
-        fraction: the examples of the part over those of the whole optimizer step.
+        batches: the part of the current batch that is its turn, or all of it.
+        others: another part of the same size, for a pair of products; empty: there is none.
+        fraction: the examples of the part over those of the whole optimizer step; 0: the noise is not to be counted.
         mean_loss: mean loss of training; ``None``: not known.
+        stands_for: measurements at the usual interval that this one is taken for.
     """
 
     estimate: RunningSharpness
-    part: Any
+    batches: Sequence[Any]
+    others: Sequence[Any] = ()
     fraction: float = 1.0
     mean_loss: float | None = None
+    stands_for: int = 1
 
 
 def measure(
@@ -253,7 +257,7 @@ def measure(
             seed=seed,
         )
         if running is not None and known and "running" in tiers:
-            with _timed(seconds, "running"), probe.on([running.part]):
+            with _timed(seconds, "running"), probe.on(running.batches):
                 values |= _running(probe, running, stability)
         if known and "batch_sharpness" in tiers:
             with _timed(seconds, "batch_sharpness"), probe.on(batches if current is None else current):
@@ -345,26 +349,37 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
 
 
 def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, Any]:
-    """The running estimate after one more product on its part of the data."""
+    """The running estimate after one more product on its part of the data, or two, on two parts."""
     estimate, error = running.estimate, None
     first = estimate.vector is None
-    quotient = estimate.update(probe.operator(stability), probe.objective.weights)
+    operator, losses = probe.operator(stability), list[float]()
+
+    def other(vector: Vector) -> Vector:
+        losses.append(probe.hessian.loss)
+        with probe.on(running.others):
+            return operator(vector)
+
+    pairs = estimate.wants_pair and len(running.others) > 0
+    quotient = estimate.update(operator, probe.objective.weights, other if pairs else None)
     if first and estimate.vector is not None and probe.in_half_precision():
         error = probe.precision_error(stability, estimate.vector, quotient)
         if not probe.in_half_precision():
             estimate.vector = None
             quotient = estimate.update(probe.operator(stability), probe.objective.weights)
-    loss, mean = probe.hessian.loss, running.mean_loss
+    losses.append(probe.hessian.loss)
+    loss, mean = sum(losses) / len(losses), running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
-    value = estimate.average(quotient, relative)
+    value = estimate.average(quotient, relative, running.stands_for)
     if value is None or stability.threshold is None:
         return {"running_sharpness": value, "precision_error": error}
-    noisy = estimate.noisy(stability.noise_factor * running.fraction)
+    weight = stability.noise_factor * running.fraction
+    noisy, bound = estimate.noisy(weight), estimate.bound(weight)
     return {
         "precision_error": error,
         "running_sharpness": value,
         "running_stability_ratio": value / stability.threshold,
         "mean_square_stability_ratio": None if noisy is None else noisy / stability.threshold,
+        "mean_square_bound": None if bound is None else bound / stability.threshold,
     }
 
 

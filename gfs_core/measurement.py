@@ -44,6 +44,10 @@ class Measurement:
         "stability ratio over the latest parts, with the spread of the curvature from batch to batch: 1 is the edge at "
         "which noisy steps, momentum included, stop being stable in the mean square"
     )
+    mean_square_bound: float | None = _key(
+        "the same with how far the estimate's direction lags behind counted as noise: an upper estimate, by which a "
+        "control goes"
+    )
     batch_sharpness: float | None = _key(
         "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"
     )
@@ -78,7 +82,8 @@ class Measurement:
 _LOGGED = {
     f.name: str(f.metadata["help"])
     for f in fields(Measurement)
-    if "help" in f.metadata and f.name not in ("residual", "precision_error", "seconds", "learning_rate")
+    if "help" in f.metadata
+    and f.name not in ("mean_square_bound", "residual", "precision_error", "seconds", "learning_rate")
 }
 
 

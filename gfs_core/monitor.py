@@ -19,7 +19,17 @@ from torch.nn.parameter import is_lazy
 
 from gfs_core import history
 from gfs_core.alarm import Alarm, Event, State
-from gfs_core.batches import Sizes, changed, copied, examples_of, first_of_all, fraction_of, is_plain, rotating_part
+from gfs_core.batches import (
+    Sizes,
+    batch_size,
+    changed,
+    copied,
+    examples_of,
+    first_of_all,
+    fraction_of,
+    is_plain,
+    rotating_part,
+)
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
@@ -29,6 +39,7 @@ from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, OverLimit, vector_bytes
+from gfs_core.parts import normalises_over_batch, why_whole
 from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
@@ -42,6 +53,7 @@ _MIX_EVERY = 10  # measurements between two that mix a random direction into the
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _PASSING = ("come with its first step", "the learning rate is 0")  # reasons that nobody has to do anything about
 _SURE = 3  # steps in a row that pass the control by before it is told
+WHOLE_EVERY = 4  # times the interval of the running estimate where it needs whole batches: the price of one on a CPU
 _MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
 
@@ -117,6 +129,8 @@ class StabilityMonitor:
         self._running = RunningSharpness()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
         self._parts = self.config.running_parts
+        self._splits: bool | None = None  # whether the loss of a batch is the mean over its parts; not known: None
+        self._whole = ""  # why not
         self._fits: int | None = None  # examples of a probe that memory has room for, where it once had none
         self._mean_loss = MeanLoss()
         self._batch_sharpness: float | None = None
@@ -345,27 +359,30 @@ class StabilityMonitor:
         if self._is_short(current):
             self._before = None
             return None
-        batches = first_of_all(current, self.config.probe_size)
-        if self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches:
+        tiers = self._due(step)
+        filling = self.config.probe == "fixed" and len(self._probe) < self.config.probe_batches
+        if not tiers and not filling:
+            return None
+        began = time.perf_counter()
+        if self._splits is None and self._cuts(tiers, current) and not self._try_parts(loss_fn, current):
+            self._before = None
+            if tiers:
+                self._cadence.clock.measured(began, time.perf_counter(), tiers, {})
+            return None
+        batches = self._limited(current, self.config.probe_size)
+        if filling:
             missing = self.config.probe_batches - len(self._probe)
             self._probe += [copied(b) for b in batches[:missing]]
             if len(self._probe) < self.config.probe_batches:
                 return None
-        tiers = self._due(step)
         if not tiers:
             return None
-        probe = first_of_all(self._probe if self.config.probe == "fixed" else batches, self._fits)
-        began = time.perf_counter()
+        probe = self._limited(self._probe if self.config.probe == "fixed" else batches, self._fits)
         measurement = None
         before = self._before if self._before_step == step else None
         seconds: dict[Tier, float] = {}
         self._before = None
-        running = None
-        if "running" in tiers:
-            micro = current[self._turn // self._parts % len(current)]
-            part = rotating_part(micro, self._parts, self._turn)
-            running = Running(self._running, part, fraction_of(part, current))
-            self._turn += 1
+        running = self._next_running(current) if "running" in tiers else None
         free = self._cadence.free(tiers)
         scale_before = self._scale(self._rate())
         try:
@@ -381,7 +398,7 @@ class StabilityMonitor:
                         tiers,
                         before=before,
                         running=running,
-                        current=first_of_all(batches, self._fits),
+                        current=self._limited(batches, self._fits),
                         scale=scale_before,
                     )
                 if self.ranks is not None:
@@ -408,6 +425,75 @@ class StabilityMonitor:
             if not any(words in reason for words in _PASSING):
                 self._tell(reason)
         return self._controlled(measurement, scale_before)
+
+    def _cuts(self, tiers: list[Tier], batches: list[Any]) -> bool:
+        """Whether anything of these batches would be cut, on any process."""
+        sizes = [size for b in batches if (size := batch_size(b)) is not None]
+        limits = (self.config.probe_size, self._fits)
+        cuts = any(limit is not None and limit < sum(sizes) for limit in limits)
+        if self.config.micro_batch is not None:
+            cuts = cuts or any(size > self.config.micro_batch for size in sizes)
+        if "running" in tiers and self._parts > 1:
+            cuts = cuts or any(size >= 4 for size in sizes)
+        ranks = self.ranks
+        return cuts if ranks is None else self._agreed(lambda: ranks.any(cuts), False)
+
+    def _try_parts(self, loss_fn: Callable[[Any], Tensor], batches: list[Any]) -> bool:
+        """Find out whether the loss of a batch is the mean over its parts; returns whether that is known now."""
+        try:
+            with self.together():
+                why = ""
+                if self.ranks is None or self._global is not None or self.writes:
+                    why = why_whole(
+                        self.model,
+                        lambda _model, b: loss_fn(b),
+                        batches,
+                        parameters_of(self.optimizer),
+                        self._parts,
+                        precision=self._precision,
+                        seed=self.config.seed,
+                        ranks=self._global,
+                    )
+                whole = bool(why) if self.ranks is None else self.ranks.any(bool(why))
+        except Exception as error:
+            if self.config.strict:
+                raise
+            self._failed(error)
+            return False
+        self._settle(not whole, why or "so another process has found")
+        return True
+
+    def _settle(self, splits: bool | None, why: str) -> None:
+        """Go by what is known of the loss: on parts of batches, or on whole ones at a longer interval."""
+        self._splits, self._whole = splits, "" if splits else why
+        self._cadence.stretch = WHOLE_EVERY if splits is False else 1
+        if splits is False:
+            asked = [name for name in ("probe_size", "micro_batch") if getattr(self.config, name) is not None]
+            ignored = f", and {' and '.join(asked)} cannot be used" if asked else ""
+            self._tell(
+                f"the loss of a batch is not the mean over its parts, so whole batches are measured{ignored}: {why}"
+            )
+
+    def _limited(self, batches: list[Any], count: int | None) -> list[Any]:
+        """The first ``count`` examples of several batches together, where their loss is a mean over examples."""
+        return batches if self._splits is False else first_of_all(batches, count)
+
+    def _next_running(self, batches: list[Any]) -> Running:
+        """What the running estimate is measured on now: the part of a batch whose turn it is, or all of them."""
+        turn, self._turn = self._turn, self._turn + 1
+        if self._splits is False:
+            # Weights in front of BatchNorm have no scale: noise makes them grow, and their curvature fall. A control
+            # that counts it holds down runs that bear thirty times the rate; one that raises the rate needs it.
+            lowers = self.control.policy in ("cap", "warmup")
+            fraction = 0.0 if lowers and normalises_over_batch(self.model) else 1.0
+            return Running(self._running, batches, fraction=fraction, stands_for=WHOLE_EVERY)
+        place = turn // self._parts % len(batches)
+        part = rotating_part(batches[place], self._parts, turn)
+        if batch_size(part) != batch_size(batches[place]):
+            others = [rotating_part(batches[place], self._parts, turn + 1)]
+        else:
+            others = [batches[(place + 1) % len(batches)]] if len(batches) > 1 else []
+        return Running(self._running, [part], others, fraction_of(part, batches))
 
     def _is_short(self, batches: list[Any]) -> bool:
         """Whether a batch is too short, on any process, to be compared with what others have shown."""
@@ -494,6 +580,7 @@ class StabilityMonitor:
             "measured": self.measured,
             "solved": self._solved,
             "fits": self._fits,
+            "splits": [self._splits, self._whole],
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
             "method": self._method,
             "trusted": self._trusted,
@@ -538,6 +625,8 @@ class StabilityMonitor:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         self._solved, fits = int(state.get("solved", 0)), state.get("fits")
         self._fits = None if fits is None else max(int(fits), 1)
+        splits, why = state.get("splits", [None, ""])
+        self._settle(None if splits is None else bool(splits), str(why))
         if self._sizes is not None:
             self._sizes = Sizes(state.get("sizes", ()))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
@@ -611,7 +700,7 @@ class StabilityMonitor:
                 hvp=self._method,
                 trusted=self._trusted,
                 plain_kernels=self._plain_kernels,
-                micro_batch=config.micro_batch,
+                micro_batch=None if self._splits is False else config.micro_batch,
                 max_memory=config.max_memory,
                 precision=self._precision,
                 check_precision=self._solved % _MIX_EVERY == 1,
@@ -657,20 +746,27 @@ class StabilityMonitor:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             why = str(error) if isinstance(error, OverLimit) else "a measurement ran out of memory"
-            self._tell(f"{why}; the next one is on half as many examples", own=True)
+            then = "the next one is on half as many examples"
+            if self._splits is False:
+                then = f"and the batch cannot be cut: {self._whole}"
+            self._tell(f"{why}; {then}", own=True)
         elif isinstance(error, RanksLost):
             self._tell(f"{error}; nothing is measured any more in this run", own=True)
         elif isinstance(error, OtherRankFailed):
-            self._parts = 1 if error.foreign else self._parts  # the same on all of them
+            if not error.memory:
+                self._settle(None, "")
             self._tell(str(error))
-        elif isinstance(error, MeasurementError):
+        elif isinstance(error, NoLoss):
             self._tell(str(error), own=True)
         else:
-            self._parts = 1  # it may be that this loss needs whole batches
+            self._settle(None, "")  # it may be that the batches have become others, which cannot be cut
+            if isinstance(error, MeasurementError):
+                self._tell(str(error), own=True)
+                return
             self._tell(f"the loss failed when it was evaluated again: {type(error).__name__}: {error}", own=True)
 
     def _make_room(self, tiers: list[Tier], probe: list[Any]) -> None:
-        """Halve what did not fit into memory: the part of the running estimate, or the probe."""
+        """Halve what did not fit into memory: the part of the running estimate, or the probe, where they can be cut."""
         if tiers == ["running"]:
             self._parts *= 2
         elif count := examples_of(probe):

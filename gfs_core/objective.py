@@ -81,6 +81,8 @@ class Objective:
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
+        self.losses: list[float] = []  # of the pieces, at the last gradient; on this process
+        self.draw = 0  # 0: every evaluation has the same random state; otherwise each the next of a series of its own
         self._unused_are_unused = False
 
     @property
@@ -92,6 +94,10 @@ class Objective:
     def batches(self, batches: Sequence[Any]) -> None:
         self._batches = batches
         self.pieces = pieces(batches, self.micro_batch)
+
+    def on_all(self, flag: bool) -> bool:
+        """Whether it is so on all processes that measure together."""
+        return flag if self.ranks is None else not self.ranks.any(not flag)
 
     @property
     def eps(self) -> float:
@@ -143,6 +149,9 @@ class Objective:
         """
         if self.isolation is not None:
             self.isolation.rewind()
+            if self.draw:
+                self.isolation.shift(self.draw)
+                self.draw += 1
         with torch.enable_grad(), self.allowance.counted():
             loss = self.loss_fn(self.model, self.precision.of(batch))
         if loss is None:
@@ -163,8 +172,10 @@ class Objective:
         """
         total = 0.0
         out: Vector = []
+        self.losses = []
         for piece, share in self.pieces:
             loss, grads = self._differentiate(piece)
+            self.losses.append(loss)
             total += share * loss
             if out:
                 axpy(share, grads, out)

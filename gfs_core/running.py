@@ -12,9 +12,11 @@ so a quotient is multiplied by (mean loss / loss of the part)^γ: a control vari
 quotients themselves, from 1 on (cross-entropy comes out near 1, squared loss lower). Where the losses are not known, or
 not positive, nothing is corrected.
 
-The products also tell how much the curvature differs from batch to batch: E‖H_B·v‖² − λ², the spread of H_B·v over the
-parts, falls with the size of a part, so that of the whole batch follows. It decides how noisy steps stay stable:
-:mod:`gfs_core.stability`.
+How much the curvature differs from batch to batch is told by pairs: two products p, q at *one* direction v, on two
+parts. E‖p − q‖²/2 = E‖(H_B − H)·v‖² whatever v is. ‖p‖² − (vᵀp)² holds how far v is from an eigenvector besides, which
+is more than the noise on a healthy transformer: a bound, by which a control goes. The variance falls with the size of a
+part, so that of the whole batch follows. It decides how noisy steps stay stable: :mod:`gfs_core.stability`. Where a
+step's batch is one that cannot be cut there are no pairs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from gfs_core.vectors import Vector, clone, combine, dots
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
 _SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means at first
+_FIRST_PAIRS = 3  # pairs in a row at the start; …
+_PAIR_EVERY = 4  # … from then on one in so many products is one of a pair
 _FIT_MEMORY = 0.99  # … in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
 _START_HVPS = 30
@@ -48,37 +52,55 @@ class RunningSharpness:
         self.vector: Vector | None = None
         self._squares = 0.0
         self._products = 0.0
-        self._moments: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
+        self._moments: list[float] = []  # means of ‖p − q‖²/2 and (vᵀp)(vᵀq), …
+        self._pairs = 0  # … over so many pairs
+        self._since = 0  # products since the last pair
+        self._lagging: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
         self._seen = 0  # … over so many parts
 
     def noisy(self, weight: float) -> float | None:
-        """λ + weight·σ²/λ: the curvature together with its spread from part to part.
+        """λ + weight·σ²/λ: the present estimate together with the spread of the curvature from part to part.
 
         Args:
             weight: of the variance σ² of H_B·v over the parts, ≥ 0.
 
         Returns:
-            The value, from the means of vᵀH_B·v and ‖H_B·v‖² over the latest parts; ``None`` before the first.
+            The value, ≥ the present estimate: σ²/λ² is that of the latest pairs. ``None`` before the first pair, and
+            where the curvature along the direction has not been positive.
         """
-        if not self._moments or self._moments[0] <= 0:
+        if not self._moments or self._moments[1] <= 0 or self.value is None or self.value <= 0:
             return None
-        mean, square = self._moments
-        return mean + weight * max(square - mean * mean, 0.0) / mean
+        spread, square = self._moments
+        return self.value * (1 + weight * spread / square)
+
+    def bound(self, weight: float) -> float | None:
+        """As :meth:`noisy`, with how far the direction is from an eigenvector counted as noise, where that is more."""
+        noisy = self.noisy(weight)
+        if not self._lagging or self._lagging[0] <= 0:
+            return noisy
+        mean, square = self._lagging
+        return max(mean + weight * max(square - mean * mean, 0.0) / mean, noisy or 0.0)
+
+    @property
+    def wants_pair(self) -> bool:
+        """Whether the next product is to be one of a pair."""
+        return self.vector is not None and (self._pairs < _FIRST_PAIRS or self._since >= _PAIR_EVERY - 1)
 
     @property
     def elasticity(self) -> float:
         """γ: by what power the curvature of a part grows with its loss; 0 to 1."""
         return min(max((self._products + _FIT_PRIOR) / (self._squares + _FIT_PRIOR), 0.0), 1.0)
 
-    def update(self, operator: Operator, like: Vector) -> float:
+    def update(self, operator: Operator, like: Vector, other: Operator | None = None) -> float:
         """Turn the direction by one product; the first call solves for the eigenvalue, with up to 30.
 
         Args:
             operator: v ↦ H_B·v on this call's part of the data.
             like: tensors with the shapes of a vector.
+            other: the same on another part, for a pair.
 
         Returns:
-            The Rayleigh quotient of this part, to be taken in by :meth:`average`.
+            The Rayleigh quotient of this part, or the mean of both, to be taken in by :meth:`average`.
 
         Raises:
             MeasurementError: the first products are not finite.
@@ -88,10 +110,21 @@ class RunningSharpness:
             self.vector = first.vector
             return first.value
         product = operator(self.vector)
-        one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
-        quotient, square = quotient / one, square / one
+        self._since += 1
+        if other is None:
+            one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
+            quotient, square = quotient / one, square / one
+            self._lag_over(quotient, square)
+        else:
+            v, p, q = self.vector, product, other(self.vector)
+            one, *rest = dots([(v, v), (v, p), (v, q), (p, p), (q, q), (p, q)])
+            vp, vq, pp, qq, pq = (x / one for x in rest)
+            self._spread_over((pp + qq - 2 * pq) / 2, vp * vq)
+            combine(0.5, q, 0.5, p)
+            quotient, square = (vp + vq) / 2, (pp + qq + 2 * pq) / 4
+            self._lag_over(vp, pp)
+            self._lag_over(vq, qq)
         if math.isfinite(square) and square > 0.0:
-            self._spread_over(quotient, square)
             self._turn_to(product, quotient, square, math.sqrt(one))
         return quotient
 
@@ -109,19 +142,31 @@ class RunningSharpness:
         stay, turn = (1 - _TURN + _TURN * shift / size) / turned, _TURN / (size * turned)
         combine(turn / length, product, stay / length, self.vector)
 
-    def _spread_over(self, quotient: float, square: float) -> None:
+    def _spread_over(self, spread: float, square: float) -> None:
+        """Take in one pair: ‖p − q‖²/2 and (vᵀp)(vᵀq)."""
+        if not (math.isfinite(spread) and math.isfinite(square)):
+            return
+        new = [max(spread, 0.0), square]
+        self._pairs, self._since = self._pairs + 1, -1
+        keep = min(_SPREAD_MEMORY, 1 - 1 / self._pairs)
+        self._moments = [keep * m + (1 - keep) * n for m, n in zip(self._moments or new, new, strict=True)]
+
+    def _lag_over(self, quotient: float, square: float) -> None:
         """Take in one part: |vᵀH_B·v| and ‖H_B·v‖²."""
+        if not (math.isfinite(quotient) and math.isfinite(square)):
+            return
         new = [abs(quotient), square]
         self._seen += 1
         keep = min(_SPREAD_MEMORY, 1 - 1 / self._seen)
-        self._moments = [keep * m + (1 - keep) * n for m, n in zip(self._moments or new, new, strict=True)]
+        self._lagging = [keep * m + (1 - keep) * n for m, n in zip(self._lagging or new, new, strict=True)]
 
-    def average(self, quotient: float, relative_loss: float | None = None) -> float | None:
+    def average(self, quotient: float, relative_loss: float | None = None, stands_for: int = 1) -> float | None:
         """Take one quotient into the estimate.
 
         Args:
             quotient: of one part; one that is not finite is passed over.
             relative_loss: loss on the part / mean loss of training, > 0; ``None``: not known.
+            stands_for: calls that this one is taken for, where it comes that much later than usual.
 
         Returns:
             The new estimate; ``None`` while it is not positive.
@@ -133,7 +178,8 @@ class RunningSharpness:
                     self._squares = _FIT_MEMORY * self._squares + apart * apart
                     self._products = _FIT_MEMORY * self._products + apart * math.log(quotient / self.value)
                 quotient *= math.exp(-self.elasticity * apart)
-            self.value = quotient if self.value is None else _MEMORY * self.value + (1 - _MEMORY) * quotient
+            keep = _MEMORY**stands_for
+            self.value = quotient if self.value is None else keep * self.value + (1 - keep) * quotient
         return self.value if self.value is not None and self.value > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,6 +191,8 @@ class RunningSharpness:
             "squares": self._squares,
             "products": self._products,
             "moments": list(self._moments),
+            "pairs": [self._pairs, self._since],
+            "lagging": list(self._lagging),
             "seen": self._seen,
         }
 
@@ -152,6 +200,8 @@ class RunningSharpness:
         """Go on where ``state_dict`` left off."""
         self.value, self.vector = None if state["value"] is None else float(state["value"]), state["vector"]
         self._squares, self._products = float(state["squares"]), float(state["products"])
-        self._moments, self._seen = [float(m) for m in state["moments"]], int(state["seen"])
-        if len(self._moments) not in (0, 2) or self._seen < 0:
-            raise ValueError("it holds no mean and mean square")
+        self._moments, self._lagging = ([float(m) for m in state[n]] for n in ("moments", "lagging"))
+        self._pairs, self._since = (int(n) for n in state["pairs"])
+        self._seen = int(state["seen"])
+        if {len(self._moments), len(self._lagging)} - {0, 2} or min(self._pairs, self._seen) < 0:
+            raise ValueError("it holds no spread and square")

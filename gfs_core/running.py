@@ -147,7 +147,7 @@ class RunningSharpness:
         if not (math.isfinite(spread) and math.isfinite(square)):
             return
         new = [max(spread, 0.0), square]
-        self._pairs, self._since = self._pairs + 1, -1
+        self._pairs, self._since = self._pairs + 1, 0
         keep = min(_SPREAD_MEMORY, 1 - 1 / self._pairs)
         self._moments = [keep * m + (1 - keep) * n for m, n in zip(self._moments or new, new, strict=True)]
 

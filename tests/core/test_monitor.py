@@ -197,10 +197,12 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
 
     x = batches(1)[0]  # 12 examples
     with pytest.warns(gfs.GFSWarning, match="half as many"):
-        found = [monitor.step(loss_fn, x, step) for step in range(4)]
+        found = [monitor.step(loss_fn, x, step) for step in range(2)]
+        assert sizes[:3] == [12, 6, 3]  # so are the parts held against a smaller whole
+        sizes.clear()
+        found += [monitor.step(loss_fn, x, step) for step in range(2, 4)]
     assert [m is not None for m in found] == [False, False, True, True]
-    assert sizes[:3] == [12, 6, 3]
-    assert set(sizes[3:]) == {3}
+    assert set(sizes) == {3}
     kept = setup(options)[2]
     kept.load_state_dict(monitor.state_dict())
     sizes.clear()
@@ -214,8 +216,11 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
         gfs.GFSConfig(tier="running", every=1, running_parts=2, max_overhead=None),
     )
     with pytest.warns(gfs.GFSWarning, match="half as many"):
-        assert [running.step(loss_fn, x, step) is not None for step in range(3)] == [False, True, True]
-    assert sizes[:2] == [6, 3]
+        assert running.step(loss_fn, x, 0) is None
+        assert sizes[-1] == 6
+        sizes.clear()
+        assert [running.step(loss_fn, x, step) is not None for step in (1, 2)] == [True, True]
+    assert set(sizes) == {3}
 
 
 def test_an_eigenvalue_that_overtakes_is_found() -> None:
@@ -263,6 +268,9 @@ def test_probes() -> None:
 
     data = batches(5)
     model, _, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None, probe_size=5, tier="sharpness"))
+    monitor.step(loss_fn, data[0])
+    assert {n for n, _ in seen} == {12, 5, 2}  # once, the whole and its parts
+    seen.clear()
     monitor.step(loss_fn, data[0])
     assert {n for n, _ in seen} == {5}
     with pytest.warns(gfs.GFSWarning, match="a fixed probe of 5 examples is misleading"):

@@ -116,18 +116,58 @@ def test_parts_of_a_batch_take_turns() -> None:
 
 
 def test_the_spread_of_the_curvature_is_found_from_single_products() -> None:
-    """λ + w·σ²/λ with σ² = E‖H_B·v‖² − λ²; here H_B = H·(1 + ½·noise)."""
+    """λ + w·σ²/λ with σ² = E‖(H_B − H)·v‖²; here H_B = H·(1 + ½·noise)."""
     estimate = RunningSharpness()
     like = [torch.zeros(4, dtype=torch.float64)]
     assert estimate.noisy(1.0) is None
+
+    def measured(operator) -> None:
+        estimate.average(estimate.update(operator, like, operator if estimate.wants_pair else None))
+
     for _ in range(100):
-        estimate.update(noisy(0.0), like)
+        measured(noisy(0.0))
     assert estimate.noisy(3.0) == pytest.approx(4.0, rel=1e-6)  # no noise, no spread
     operator, seen = noisy(0.5), []
-    for _ in range(600):
-        estimate.update(operator, like)
+    for _ in range(2000):
+        measured(operator)
+        assert estimate.bound(3.0) >= estimate.noisy(3.0) >= estimate.value
         seen.append(estimate.noisy(3.0))
-    assert sum(seen) / 600 == pytest.approx(4.0 + 3 * 0.25 * 16 / 4.0, rel=0.1)
+    assert sum(seen) / 2000 == pytest.approx(4.0 + 3 * 0.25 * 16 / 4.0, rel=0.1)
+
+
+def quadratics(count: int = 64, dimension: int = 12):
+    """Hessians of examples, known: a top that all share, and each its own of rank one."""
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randn(count, dimension, generator=generator, dtype=torch.float64)
+    shared = torch.diag(torch.linspace(4, 0.5, dimension, dtype=torch.float64) ** 2)
+    return shared + own[:, :, None] * own[:, None, :]
+
+
+def test_how_far_the_direction_lags_is_not_taken_for_noise() -> None:
+    """Pairs give E‖(H_B − H)v‖² at any v; the bound, ‖H_B·v‖² − (vᵀH_B·v)², is larger by ‖Hv − λv‖²."""
+    hessians, generator = quadratics(), torch.Generator().manual_seed(0)
+    mean = hessians.mean(0)
+    lagging = torch.ones(12, dtype=torch.float64) / 12**0.5  # far from every eigenvector
+    spread = ((hessians - mean) @ lagging).square().sum(1).mean() / 8  # of the means of 8 examples
+
+    def part(v):
+        rows = torch.randint(64, (8,), generator=generator)
+        return [hessians[rows].mean(0) @ v[0]]
+
+    found, bounds = [], []
+    for _ in range(100):
+        estimate = RunningSharpness()
+        estimate.vector = [lagging.clone()]
+        for _ in range(8):
+            estimate.average(estimate.update(part, [], part))
+            estimate.vector = [lagging.clone()]
+        quotient = float(lagging @ mean @ lagging)
+        found.append((estimate.noisy(1.0) / estimate.value - 1) * quotient**2)
+        bounds.append((estimate.bound(1.0) - quotient) * quotient)
+    assert sum(found) / 100 == pytest.approx(float(spread), rel=0.1)
+    residual = float((mean @ lagging - quotient * lagging).square().sum())
+    assert residual > 3 * spread
+    assert sum(bounds) / 100 == pytest.approx(float(spread) + residual, rel=0.15)
 
 
 class Net(nn.Module):
@@ -181,7 +221,8 @@ def test_the_running_ratio_comes_near_the_solved_one(optimizer_of) -> None:
     exact = gfs.stability(model, lambda m, x: m.loss(x), DATA, optimizer, tier="sharpness", tol=1e-4)
     assert found[-1].running_stability_ratio == pytest.approx(exact.stability_ratio, rel=0.2)
     assert found[-1].running_sharpness == pytest.approx(found[-1].running_stability_ratio * found[-1].threshold)
-    assert found[-1].hvps == 1
+    assert sorted({m.hvps for m in found[-8:]}) == [1, 2]  # every fourth is a pair
+    assert all(m.mean_square_stability_ratio >= m.running_stability_ratio for m in found[4:])
     assert found[-1].stability_ratio is None  # never confused
     assert found[-1].loss_probe is None
     if optimizer_of is adamw:
@@ -199,10 +240,16 @@ def test_each_product_sees_its_part_only() -> None:
 
     config = gfs.GFSConfig(tier="running", every=1, max_overhead=None)
     monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), config)
-    for turn in range(18):
+    firsts = [(16, DATA[16 * part, 0].item()) for part in range(16)]
+    seen = []
+    for _ in range(18):
         sizes.clear()
         monitor.step(loss_of, DATA)
-        assert set(sizes) == {(16, DATA[16 * (turn % 16), 0].item())}
+        seen.append(set(sizes))
+    assert seen[0] == {(256, DATA[0, 0].item()), *firsts}  # once: whether the parts are the whole
+    pairs = [turn for turn in range(1, 18) if seen[turn] == {firsts[turn % 16], firsts[(turn + 1) % 16]}]
+    assert pairs == [1, 2, 3, 7, 11, 15]
+    assert all(seen[turn] == {firsts[turn % 16]} for turn in range(1, 18) if turn not in pairs)
 
 
 def test_resumed_it_is_the_same_to_the_bit() -> None:
@@ -228,10 +275,10 @@ def test_a_loss_that_needs_whole_batches_is_measured_on_them() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [monitor.step(loss_of, DATA[:64]) for _ in range(6)]
-    assert found[0] is None
-    assert all(m.running_sharpness > 0 for m in found[1:])
-    assert found[4].sharpness > 0
+    assert [m is not None for m in found] == [True, False, False, False, True, False]  # at a longer interval
+    assert all(m.running_sharpness > 0 and m.sharpness > 0 for m in (found[0], found[4]))
     assert len(caught) == 1
+    assert "so whole batches are measured: it fails on a part (RuntimeError: shape" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])

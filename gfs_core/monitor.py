@@ -343,7 +343,8 @@ class StabilityMonitor:
         device = self._weights.device
         if self._weights.changed(params):
             self._warm, self._running, self._before = WarmStart(), RunningSharpness(), None
-            self._method, self._trusted, self._precision = self.config.hvp, False, self.config.precision
+            self._method, self._precision = self.config.hvp, self.config.precision
+            self._trusted = self._plain_kernels = False
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
                 self._probe = [moved(b, device, self._weights.device) for b in self._probe]

@@ -44,6 +44,14 @@ class Reason(str, Enum):
         "the flow's step became too small to go on (a kink of the loss, or a tolerance below the precision "
         "of the weights); loosen `rtol` or use float64"
     )
+    SADDLE = (
+        "the flow from exactly these weights ends at a saddle or on a plateau: the value belongs to it, and the flow "
+        "from weights next to these ends elsewhere; change the weights a little to see where"
+    )
+    NO_END = (
+        "the flow has no end: the longer it lasts the slower everything becomes, as where the loss has no minimum "
+        "(separable cross-entropy); set `loss_cutoff`"
+    )
     LOSS_CUTOFF = "stopped at the loss cutoff: the value belongs to that cutoff, it is not a limit"
 
     def __str__(self) -> str:

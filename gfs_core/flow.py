@@ -129,7 +129,7 @@ class Flow:
     Args:
         objective: the loss; its ``params`` are moved.
         rho: ρ(), an estimate of the largest eigenvalue of D⁻¹H at the present weights. Called at the start
-            of a step when the weights have moved enough.
+            of a step when the weights have moved enough, or when the loss rose (``doubtful``).
         preconditioner: D⁻¹ per parameter (a tensor of its shape or a number); ``None``: the identity.
         rtol: relative error aimed at for the sharpness at the end. A step is accepted while its error
             estimate is below rtol^1.5·min(|w|, 5ℓ)·min(max(1, h·ρ), 30), w being the weights and ℓ the way so far.
@@ -148,8 +148,9 @@ class Flow:
         self.objective, self.estimate_rho, self.preconditioner = objective, rho, preconditioner
         self.rtol, self.max_grads = rtol, max_grads
         self.grad_evals = 0
-        self._rho = 0.0
+        self.rho = 0.0  # what steps are limited by now
         self._rho_age = math.inf
+        self.doubtful = False  # whether the last step makes ρ doubtful: the loss rose
         self.eps = objective.eps
         # Rounding errors of a step grow as s²·ε (Sommeijer et al. 1998, §2.1), here relative to its own length.
         self.max_stages = max(8, min(_MAX_STAGES, int((rtol / self.eps) ** 0.5)))
@@ -181,7 +182,7 @@ class Flow:
                 self._estimate_rho()
             if not held:
                 held, moves = clone(params), (clone(params), clone(params))
-            rho = self._rho
+            rho = self.rho
             remaining = until - state.time
             h = min(state.step, remaining, stability_interval(self.max_stages) / rho)
             if remaining < 2 * h and h < remaining:
@@ -229,12 +230,16 @@ class Flow:
                 copy(held, params)
                 state.rejected += 1
                 state.refused = (h, error) if 0.0 < h * rho <= 1.0 and error < math.inf else None
+                self.doubtful = risen
                 self._rho_age = math.inf if risen else self._rho_age
                 shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
                 state.step = h * min(max(shrink, 0.1), 0.7)
                 if state.step * rho < 1e-4:
-                    state.reason = Reason.STEP_TOO_SMALL
-                    break
+                    held, moves = [], ([], [])
+                    self._estimate_rho()  # it may have grown by far, as when a flow leaves a plateau
+                    if state.step * self.rho < 1e-4:
+                        state.reason = Reason.STEP_TOO_SMALL
+                        break
         return state
 
     def _step(
@@ -275,6 +280,18 @@ class Flow:
         self.grad_evals += 1  # two forward passes
         return 2 * max(differences)
 
+    def rounding(self, state: FlowState) -> float:
+        """What rounding can do to the field: how far random changes of the weights' last bits move it. One gradient."""
+        params = self.objective.weights
+        held = clone(params)
+        bits = random_like(held, torch.Generator().manual_seed(0))
+        torch._foreach_mul_(bits, held)
+        self._move(held, bits, params, self.eps)
+        field = self._field()[1]
+        copy(held, params)
+        axpy(-1.0, state.field, field)
+        return norm(field)
+
     @staticmethod
     def _move(y0: Vector, by: Vector, params: Vector, factor: float = 1.0) -> None:
         copy(y0, params)
@@ -293,14 +310,15 @@ class Flow:
     def _rho_is_old(self, state: FlowState) -> bool:
         # Re-estimated when about ten times the fastest time scale has gone by, and at longer and longer
         # intervals as the flow slows down.
-        return self._rho_age >= max(10.0, 0.5 * state.time * self._rho)
+        return self._rho_age >= max(10.0, 0.5 * state.time * self.rho)
 
     def _estimate_rho(self) -> None:
-        self._rho = self.estimate_rho() * 1.1
+        self.rho = self.estimate_rho() * 1.1
         self._rho_age = 0.0
-        if not math.isfinite(self._rho) or self._rho <= 0:
-            self._rho = 1e-12
+        self.doubtful = False
+        if not math.isfinite(self.rho) or self.rho <= 0:
+            self.rho = 1e-12
 
     def _first_step(self, until: float) -> float:
         self._estimate_rho()
-        return min(until, max(8.0 / self._rho, 1e-3 * until))
+        return min(until, max(8.0 / self.rho, 1e-3 * until))

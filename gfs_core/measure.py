@@ -22,9 +22,10 @@ from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, vector_bytes
 from gfs_core.objective import LossFn, Objective
 from gfs_core.precision import Precision, PrecisionChoice
-from gfs_core.probe import FlowResult, Probe, flow_for, flow_to_the_end
+from gfs_core.probe import FlowResult, Probe, flow_for
 from gfs_core.ranks import Ranks, alone
 from gfs_core.running import RunningSharpness
+from gfs_core.solution import flow_to_the_end
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, is_half, norm, scale
 
@@ -143,7 +144,7 @@ def gfs_sharpness(
                 if math.isinf(horizon):
                     results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
                 else:
-                    results.append(flow_for(flowing, horizon * learning_rate))
+                    results.append(flow_for(flowing, horizon * learning_rate, afresh=True))
     last = results[-1]
     if not estimate_error:
         return last

@@ -16,11 +16,10 @@ from gfs_core.errors import Reason
 from gfs_core.flow import Flow, FlowState
 from gfs_core.objective import Objective
 from gfs_core.stability import Stability
-from gfs_core.vectors import Vector, dots
+from gfs_core.vectors import Vector, dots, scale
 
+_GROWTH_TOL, _GROWTH_HVPS = 0.2, 20  # whether an eigenvalue is negative need not be known more closely
 WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
-LOSS_FRACTION = 1e-6  # full GFS: the loss has fallen to this fraction of its start (or stopped falling by it) …
-SETTLED = 1e-4  # … and the sharpness changed by less than this while the flow time doubled
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,45 @@ class Flowing:
         if self._known is not None:
             known, self._known = self._known, None
             return known
-        result = self.top(tol=0.1)
+        result = self.top(tol=0.1, afresh=self.flow.doubtful)
         return max(result.value, 0.0) + result.residual
 
-    def top(self, tol: float | None = None) -> EigenResult:
-        """The largest eigenvalue where the flow stands, warm from the last one."""
+    def top(self, tol: float | None = None, afresh: bool = False) -> EigenResult:
+        """The largest eigenvalue where the flow stands, warm from the last one.
+
+        A symmetry of the loss may keep the last vector out of the direction that is the top now, at a saddle for
+        instance, and a warm start does not find it then; ``afresh`` starts at random.
+        """
         self.probe.hessian.release()
-        result = self.probe.top(self.stability, start=self.vector, tol=tol)
+        result = self.probe.top(self.stability, start=None if afresh else self.vector, tol=tol)
         self.vector = result.vector
         self.probe.hessian.release()
         return result
+
+    def growth(self) -> float:
+        """The rate at which something grows where the flow stands: −(lowest eigenvalue), 0 where that is not negative.
+
+        From a random start. It may be more, never less: what few products find.
+        """
+        self.probe.hessian.release()
+        operator = self.probe.operator(self.stability)
+
+        def negated(vector: Vector) -> Vector:
+            product = operator(vector)
+            scale(-1.0, product)
+            return product
+
+        found = largest_eigenvalues(
+            negated,
+            self.probe.objective.weights,
+            tol=_GROWTH_TOL,
+            max_hvps=max(_GROWTH_HVPS, self.flow.grad_evals // 100),
+            generator=self.probe.generator,
+            product_error=self.probe.hessian.error,
+        )
+        self.probe.hessian.release()
+        known = (10 * self.flow.eps + 3 * self.probe.hessian.error) * self.flow.rho
+        return found.value if found.value > known else 0.0
 
     def result(self, state: FlowState, top: EigenResult, converged: bool, reason: Reason = Reason.OK) -> FlowResult:
         """What was found where the flow stands."""
@@ -176,32 +204,8 @@ class Flowing:
         )
 
 
-def flow_for(flowing: Flowing, time: float) -> FlowResult:
-    """Sharpness after flow time ``time``."""
+def flow_for(flowing: Flowing, time: float, afresh: bool = False) -> FlowResult:
+    """Sharpness after flow time ``time``; ``afresh``: as in :meth:`Flowing.top`, for a long one."""
     state = flowing.flow.advance(flowing.flow.start(), time)
     state.field.clear()  # nothing flows on from here; a copy of the weights less for the eigenvalue
-    return flowing.result(state, flowing.top(), converged=not state.reason)
-
-
-def flow_to_the_end(flowing: Flowing, first: float, loss_cutoff: float | None = None) -> FlowResult:
-    """Full gradient flow solution: flow until the loss and the sharpness have settled.
-
-    The end is reached when the loss has fallen to 1e-6 of its start, or by less than that fraction while the
-    flow time doubled, *and* the sharpness changed by less than 1e-4 while the flow time doubled; or at ``loss_cutoff``,
-    which then is part of the value's definition (separable cross-entropy has no finite solution).
-    """
-    state = flowing.flow.start()
-    start = state.loss
-    until, top = first, flowing.top()
-    while True:
-        loss, sharpness = state.loss, top.value
-        state = flowing.flow.advance(state, until, loss_cutoff)
-        top = flowing.top(tol=min(flowing.probe.tol, 1e-4))
-        if state.reason is Reason.LOSS_CUTOFF:
-            return flowing.result(state, top, converged=True)
-        if state.reason:
-            return flowing.result(state, top, converged=False)
-        still = state.loss <= LOSS_FRACTION * start or loss - state.loss <= LOSS_FRACTION * start
-        if still and abs(top.value - sharpness) <= SETTLED * abs(top.value):
-            return flowing.result(state, top, converged=True)
-        until *= 2
+    return flowing.result(state, flowing.top(afresh=afresh), converged=not state.reason)

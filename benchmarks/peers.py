@@ -41,7 +41,7 @@ import gfs_core as gfs
 from benchmarks import eigenvalues, flow_cost
 from benchmarks.data import FASHION_MNIST, digits, fashion_mnist
 from benchmarks.eigenvalues import Batch, Method
-from gfs_core.curvature import Hessian
+from gfs_core.curvature import Hessian, Learnt
 from gfs_core.eigen import EigenResult, largest_eigenvalues
 from gfs_core.objective import Objective
 from gfs_core.probe import Probe
@@ -430,7 +430,7 @@ Integrate = Callable[[Start, float], int]  # flows for a time in place; the grad
 def rkc2(rtol: float) -> Integrate:
     def integrate(start: Start, length: float) -> int:
         objective = Objective(start.model, start.load.loss, [start.batch])
-        probe = Probe(objective, trusted=True)
+        probe = Probe(objective, learnt=Learnt(trusted=True))
         known = dataclasses.replace(start.top, vectors=[clone(start.top.vector)])
         flow = probe.flow(known, None, rtol, start.most).flow
         flow.advance(flow.start(), length)

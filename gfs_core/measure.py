@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.config import Tier
-from gfs_core.curvature import Hessian, HvpMethod
+from gfs_core.curvature import NOT_SYMMETRIC, NOTHING, Hessian, HvpMethod, Learnt
 from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
-from gfs_core.errors import ConfigError, MeasurementError, Reason
+from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, Reason
 from gfs_core.isolation import Isolation
 from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, vector_bytes
@@ -81,7 +82,7 @@ def sharpness(
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
         probe = Probe(objective, hvp=hvp)
-        return largest_eigenvalues(
+        found = largest_eigenvalues(
             probe.hessian,
             probe.objective.weights,
             k=k,
@@ -90,6 +91,9 @@ def sharpness(
             max_hvps=max_hvps,
             generator=torch.Generator().manual_seed(seed),
         )
+        if not probe.hessian.symmetric:
+            warnings.warn(f"gfs: {NOT_SYMMETRIC}", GFSWarning, stacklevel=2)
+        return found
 
 
 def gfs_sharpness(
@@ -140,7 +144,10 @@ def gfs_sharpness(
             objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation, precision=computed)
             with objective.in_float32():
                 probe = Probe(objective, hvp=hvp, tol=tol, seed=seed, max_hvps=500)
-                flowing = probe.flow(probe.top(), None, tolerance, max_grads)
+                top = probe.top()
+                if not probe.hessian.symmetric:
+                    raise MeasurementError(f"there is no gradient flow to follow: {NOT_SYMMETRIC}")
+                flowing = probe.flow(top, None, tolerance, max_grads)
                 if math.isinf(horizon):
                     results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
                 else:
@@ -195,8 +202,7 @@ def measure(
     directional: str = "product",
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
-    trusted: bool = False,
-    plain_kernels: bool = False,
+    learnt: Learnt = NOTHING,
     micro_batch: int | None = None,
     max_memory: float | None = None,
     precision: PrecisionChoice = "auto",
@@ -212,7 +218,7 @@ def measure(
 ) -> tuple[Measurement, Hessian, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
-    ``trusted`` and ``plain_kernels`` are what the last measurement's Hessian found, and ``check_precision`` whether
+    ``learnt`` is what the last measurement's Hessian found, and ``check_precision`` whether
     half precision is held against float32 (one product). ``tiers`` names what is measured, ``before`` the weights
     before the last optimizer step (consumed; without them nothing directional is measured), and ``directional`` how:
     ``"product"``, or ``"losses"`` for forward passes only. ``running`` is the running estimate, renewed (without it
@@ -221,8 +227,8 @@ def measure(
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
-        The measurement, the Hessian used, whose ``method``, ``trusted`` and ``plain_kernels`` the next measurement may
-        start from, and the seconds that each tier's own part took.
+        The measurement, the Hessian used, whose ``method`` and ``learnt`` the next measurement may start from, and
+        the seconds that each tier's own part took.
 
     Raises:
         MeasurementError: nothing could be had.
@@ -235,7 +241,7 @@ def measure(
     seconds: dict[Tier, float] = {}
     # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
     known = stability.threshold is not None or stability.empirical
-    computed = Precision(precision, model, params, proven=trusted)
+    computed = Precision(precision, model, params, proven=learnt.trusted)
     with (
         Isolation(model, params) as isolation,
         alone(model),
@@ -251,8 +257,7 @@ def measure(
         probe = Probe(
             objective,
             hvp=hvp,
-            trusted=trusted,
-            plain_kernels=plain_kernels,
+            learnt=learnt,
             tol=tol,
             max_hvps=max_hvps,
             seed=seed,
@@ -287,6 +292,9 @@ def measure(
                         solved |= anew
                 values |= solved
         reasons += [r for r in (probe.hessian.reason, computed.reason) if r]
+        if not probe.hessian.symmetric:  # no bound holds, and the field is the gradient of no loss that could flow down
+            values.pop("residual", None)
+            tiers = [tier for tier in tiers if tier not in ("gfs", "gfs_full")]
         dear = "gfs" in tiers or "gfs_full" in tiers
         if usable and dear and stability.threshold is not None and stability.learning_rate is not None:
             with _timed(seconds, "gfs"), objective.in_float32():
@@ -322,13 +330,13 @@ def _solve(
     """The sharpness, and the optimizer's own where it differs: the last one, whether it is usable, and the values."""
     values: dict[str, Any] = {}
     top = probe.top(start=warm.raw)
-    usable = _usable(top, reasons)
+    usable = _usable(top, reasons, probe.hessian.symmetric)
     warm.raw = top.vector if usable else None
     if usable:
         values["sharpness"], values["residual"] = top.value, top.error_bound
     if stability.threshold is not None and not stability.plain:
         top = probe.top(stability, start=warm.preconditioned)
-        usable = _usable(top, reasons)
+        usable = _usable(top, reasons, probe.hessian.symmetric)
         warm.preconditioned = top.vector if usable else None
         if usable:
             values["preconditioned_sharpness"] = top.value
@@ -412,13 +420,16 @@ def stability(
     return measure(model, loss_fn, _as_list(batches), optimizer, tiers=(tier,), **options)[0]
 
 
-def _usable(top: EigenResult, reasons: list[str]) -> bool:
-    """Whether an eigenvalue is worth giving: converged, or not far from it; ``reasons`` says what is wrong."""
+def _usable(top: EigenResult, reasons: list[str], symmetric: bool) -> bool:
+    """Whether an eigenvalue is worth giving; ``reasons`` says what is wrong.
+
+    It has converged or, of a symmetric operator, where the residual is a bound, is not far from it.
+    """
     if not math.isfinite(top.value):
         raise MeasurementError("the sharpness is not finite")
     if top.converged:
         return True
-    usable = top.error_bound <= WORST_RESIDUAL
+    usable = symmetric and top.error_bound <= WORST_RESIDUAL
     reasons.append(f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {top.reason}")
     return usable
 

@@ -33,7 +33,7 @@ from gfs_core.batches import (
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
-from gfs_core.curvature import HvpMethod
+from gfs_core.curvature import HvpMethod, Learnt
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss
 from gfs_core.losses import MeanLoss, RecentLosses
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
@@ -121,7 +121,7 @@ class StabilityMonitor:
         self.measured = self._solved = 0
         self._warm = WarmStart()
         self._method: HvpMethod = self.config.hvp
-        self._trusted = self._plain_kernels = False
+        self._learnt = Learnt()
         self._precision: PrecisionChoice = self.config.precision
         self._probe: list[Any] = []
         self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
@@ -343,8 +343,7 @@ class StabilityMonitor:
         device = self._weights.device
         if self._weights.changed(params):
             self._warm, self._running, self._before = WarmStart(), RunningSharpness(), None
-            self._method, self._precision = self.config.hvp, self.config.precision
-            self._trusted = self._plain_kernels = False
+            self._method, self._learnt, self._precision = self.config.hvp, Learnt(), self.config.precision
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
                 self._probe = [moved(b, device, self._weights.device) for b in self._probe]
@@ -584,8 +583,7 @@ class StabilityMonitor:
             "splits": [self._splits, self._whole],
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
             "method": self._method,
-            "trusted": self._trusted,
-            "plain_kernels": self._plain_kernels,
+            "learnt": list(self._learnt),
             "precision": self._precision,
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe if is_plain(self._probe) else None,
@@ -632,8 +630,8 @@ class StabilityMonitor:
             self._sizes = Sizes(state.get("sizes", ()))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
-        self._trusted = bool(state.get("trusted", False))
-        self._plain_kernels = bool(state.get("plain_kernels", False))
+        trusted, plain, symmetric, reach = state.get("learnt", Learnt())
+        self._learnt = Learnt(bool(trusted), bool(plain), bool(symmetric), float(reach))
         if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
             self._precision = state["precision"]
         params = parameters_of(self.optimizer)
@@ -699,8 +697,7 @@ class StabilityMonitor:
                 directional=config.directional,
                 horizon=config.horizon,
                 hvp=self._method,
-                trusted=self._trusted,
-                plain_kernels=self._plain_kernels,
+                learnt=self._learnt,
                 micro_batch=None if self._splits is False else config.micro_batch,
                 max_memory=config.max_memory,
                 precision=self._precision,
@@ -714,8 +711,7 @@ class StabilityMonitor:
                 warm=self._warm,
                 ranks=self._global,
             )
-        self._trusted, self._precision = hessian.trusted, hessian.precision
-        self._plain_kernels = hessian.plain_kernels
+        self._learnt, self._precision = hessian.learnt, hessian.precision
         if hessian.method == "gradients":
             self._method = "gradients"  # settled: no need to fail again
         return measurement, seconds

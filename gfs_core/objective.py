@@ -78,6 +78,7 @@ class Objective:
                 "the weights are sharded over several processes: measure with a StabilityMonitor or a callback, "
                 "and sync='global'"
             )
+        self.padding = [] if self.sharded else _padding_rows(model, self.params)
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
@@ -250,6 +251,18 @@ class Objective:
         for p in self.isolation.parameters:
             p.grad = None  # the isolation holds the user's own
         return float(loss.detach()), owned([None if g is None else local(g) for g in held], self.weights)
+
+
+def _padding_rows(model: nn.Module, params: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Rows of embeddings that no gradient reaches: the place of the weight among ``params``, and the row."""
+    places = {id(p): i for i, p in enumerate(params)}
+    found = []
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            place = places.get(id(module.weight))
+            if place is not None:
+                found.append((place, int(module.padding_idx)))
+    return found
 
 
 def finite(value: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gfs_core.curvature import Hessian, HvpMethod, Operator, Preconditioned
+from gfs_core.curvature import NOTHING, Hessian, HvpMethod, Learnt, Operator, Preconditioned
 from gfs_core.eigen import EigenResult, largest_eigenvalues
 from gfs_core.errors import Reason
 from gfs_core.flow import Flow, FlowState
@@ -57,14 +57,13 @@ class Probe:
         objective: Objective,
         *,
         hvp: HvpMethod = "auto",
-        trusted: bool = False,
-        plain_kernels: bool = False,
+        learnt: Learnt = NOTHING,
         tol: float = 1e-2,
         max_hvps: int = 100,
         seed: int = 0,
     ) -> None:
         self.objective = objective
-        self.hessian = Hessian(objective, hvp, trusted, plain_kernels)
+        self.hessian = Hessian(objective, hvp, *learnt)
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 

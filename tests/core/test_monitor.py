@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from gfs_core import monitor as monitor_module
+from gfs_core.curvature import Learnt
 from gfs_core.history import append
 
 
@@ -152,7 +153,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
         for tier in tiers:
             spent[tier] += prices[tier]
         spent[tiers[-1]] += 0.001
-        known = SimpleNamespace(trusted=True, method="exact", precision="auto", plain_kernels=False)
+        known = SimpleNamespace(learnt=Learnt(True), method="exact", precision="auto")
         return gfs.Measurement(step), known, seconds
 
     monkeypatch.setattr(monitor_module, "measure", measured)

@@ -121,7 +121,8 @@ def gfs_sharpness(
             DataLoader gives it, goes in as ``[batch]``.
         horizon: flow time in units of ``learning_rate``; infinite (the default): the full gradient flow
             solution, the quantity of Kreisler et al. 2023. A finite horizon is *not* that quantity.
-        learning_rate: unit of the horizon; for the full solution, of the first stretch of flow.
+        learning_rate: unit of the horizon; for the full solution, of the first stretch of flow only: the end
+            does not depend on it.
         rtol: relative error of the sharpness aimed at.
         tol: relative residual of the eigenvalue.
         hvp: how products are computed.

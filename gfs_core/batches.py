@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median_high
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gfs_core.errors import MeasurementError
+from gfs_core.streams import is_iterator
 
 _SIZES = 6  # batches whose sizes make up the usual one: few, for sizes that change for good; of two in turn the larger
 _SHORT = 0.5  # of it: below, the mean over a batch is of another kind than the others
@@ -99,9 +105,85 @@ def fraction_of(part: Any, batches: Sequence[Any]) -> float:
     return min((batch_size(part) or all_of_them) / all_of_them, 1.0) if all_of_them else 1.0
 
 
-def copied(batch: Any) -> Any:
-    """The batch with its tensors copied, detached."""
-    return changed(batch, lambda t: t.detach().clone())
+def copied(batch: Any, shared: Iterable[Any] = ()) -> Any:
+    """The batch copied throughout, its tensors detached: nothing that is done to the copy is seen in the batch.
+
+    Args:
+        batch: containers, tensors, and objects of any class. Of an object that cannot be copied, such as one that
+            holds a lock, the attributes are; what has none is the same object in the copy.
+        shared: objects that the copy refers to as the batch does, such as the modules of a model.
+
+    Raises:
+        MeasurementError: the batch is or holds an iterator: whoever takes from it takes from training.
+    """
+    memo = {} if is_plain(batch) else {id(item): item for item in shared}
+    return _copy(batch, memo)
+
+
+def _copy(item: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy``, but what cannot be copied does not keep all else from being."""
+    if id(item) in memo:
+        return memo[id(item)]
+    if isinstance(item, Tensor):
+        out: Any = _copy_of_tensor(item)
+    elif type(item) is dict:
+        out = memo[id(item)] = {}
+        out.update((key, _copy(value, memo)) for key, value in item.items())
+    elif type(item) is list:
+        out = memo[id(item)] = []
+        out.extend(_copy(value, memo) for value in item)
+    elif type(item) is tuple:
+        out = tuple(_copy(value, memo) for value in item)
+    elif is_iterator(item):
+        raise MeasurementError(
+            f"the batch is or holds an iterator, a {type(item).__name__}: measuring would take from it what training "
+            "is to see; hand over a batch, or measure with a `loss_fn=` of its own"
+        )
+    else:
+        out = _copy_of_object(item, memo)
+    memo[id(item)] = out
+    return out
+
+
+def _copy_of_object(item: Any, memo: dict[int, Any]) -> Any:
+    known = len(memo)
+    try:
+        with _DetachedCopies():
+            return copy.deepcopy(item, memo)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        for key in list(memo)[known:]:  # half of a copy
+            del memo[key]
+    if not isinstance(getattr(item, "__dict__", None), dict):
+        return item
+    try:
+        out = copy.copy(item)
+    except Exception:
+        return item
+    memo[id(item)] = out
+    vars(out).update((key, _copy(value, memo)) for key, value in vars(item).items())
+    return out
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """``copy.deepcopy`` of a tensor copies that tensor alone: not the storage that it is a view of, nor its graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return _copy_of_tensor(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _copy_of_tensor(tensor: Tensor) -> Tensor:
+    out = tensor.detach().clone()
+    if tensor.requires_grad:
+        out.requires_grad_()
+    if tensor.is_leaf and tensor.grad is not None:
+        out.grad = tensor.grad.detach().clone()
+    for name, value in vars(tensor).items():
+        vars(out).setdefault(name, value)
+    return out
 
 
 def is_plain(batch: Any) -> bool:

@@ -77,7 +77,7 @@ def sharpness(
         9.0
     """
     computed = Precision(precision, model, model.parameters())
-    with Isolation(model) as isolation, computed.governing(), contextlib.ExitStack() as stack:
+    with Isolation(model, loss_fn=loss_fn) as isolation, computed.governing(), contextlib.ExitStack() as stack:
         objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation, precision=computed)
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
@@ -141,7 +141,7 @@ def gfs_sharpness(
     results = []
     for tolerance in (rtol, rtol / 10) if estimate_error else (rtol,):
         computed = Precision(precision, model, model.parameters())
-        with Isolation(model) as isolation, computed.governing():
+        with Isolation(model, loss_fn=loss_fn) as isolation, computed.governing():
             objective = Objective(model, loss_fn, _as_list(batches), isolation=isolation, precision=computed)
             with objective.in_float32():
                 probe = Probe(objective, hvp=hvp, tol=tol, seed=seed, max_hvps=500)
@@ -244,7 +244,7 @@ def measure(
     known = stability.threshold is not None or stability.empirical
     computed = Precision(precision, model, params, proven=learnt.trusted)
     with (
-        Isolation(model, params) as isolation,
+        Isolation(model, params, loss_fn) as isolation,
         alone(model),
         computed.governing(),
         contextlib.ExitStack() as stack,

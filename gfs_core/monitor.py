@@ -372,7 +372,13 @@ class StabilityMonitor:
         batches = self._limited(current, self.config.probe_size)
         if filling:
             missing = self.config.probe_batches - len(self._probe)
-            self._probe += [copied(b) for b in batches[:missing]]
+            try:
+                self._probe += [copied(b) for b in batches[:missing]]
+            except MeasurementError as error:
+                if self.config.strict:
+                    raise
+                self._failed(error)
+                return None
             if len(self._probe) < self.config.probe_batches:
                 return None
         if not tiers:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfs_core.batches import pieces
+from gfs_core.batches import copied, pieces
 from gfs_core.errors import MeasurementError, NoLoss
+from gfs_core.hooks import silent_accumulation
 from gfs_core.isolation import Isolation
 from gfs_core.memory import Allowance
 from gfs_core.precision import Precision
@@ -67,6 +68,7 @@ class Objective:
         if not batches:
             raise MeasurementError("the probe is empty; give at least one batch")
         self.model, self.loss_fn, self.isolation, self.micro_batch = model, loss_fn, isolation, micro_batch
+        self._not_copied: list[Any] = [*model.modules(), *model.parameters(), *model.buffers()]
         self.batches = batches
         self.ranks = ranks
         self.allowance = Allowance(memory, self.params)
@@ -149,12 +151,13 @@ class Objective:
             MeasurementError: the loss is not a 0-dim tensor with a graph.
         """
         if self.isolation is not None:
-            self.isolation.rewind()
+            self.isolation.rewind(self.params)
             if self.draw:
                 self.isolation.shift(self.draw)
                 self.draw += 1
+        own = self.precision.of(copied(batch, self._not_copied))  # the loss may do with its batch what it likes
         with torch.enable_grad(), self.allowance.counted():
-            loss = self.loss_fn(self.model, self.precision.of(batch))
+            loss = self.loss_fn(self.model, own)
         if loss is None:
             raise NoLoss("the loss is None, as of a batch that training skips: nothing is measured on such a batch")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -246,7 +249,8 @@ class Objective:
     def _backward(self, batch: Any) -> tuple[float, Vector]:
         assert self.isolation is not None
         loss = self.forward(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with silent_accumulation(self.isolation.parameters):
+            loss.backward()  # type: ignore[no-untyped-call]
         held = [p.grad for p in self.params]
         for p in self.isolation.parameters:
             p.grad = None  # the isolation holds the user's own

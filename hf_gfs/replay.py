@@ -9,10 +9,11 @@ changes it behind the model's back, which :func:`disagreement` finds out from th
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import Isolation, MeasurementError, Objective
-from gfs_core.batches import batch_size
-from gfs_core.isolation import PythonState, RandomState
+from gfs_core.batches import batch_size, copied
 from gfs_core.objective import LossFn
+from gfs_core.python_state import PythonState
 from gfs_core.ranks import Ranks, alone
+from gfs_core.streams import RandomState
 from gfs_core.vectors import Vector, clone, dense, dots, local
 
 Saw = Callable[[Tensor, int | None], None]
@@ -39,6 +41,27 @@ class _Seen:
     random: RandomState
     items: Any  # num_items_in_batch
     weight: float  # of this micro-batch's loss, so that the mean over micro-batches is the trainer's objective
+    examples: int | None
+
+
+class Kept(dict[str, Any]):
+    """The inputs of one micro-batch with what belongs to them, which goes along into every copy."""
+
+    def __init__(self, inputs: Mapping[str, Any], seen: _Seen) -> None:
+        super().__init__(inputs)
+        self._seen = seen
+
+    def copy(self) -> Kept:
+        """A shallow copy."""
+        return Kept(self, self._seen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept(copy.deepcopy(dict(self), memo), self._seen)
+
+    @property
+    def seen(self) -> _Seen | None:
+        """What belongs to the whole micro-batch; ``None`` for a part of one, whose loss is a mean over the part."""
+        return self._seen if batch_size(self) == self._seen.examples else None
 
 
 class Replay:
@@ -52,9 +75,8 @@ class Replay:
 
     def __init__(self, model: nn.Module, saw: Saw) -> None:
         self.model, self.saw = model, saw
-        self.inputs: list[dict[str, Any]] = []
+        self.inputs: list[Kept] = []
         self.keeping = False
-        self._seen: dict[int, _Seen] = {}
 
     def start(self) -> None:
         """Keep the micro-batches of the step that begins."""
@@ -63,19 +85,23 @@ class Replay:
 
     def clear(self) -> None:
         """Forget what was kept."""
-        self.inputs, self._seen = [], {}
+        self.inputs = []
 
     def close(self) -> None:
         """Take all hooks away."""
         raise NotImplementedError
 
-    def loss(self, inputs: dict[str, Any]) -> Tensor:
+    def loss(self, inputs: Kept) -> Tensor:
         """The loss of one micro-batch, evaluated again."""
         raise NotImplementedError
 
-    def _remember(self, inputs: dict[str, Any], items: Any, weight: float = 1.0) -> None:
-        self.inputs.append(inputs)
-        self._seen[id(inputs)] = _Seen(RandomState([next(self.model.parameters())]), items, weight)
+    def _remember(self, inputs: Mapping[str, Any], items: Any, weight: float = 1.0) -> None:
+        seen = _Seen(RandomState([next(self.model.parameters())]), items, weight, batch_size(inputs))
+        try:
+            own = copied(dict(inputs))  # training may do with its own what it likes
+        except (MeasurementError, torch.OutOfMemoryError):  # the measurement will say so
+            own = dict(inputs)
+        self.inputs.append(Kept(own, seen))
 
 
 class TrainerReplay(Replay):
@@ -116,9 +142,8 @@ class TrainerReplay(Replay):
             self.trainer.compute_loss = self._own
 
     def _keep(self, model: Any, inputs: Any, items: Any) -> None:
-        kept = dict(inputs)  # the trainer takes the labels out of its own
         self._module = model
-        self._remember(kept, items, self._weight(items))
+        self._remember(inputs, items, self._weight(items))
 
     def _weight(self, items: Any) -> float:
         scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None)
@@ -128,9 +153,9 @@ class TrainerReplay(Replay):
         count = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
         return float(count) if scaled else 1.0
 
-    def loss(self, inputs: dict[str, Any]) -> Tensor:
+    def loss(self, inputs: Kept) -> Tensor:
         """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
-        seen = self._seen.get(id(inputs))
+        seen = inputs.seen
         if seen is not None:
             seen.random.restore()
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
@@ -178,13 +203,13 @@ class ModelReplay(Replay):
             kept = {**kwargs, **({_ARGS: list(args)} if args else {})}
             self._remember(kept, kept.pop("num_items_in_batch", None))
 
-    def loss(self, inputs: dict[str, Any]) -> Tensor:
+    def loss(self, inputs: Kept) -> Tensor:
         """The loss that the model returns.
 
         Raises:
             MeasurementError: it returns none.
         """
-        seen = self._seen.get(id(inputs))
+        seen = inputs.seen
         keywords = dict(inputs)
         args = keywords.pop(_ARGS, [])
         if seen is not None:

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import random
+import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gfs_core as gfs
+from gfs_core.batches import copied
 from tests.bitwise import assert_same
 
 
@@ -156,3 +164,288 @@ def test_an_output_that_the_module_keeps_is_the_same_again() -> None:
     assert model.last is kept
     kept.sum().backward()  # its graph is still there
     assert model.net.bias.grad.item() == 2.0
+
+
+def as_trained(train, **options) -> None:
+    """``train(monitor)`` gives the same to the last bit with a monitor and without."""
+
+    def build(model: nn.Module, optimizer: torch.optim.Optimizer) -> gfs.StabilityMonitor:
+        return gfs.StabilityMonitor(
+            model, optimizer, gfs.GFSConfig(max_overhead=None, strict=True, history=None, every=1, **options)
+        )
+
+    assert_same(train(lambda *_: None), train(build))
+
+
+class Held:
+    """An object of the user's, with slots."""
+
+    __slots__ = ("count", "stream")
+
+    def __init__(self) -> None:
+        self.stream, self.count = random.Random(3), 0
+
+
+class Streams(nn.Module):
+    """Draws from all kinds of streams that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        self.generators = {"torch": [torch.Generator().manual_seed(1)]}
+        self.numpy, self.legacy = np.random.default_rng(2), np.random.RandomState(3)
+        self.bits = np.random.PCG64(4)
+        self.held, self.counter, self.items = Held(), itertools.count(), iter([0.1, 0.2, 0.3, 0.4] * 20)
+        self.pair = (iter(range(1000)), 1.0)
+        self.engine = torch.quasirandom.SobolEngine(4, scramble=True, seed=1)
+        self.loader = torch.utils.data.DataLoader(
+            torch.arange(8.0), shuffle=True, generator=torch.Generator().manual_seed(7)
+        )
+        self.histogram = np.zeros(3)
+        self.drawn: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held.count += 1
+        self.histogram[self.held.count % 3] += 1
+        new = [
+            torch.rand(1, generator=self.generators["torch"][0]).item(),
+            self.numpy.random(),
+            self.legacy.rand(),
+            self.bits.random_raw() / 2**64,
+            self.held.stream.random(),
+            next(self.counter) / 10,
+            next(self.items),
+            next(self.pair[0]) / 10,
+            self.engine.draw(1).sum().item(),
+            next(iter(self.loader)).item(),
+            self.held.count / 10,
+            self.histogram[0],
+        ]
+        self.drawn += new
+        return (self.net(x) * sum(new) - 1).square().mean()
+
+
+@pytest.mark.parametrize("hvp", ["exact", "gradients"])
+def test_streams_that_a_module_holds_go_on_as_if_nothing_had_happened(hvp: str) -> None:
+    def train(build):
+        torch.manual_seed(0)
+        model = Streams()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        monitor = build(model, optimizer)
+        for _ in range(4):
+            x = torch.randn(6, 4)
+            optimizer.zero_grad()
+            model(x).backward()
+            if monitor is not None:
+                assert monitor.step(model, x).gfs_sharpness > 0
+            optimizer.step()
+        return model.drawn, model.net.weight.detach(), model.histogram
+
+    as_trained(train, tier="gfs", hvp=hvp)
+
+
+def test_a_generator_that_the_loss_closes_over_goes_on() -> None:
+    generator = np.random.default_rng(0)
+    model = nn.Linear(3, 1)
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        return (m(x) - generator.normal()).square().mean()
+
+    first = np.random.default_rng(0).normal()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    assert gfs.stability(model, functools.partial(loss_fn), torch.ones(2, 3), optimizer).sharpness == pytest.approx(8)
+    assert generator.normal() == first
+
+
+class Takes(nn.Module):
+    def __init__(self, takes: bool) -> None:
+        super().__init__()
+        self.net, self.takes = nn.Linear(3, 1), takes
+        self.loader = torch.utils.data.DataLoader(torch.arange(9.0).reshape(3, 3))
+        self.batches = iter(self.loader)
+        self.state = {"more": [(i for i in range(9))]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + next(self.batches) if self.takes else x
+        return self.net(x).square().mean()
+
+
+def test_an_iterator_that_cannot_be_put_back_is_left_alone() -> None:
+    """Where the loss takes from it nothing is measured, said once; where it is only held, all is."""
+    model = Takes(takes=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(max_overhead=None, every=1, history=None))
+    batches = model.batches
+    with pytest.warns(gfs.GFSWarning, match=r"`model.batches`, a _SingleProcessDataLoaderIter.*`loss_fn=`") as told:
+        assert [monitor.step(model, torch.ones(2, 3), step) for step in range(3)] == [None] * 3
+    assert len(told) == 1
+    assert model.batches is batches
+    assert next(batches).tolist() == [[0.0, 1.0, 2.0]]
+    with pytest.raises(gfs.MeasurementError, match=r"model\.batches"):
+        gfs.sharpness(model, lambda m, b: m(b), torch.ones(2, 3))
+
+    model = Takes(takes=False)
+    assert gfs.sharpness(model, lambda m, b: m(b), torch.ones(2, 3)).value == pytest.approx(8)
+    assert next(model.batches).tolist() == [[0.0, 1.0, 2.0]]
+    assert next(model.state["more"][0]) == 0
+
+
+@dataclass
+class Graph:
+    """A batch of a class of the user's, which holds what cannot be copied."""
+
+    x: Tensor
+    lock: Any = field(default_factory=threading.Lock)
+    parts: list[Tensor] = field(default_factory=list)
+
+
+def takes_apart(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    x, graph = batch.pop("x"), batch["graph"]
+    x.mul_(0.5).requires_grad_()
+    graph.x += 1
+    graph.parts.append(graph.x)
+    graph.seen = True
+    batch["list"][0] = batch["list"][0] + 1
+    batch["list"].append(3)
+    loss = model(x).square().mean() + graph.x.mean() + batch["list"][0].sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    x.grad = slope.detach()
+    return loss + slope.square().sum()
+
+
+@pytest.mark.parametrize("hvp", ["exact", "gradients"])
+def test_a_loss_may_do_with_its_batch_what_it_likes(hvp: str) -> None:
+    model = nn.Linear(3, 1)
+
+    def batch() -> dict[str, Any]:
+        return {"x": torch.arange(6.0).reshape(2, 3), "graph": Graph(torch.ones(2)), "list": [torch.zeros(1), "text"]}
+
+    given, fresh = batch(), batch()
+    found = gfs.sharpness(model, takes_apart, given, hvp=hvp, tol=1e-4)
+    graph = given.pop("graph"), fresh.pop("graph")
+    assert_same(given, fresh)
+    assert graph[0].x.tolist() == [1, 1]
+    assert graph[0].parts == []
+    assert not hasattr(graph[0], "seen")
+    assert given["x"].grad is None
+    assert not given["x"].requires_grad
+    params = [*model.parameters()]
+    loss = takes_apart(model, batch())
+    flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, params, create_graph=True)])
+    rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(f, params, retain_graph=True)]) for f in flat]
+    assert found.value == pytest.approx(torch.linalg.eigvalsh(torch.stack(rows))[-1].item(), rel=1e-3)
+
+
+def test_a_batch_that_is_a_view_costs_its_own_size() -> None:
+    data = torch.zeros(1000, 3)
+    copy = copied({"rows": data[:2], "again": data[:2], "graph": Graph(data[4:5])})
+    assert copy["rows"].untyped_storage().nbytes() == 24
+    assert copy["graph"].x.untyped_storage().nbytes() == 12
+    x = torch.ones(2)
+    assert len({id(t) for t in copied([x, x])}) == 1
+
+
+def test_a_batch_that_is_an_iterator_is_left_alone() -> None:
+    batches = iter(torch.utils.data.DataLoader(torch.arange(4.0)))
+    with pytest.raises(gfs.MeasurementError, match="iterator, a _SingleProcessDataLoaderIter"):
+        gfs.sharpness(nn.Linear(1, 1), lambda m, b: m(next(b)[:, None]).sum(), [(batches, 0)])
+    assert next(batches).item() == 0
+
+
+@pytest.mark.parametrize("hvp", ["exact", "gradients"])
+def test_hooks_of_the_user_do_not_fire(hvp: str) -> None:
+    """One weight is not used, so that a backward pass into ``.grad`` is made as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    model.unused = nn.Parameter(torch.zeros(2))
+    fired: list[str] = []
+    weight = model[0].weight
+    node = weight.view_as(weight).grad_fn.next_functions[0][0]
+    handles = [
+        weight.register_hook(lambda g: fired.append("tensor")),
+        weight.register_post_accumulate_grad_hook(lambda p: fired.append("accumulated")),
+        node.register_hook(lambda *_: fired.append("node")),
+        node.register_prehook(lambda *_: fired.append("before the node")),
+        model[2].register_full_backward_hook(lambda *_: fired.append("module")),
+        model[2].register_full_backward_pre_hook(lambda *_: fired.append("before the module")),
+        model[2].register_forward_hook(lambda *_: fired.append("forward")),
+        model[0].register_forward_pre_hook(lambda *_: fired.append("before forward")),
+        nn.modules.module.register_module_full_backward_hook(lambda *_: fired.append("any module")),
+    ]
+    optimizer = torch.optim.SGD([*model.parameters()], 0.1)
+    pack = torch.autograd.graph.saved_tensors_hooks(lambda t: fired.append("pack") or t, lambda t: t)
+    x = torch.randn(5, 4)
+    try:
+        model(x).square().mean().backward()
+        trained, fired[:] = sorted(set(fired)), []
+        with pack:
+            assert gfs.stability(model, lambda m, b: m(b).square().mean(), x, optimizer, hvp=hvp).gfs_sharpness > 0
+        assert fired == []
+        model(x).square().mean().backward()
+        assert sorted(set(fired)) == trained
+        assert len(trained) == len(handles)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_mode_that_would_record_the_measurement_ends_it() -> None:
+    model = nn.Linear(3, 1)
+    with (
+        FlopCounterMode(display=False) as flops,
+        pytest.raises(gfs.MeasurementError, match="FlopCounterMode is active"),
+    ):
+        gfs.sharpness(model, lambda m, b: m(b).sum(), torch.ones(2, 3))
+    assert flops.get_total_flops() == 0
+
+
+class Teacher(nn.Module):
+    """Averages the student into its teacher within the loss, and pushes keys into a queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("queue", torch.randn(5, 3))
+        self.register_buffer("at", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for t, s in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            t.data.mul_(0.99).add_(s.data, alpha=0.01)
+        keys = self.teacher(x)
+        out = self.student(x)
+        loss = (out - keys).square().mean() + (out @ self.queue.clone().T).logsumexp(1).mean()
+        self.queue[self.at] = keys[0]
+        self.at.add_(1).remainder_(5)
+        for p in self.teacher.parameters():
+            p.requires_grad_(True)
+        self.teacher.eval()
+        return loss
+
+
+@pytest.mark.parametrize("hvp", ["exact", "gradients"])
+def test_a_teacher_and_a_queue_are_the_same_at_each_evaluation(hvp: str) -> None:
+    model, x = Teacher(), torch.randn(6, 3)
+    before = copy.deepcopy(model.state_dict())
+    student = [*model.student.parameters()]
+    with gfs.Isolation(model) as isolation:
+        objective = gfs.Objective(model, lambda m, b: m(b), [x], student, isolation)
+        hessian = gfs.Hessian(objective, hvp)
+        v = [torch.randn_like(p) for p in student]
+        products = [hessian(v) for _ in range(3)]
+        assert len({objective.loss() for _ in range(3)}) == 1
+    assert_same(before, model.state_dict())
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    assert model.teacher.training
+    # With the teacher of the first evaluation held fixed, by hand.
+    frozen = copy.deepcopy(model)
+    frozen(x)
+    teacher, queue = copy.deepcopy(frozen.teacher).requires_grad_(False), before["queue"]
+    out = model.student(x)
+    loss = (out - teacher(x)).square().mean() + (out @ queue.T).logsumexp(1).mean()
+    slope = torch.autograd.grad(loss, student, create_graph=True)
+    true = torch.autograd.grad(slope, student, v)
+    for product in products if hvp == "exact" else ():
+        for a, b in zip(product, true, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_same(products[0], products[1])

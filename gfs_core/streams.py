@@ -1,0 +1,129 @@
+"""Random streams and iterators: read, put back, or guarded against being advanced.
+
+A random stream has a state that can be read and written. An iterator has none: the loss is given a copy of it, or,
+where it cannot be copied, a :class:`Guard`, so that the iterator itself is never advanced.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gfs_core.errors import MeasurementError
+
+# Their copies share nothing that advances. A copy of a `zip` or `map` would advance the iterators inside.
+_COPIED: tuple[type[Any], ...] = (itertools.count, type(iter([])), type(iter(())), type(iter(range(0))))
+
+
+class RandomState:
+    """The random states of Python, NumPy (if it is loaded) and torch on the devices of ``tensors``."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy: Any = numpy.random.get_state() if numpy is not None else None
+        self.cpu = torch.get_rng_state()
+        devices = {t.device for t in tensors if t.device.type == "cuda"}
+        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+
+    def restore(self) -> None:
+        """Put the random states back."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    def shift(self, count: int) -> None:
+        """Go over to other random states, which follow from these and ``count``."""
+        chosen = random.Random(f"{hash(self.python)} {count}")
+        random.seed(chosen.getrandbits(32))
+        if self.numpy is not None:
+            sys.modules["numpy"].random.seed(chosen.getrandbits(32))
+        torch.default_generator.manual_seed(chosen.getrandbits(32))
+        for device in self.cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(chosen.getrandbits(32))
+
+
+def rewinder(stream: Any) -> Callable[[], object] | None:
+    """What puts a random stream back to where it is now; ``None`` where ``stream`` is none."""
+    if isinstance(stream, torch.Generator):
+        held = stream.get_state()
+        return lambda: stream.set_state(held)
+    if isinstance(stream, random.Random):
+        if isinstance(stream, random.SystemRandom):  # has no state
+            return lambda: None
+        state = stream.getstate()
+        return lambda: stream.setstate(state)
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(stream, numpy.random.RandomState):
+        legacy = stream.get_state()
+        return lambda: stream.set_state(legacy)
+    if isinstance(stream, numpy.random.Generator):
+        return rewinder(stream.bit_generator)
+    if isinstance(stream, numpy.random.BitGenerator):
+        bits = stream.state
+        return lambda: setattr(stream, "state", bits)
+    return None
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether ``value`` is an iterator whose position cannot be read and written."""
+    kind = type(value)
+    if not hasattr(kind, "__next__") or hasattr(kind, "fileno"):  # a file is written to; that cannot be undone
+        return False
+    package = kind.__module__.partition(".")[0]
+    return package == "torch" or not hasattr(value, "__dict__")  # that of a class of the user's is its attributes
+
+
+def stand_in(iterator: Any, name: str) -> Any:
+    """What the loss may advance in the place of ``iterator``, or of those in a tuple: a copy, or a :class:`Guard`."""
+    if isinstance(iterator, tuple):
+        items = (stand_in(item, f"{name}[{i}]") if is_iterator(item) else item for i, item in enumerate(iterator))
+        return type(iterator)._make(items) if hasattr(iterator, "_make") else tuple(items)
+    if isinstance(iterator, _COPIED):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python 3.12 announces that `itertools` will have no copies, …
+                return copy.copy(iterator)
+        except TypeError:
+            pass  # … and 3.14 has none
+    return Guard(iterator, name)
+
+
+class Guard:
+    """Takes the place of an iterator that cannot be put back, and raises where the loss would advance it."""
+
+    def __init__(self, iterator: Any, name: str) -> None:
+        self.__dict__.update(_iterator=iterator, _name=name)
+
+    def __iter__(self) -> Guard:
+        return self
+
+    def __next__(self) -> NoReturn:
+        self._refuse()
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_iterator"])
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        kind = type(self.__dict__["_iterator"]).__name__
+        raise MeasurementError(
+            f"the loss takes from `{self.__dict__['_name']}`, a {kind}, which cannot be put back: it was left alone, "
+            "and nothing is measured; measure with a `loss_fn=` that does not take from it"
+        )

@@ -7,6 +7,7 @@ measured apart, by the loss on all its data, and is not in that folder.
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import pydoc_data.topics
 from collections.abc import Callable
@@ -192,7 +193,7 @@ def momentum(parameters: object, rate: float) -> torch.optim.Optimizer:
 
 def _dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1])
 

@@ -40,8 +40,8 @@ _ASYMMETRIC = 0.1
 _ROUGH = 0.05  # differences that are less certain than this prove nothing about symmetry, and ask for shorter steps
 NOT_SYMMETRIC = (
     "the loss holds something back from its gradient (`detach`, a target inside the loss, gradient reversal, weights "
-    "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own Jacobian, by differences of "
-    "gradients, which decides whether steps are stable; complex eigenvalues are not seen"
+    "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own "
+    "Jacobian, by differences of gradients, which decides whether steps are stable; complex eigenvalues are not seen"
 )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
+from pathlib import Path
+
+_OWN = ("gfs_core", "lightning_gfs", "hf_gfs")
 
 
 class GFSError(Exception):
@@ -56,3 +60,23 @@ class Reason(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+def own_fault(error: BaseException) -> str:
+    """In words, that ``error`` was raised by this package's own code, and where; empty where it was not.
+
+    That is where the innermost frame of its traceback lies in this package. A call of the user's function with
+    arguments that it does not take fails in the frame that calls it, and is the function's.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    if trace is None or package not in _OWN or isinstance(error, (GFSError, MemoryError)):
+        return ""
+    if re.search(r"^CUDA error|out of memory", str(error)) or (
+        isinstance(error, TypeError) and "argument" in str(error)
+    ):
+        return ""
+    place = f"{package}/{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+    return f"a mistake in gfs itself, please report it: {type(error).__name__} in {place}: {error}"

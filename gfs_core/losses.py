@@ -15,18 +15,29 @@ _TRANSFER = 5  # steps whose losses an accelerator hands over together: each tra
 
 
 class MeanLoss:
-    """Exponential mean of the training loss, from values that stay on their device until they are asked for."""
+    """Exponential mean of the training loss over the steps that have ended.
+
+    Every adapter measures at another moment of a step, and one of them before its loss is known, so that of the present
+    step counts in none. The values stay on their device until they are asked for.
+    """
 
     def __init__(self) -> None:
         self._mean: float | None = None
+        self._open: list[Tensor] = []  # of the step that has not ended yet
         self._new: deque[Tensor] = deque(maxlen=256)  # older ones would not count any more
 
     def add(self, loss: Tensor | float) -> None:
         """Take in the loss of one training batch; no transfer from its device."""
-        self._new.append(_scalar(loss))
+        self._open.append(_scalar(loss))
+
+    def end_step(self) -> None:
+        """The losses added since the last call are the micro-batches of one step."""
+        if self._open:
+            self._new.append(sum(self._open[1:], self._open[0]) / len(self._open))
+            self._open = []
 
     def value(self) -> float | None:
-        """The mean; ``None`` before the first finite loss."""
+        """The mean; ``None`` before the first step with a finite loss has ended."""
         if self._new:
             for loss in torch.stack([t.double() for t in self._new]).tolist():
                 if math.isfinite(loss):
@@ -37,6 +48,7 @@ class MeanLoss:
     def load(self, value: float | None) -> None:
         """Go on from a saved value."""
         self._mean = None if value is None else float(value)
+        self._open = []
         self._new.clear()
 
 

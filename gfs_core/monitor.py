@@ -34,8 +34,9 @@ from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
 from gfs_core.curvature import HvpMethod, Learnt
-from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss
+from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss, own_fault
 from gfs_core.losses import MeanLoss, RecentLosses
+from gfs_core.measurable import unmeasurable
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, OverLimit, vector_bytes
@@ -108,12 +109,9 @@ class StabilityMonitor:
         self.ranks = None if alone else Ranks.here()
         self.writes = self.ranks is None or self.ranks.rank == 0
         self.history: Path | None = Path(self.config.history) if self.config.history and self.writes else None
-        try:
-            params = parameters_of(optimizer)
-        except TypeError as error:
-            raise ConfigError(str(error)) from None
-        if not params:
-            raise ConfigError("nothing to measure: the optimizer holds no parameter with `requires_grad=True`")
+        if problem := unmeasurable(model, optimizer):
+            raise ConfigError(problem)
+        params = parameters_of(optimizer)
         self._run = history.new_run()
         self._history_begun = self._resumed = False
         self._resumed_at: int | None = None
@@ -228,6 +226,7 @@ class StabilityMonitor:
         """
         if self._resumed:
             self._resumed, self._resumed_at, self._history_begun = False, step, False
+        self._mean_loss.end_step()
         changes: list[Event | None] = []
         self._look(step)
         if self.alarm is not None:
@@ -761,6 +760,8 @@ class StabilityMonitor:
             self._tell(str(error))
         elif isinstance(error, NoLoss):
             self._tell(str(error), own=True)
+        elif fault := own_fault(error):
+            self._tell(fault, own=True)
         else:
             self._settle(None, "")  # it may be that the batches have become others, which cannot be cut
             if isinstance(error, MeasurementError):

@@ -24,10 +24,12 @@ def callback_bases() -> tuple[type, ...]:
     return tuple(dict.fromkeys(importlib.import_module(name).Callback for name in loaded))
 
 
-def misconfigured(trainer: Any, text: str) -> Exception:
-    """Lightning's own error for a wrong configuration."""
-    error: Exception = _flavour(trainer, "utilities.exceptions").MisconfigurationException(text)
-    return error
+def steps_with_this_batch(trainer: Any, batch_idx: int) -> bool:
+    """Whether the optimizer steps with the batch that begins, or has begun: the last of a step's micro-batches."""
+    should_accumulate = getattr(trainer.fit_loop, "_should_accumulate", None)
+    if should_accumulate is not None:
+        return not should_accumulate()
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
 
 
 def logger_step(trainer: Any) -> int:

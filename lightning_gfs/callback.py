@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
-from gfs_core import ConfigError, Event, GFSConfig, Measurement, StabilityMonitor
-from gfs_core.batches import batch_size
+from gfs_core import ConfigError, Event, GFSConfig, Measurement, MeasurementError, StabilityMonitor
+from gfs_core.batches import batch_size, copied
+from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
 from gfs_core.layout import WandbPanel, add_to_tensorboard
+from gfs_core.measurable import unmeasurable
 from lightning_gfs import _compat
+from lightning_gfs.window import Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,9 +39,11 @@ _MANUAL = (
 class GFSCallback(_Base):
     """Logs how close each optimizer is to instability.
 
-    At the start of a batch that is due, the module's own ``training_step`` is run again on it, in isolation: nothing
-    is logged twice, no metric, buffer, random state or attribute of the module changes. What cannot be put back
+    At the start of a batch that is due, the module's own ``training_step`` is run on it beforehand, in isolation:
+    nothing is logged twice, no metric, buffer, random state or attribute of the module changes. What cannot be put back
     are files, printed output and objects outside the module; give ``loss_fn`` where ``training_step`` touches those.
+    With ``accumulate_grad_batches`` that is the last batch of an optimizer step, and what is measured is the mean loss
+    of all of them.
 
     Args:
         loss_fn: ``loss_fn(module, batch, batch_idx)``, the loss to measure instead of ``training_step``'s. With
@@ -50,9 +55,12 @@ class GFSCallback(_Base):
     Logs, at the step of Lightning's own values (with several optimizers ``gfs/<name>/…``):
         {keys}
 
+    A module that cannot be measured as it is, or a measurement that fails, is told in one warning; training goes on.
+
     Raises:
-        ConfigError: an option is unknown or out of its range.
-        MisconfigurationException: at the start of ``fit``, where the module cannot be measured as it is.
+        ConfigError: an option is unknown or out of its range; at the start of ``fit``, where one does not fit the
+            optimizers.
+        MeasurementError: with ``strict=True``, nothing can be measured.
 
     Example:
         >>> from lightning_gfs import GFSCallback
@@ -71,71 +79,105 @@ class GFSCallback(_Base):
         self.config = GFSConfig.from_options(**options)
         self.loss_fn, self.progress_bar, self.on_alarm = loss_fn, progress_bar, on_alarm
         self.monitors: dict[str, StabilityMonitor] = {}
+        self._guard = Guard(self.config.strict, self._give_up, on_alarm)
+        self._losses: dict[str, LossFn | None] = {}
         self._resumed: dict[str, Any] = {}
         self._panels: list[WandbPanel] | None = None  # not yet set up
+        self._window = Window()
         self._step = 0  # at the start of the batch
 
+    @guarded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what can be checked before anything is trained."""
+        """Find out what can be measured before anything is trained."""
         self._close()
-        losses = self._losses(trainer, pl_module)
-        try:
-            self.monitors = {
-                name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=self.on_alarm)
-                for name, optimizer in zip(losses, trainer.optimizers, strict=True)
-            }
-        except ConfigError as error:
-            raise _compat.misconfigured(trainer, str(error)) from None
+        self.monitors, self._window = {}, Window()
+        self._losses = self._losses_of(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if problem := unmeasurable(pl_module, optimizer):
+                raise MeasurementError(problem)
+        on_alarm = None if self.on_alarm is None else self._guard.events.append
+        self.monitors = {
+            name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=on_alarm)
+            for name, optimizer in zip(self._losses, trainer.optimizers, strict=True)
+        }
         for name, monitor in self.monitors.items():
             monitor.history = self._history(trainer, name)
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
         self._resumed = {}  # not that of a second fit, which begins anew
 
+    @guarded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure before the first micro-batch of an optimizer step: the weights are its, no graph is alive."""
-        if batch_idx % trainer.accumulate_grad_batches != 0:
+        """Measure before the last micro-batch of an optimizer step: all are known, no graph is alive, no step begun."""
+        if not self.monitors:
             return
-        self._step = step = _compat.logger_step(trainer)
-        for (name, monitor), loss in zip(self.monitors.items(), self._losses(trainer, pl_module).values(), strict=True):
-            again = functools.partial(self._loss, trainer, pl_module, loss, batch_idx)
-            measurement = monitor.step(again, batch, step)
+        last = _compat.steps_with_this_batch(trainer, batch_idx)
+        if self._window.over or batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step = _compat.logger_step(trainer)
+            wanted = [monitor.wants(self._step) for monitor in self.monitors.values()]  # each asks the other processes
+            self._window = Window(any(wanted))
+        window = self._window
+        window.over = last
+        if window.keeping:
+            window.keep(batch if last else copied(batch), batch_idx, pl_module)
+        if not last:
+            return
+        for (name, monitor), loss in zip(self.monitors.items(), self._losses.values(), strict=True):
+            if window.keeping:
+                again = functools.partial(self._loss, trainer, pl_module, loss, window)
+                measurement = monitor.step(again, window.batches, self._step, micro_batches=True)
+            else:
+                measurement = monitor.watch(self._step)
             if measurement is not None:
-                self._publish(trainer, pl_module, measurement, name, step)
+                self._publish(trainer, pl_module, measurement, name, self._step)
+        window.forget()
 
+    @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand the monitor the loss that training has just computed."""
+        """Hand the monitor the losses that training has computed for an optimizer step."""
+        if not self.monitors:
+            return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
-            for monitor in self.monitors.values():  # Lightning's is divided by the micro-batches of a step
-                monitor.saw(loss * trainer.accumulate_grad_batches, batch_size(batch))
-        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+            # Lightning's is divided by the micro-batches of a step.
+            self._window.losses.append((loss * trainer.accumulate_grad_batches, batch_size(batch)))
+        if not self._window.over:
             return
         for name, monitor in self.monitors.items():
+            for seen in self._window.losses:
+                monitor.saw(*seen)
             warning = monitor.watch(self._step)
             if warning is not None:
                 self._publish(trainer, pl_module, warning, name, self._step)
+        self._window.losses = []
 
+    @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off the optimizers."""
         self._close()
 
+    @guarded
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the optimizers."""
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """State of every monitor, so that a resumed run goes on measuring where this one left off."""
-        return {name: monitor.state_dict() for name, monitor in self.monitors.items()}
+        return self._states() or {}
 
+    @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until ``fit`` starts and the optimizers exist."""
         self._resumed = dict(state_dict)
         for name, monitor in self.monitors.items():
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
+
+    @guarded
+    def _states(self) -> dict[str, Any]:
+        return {name: monitor.state_dict() for name, monitor in self.monitors.items()}
 
     def _close(self) -> None:
         for monitor in self.monitors.values():
@@ -144,36 +186,49 @@ class GFSCallback(_Base):
             panel.draw()
         self._panels = None
 
-    def _losses(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
-        """Loss of each optimizer by name; ``None``: the module's own ``training_step``."""
+    def _give_up(self) -> None:
+        monitors, self.monitors = self.monitors, {}
+        for monitor in monitors.values():
+            monitor.close()
+
+    def _losses_of(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
+        """Loss of each optimizer by name; ``None``: the module's own ``training_step``.
+
+        Raises:
+            ConfigError: ``loss_fn`` names another number of losses than there are optimizers.
+            MeasurementError: it cannot be told what is to be measured.
+        """
         count = len(trainer.optimizers)
         if isinstance(self.loss_fn, Mapping):
             if len(self.loss_fn) != count:
-                raise _compat.misconfigured(
-                    trainer,
+                raise ConfigError(
                     f"`loss_fn` names {len(self.loss_fn)} losses ({', '.join(self.loss_fn)}) for {count} optimizers; "
-                    "give one per optimizer, in the order of `trainer.optimizers`",
+                    "give one per optimizer, in the order of `trainer.optimizers`"
                 )
             return dict(self.loss_fn)
-        if count == 0:
-            raise _compat.misconfigured(trainer, "`configure_optimizers` returned no optimizer: nothing to measure")
+        if count == 0 or type(trainer.optimizers[0]).__name__ == "_MockOptimizer":  # Lightning's, in place of none
+            raise MeasurementError("`configure_optimizers` returned no optimizer: nothing to measure")
         if count > 1:
             names = ", ".join(type(o).__name__ for o in trainer.optimizers)
-            raise _compat.misconfigured(
-                trainer,
+            raise MeasurementError(
                 f"there are {count} optimizers ({names}); pass `GFSCallback(loss_fn={{name: loss_fn, ...}})`, "
-                "one `loss_fn(module, batch, batch_idx)` for each in this order",
+                "one `loss_fn(module, batch, batch_idx)` for each in this order"
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise MeasurementError(
+                "`training_step(dataloader_iter)` takes its batches from the loader itself, so that it cannot be run "
+                "again on one; take `batch` in place of `dataloader_iter`"
             )
         if self.loss_fn is None and not module.automatic_optimization:
-            raise _compat.misconfigured(trainer, _MANUAL)
+            raise MeasurementError(_MANUAL)
         return {"": self.loss_fn}
 
-    def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, batch_idx: int, batch: Any) -> Tensor:
+    def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, window: Window, batch: Any) -> Tensor:
+        batch_idx = window.rewind_to(batch)
         with _compat.quiet(trainer, module):
             if loss_fn is not None:
                 return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]
-            takes_index = len(inspect.signature(module.training_step).parameters) > 1
-            out = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+            out = module.training_step(batch, batch_idx) if _takes_index(module) else module.training_step(batch)
         return out["loss"] if isinstance(out, Mapping) else out  # type: ignore[no-any-return]  # None: skipped
 
     def _history(self, trainer: Any, name: str) -> Path | None:
@@ -192,10 +247,13 @@ class GFSCallback(_Base):
         if self._panels is None:
             self._panels = self._set_up_charts(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            with self._guard.tolerated(f"{type(logger).__name__} has not taken the values"):
+                logger.log_metrics(values, step=step)
         for panel in self._panels:
             panel.add(values, step)
-        for key, value in values.items():  # for callbacks that monitor a value, and for the bar
+        for key, value in (
+            values.items() if not trainer.barebones else ()
+        ):  # for callbacks that monitor a value, the bar
             on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
             module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
         self._obey(trainer, self.monitors[name], step)
@@ -205,12 +263,13 @@ class GFSCallback(_Base):
         panels = []
         for logger in trainer.loggers if trainer.is_global_zero else ():
             kinds = {kind.__name__ for kind in type(logger).__mro__}  # in both flavours of Lightning
-            if "TensorBoardLogger" in kinds:
-                add_to_tensorboard(logger.experiment, self.monitors)
-            elif "WandbLogger" in kinds:
-                run = logger.experiment
-                synced = getattr(getattr(run, "settings", None), "sync_tensorboard", False)
-                panels.append(WandbPanel(run, "global_step" if synced else "trainer/global_step"))
+            with self._guard.tolerated(f"{type(logger).__name__} has not taken the charts"):
+                if "TensorBoardLogger" in kinds:
+                    add_to_tensorboard(logger.experiment, self.monitors)
+                elif "WandbLogger" in kinds:
+                    run = logger.experiment
+                    synced = getattr(getattr(run, "settings", None), "sync_tensorboard", False)
+                    panels.append(WandbPanel(run, "global_step" if synced else "trainer/global_step"))
         return panels
 
     def _obey(self, trainer: Any, monitor: StabilityMonitor, step: int) -> None:
@@ -220,9 +279,16 @@ class GFSCallback(_Base):
             callback = trainer.checkpoint_callback
             folder = (callback.dirpath if callback is not None else None) or trainer.log_dir or trainer.default_root_dir
             if not trainer.fast_dev_run:
-                trainer.save_checkpoint(Path(folder) / f"gfs-alarm-step={step}.ckpt")
+                with self._guard.tolerated("the checkpoint at an alarm was not saved"):
+                    trainer.save_checkpoint(Path(folder) / f"gfs-alarm-step={step}.ckpt")
         if monitor.should_stop:
             trainer.should_stop = True
+
+
+def _takes_index(module: Any) -> bool:
+    """Whether ``training_step`` takes ``batch_idx``, as Lightning sees it."""
+    parameters = inspect.signature(module.training_step).parameters
+    return len(parameters) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())
 
 
 def _declare_options() -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import inspect
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -291,26 +291,78 @@ def test_several_optimizers_are_measured_by_name(tmp_path: Path) -> None:
     assert_same(plain, state(model, trainer))
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "text"),
-    [
-        (Gan, {}, "2 optimizers \\(SGD, SGD\\); pass `GFSCallback\\(loss_fn="),
+class NoOptimizer(Linear):
+    def configure_optimizers(self):
+        return None
+
+
+class Manual(Linear):
+    """Takes its steps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Frozen(Linear):
+    """Trains what its optimizer does not hold, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.shift = torch.zeros(1, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.shift.square().sum()
+
+
+class FromTheLoader(Linear):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+REFUSED = [
+    (Gan, "there are 2 optimizers (SGD, SGD); pass `GFSCallback(loss_fn="),
+    (Manual, "this module uses manual optimization"),
+    (NoOptimizer, "`configure_optimizers` returned no optimizer"),
+    (Frozen, "nothing to measure: the optimizer holds no parameter with `requires_grad=True`"),
+    (FromTheLoader, "`training_step(dataloader_iter)` takes its batches from the loader itself"),
+]
+
+
+@pytest.mark.parametrize(("model", "text"), REFUSED, ids=[m.__name__ for m, _ in REFUSED])
+def test_what_cannot_be_measured_is_told_once_and_trains(tmp_path: Path, model, text: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, trainer = train(tmp_path, [GFSCallback()], model=model)
+    [told] = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+    assert told.startswith(f"gfs: {text}")
+    assert told.endswith("; nothing is measured in this run")
+    assert trainer.fit_loop.epoch_loop.total_batch_idx == 9  # two epochs of five batches
+    assert not (Path(trainer.log_dir) / "history.jsonl").exists()
+    with pytest.raises(gfs.MeasurementError, match=re.escape(text)):
+        train(tmp_path / "strict", [GFSCallback(strict=True)], model=model)
+
+
+def test_an_option_that_does_not_fit_the_optimizers_is_an_error(tmp_path: Path) -> None:
+    class Searching(Linear):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    for model, options, text in (
         (Gan, {"loss_fn": {"one": lambda m, b, i: m.g_loss(b)}}, "names 1 losses \\(one\\) for 2 optimizers"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, model, options, text: str) -> None:
-    with pytest.raises(MisconfigurationException, match=text):
-        train(tmp_path, [GFSCallback(**options)], model=model)
-
-
-def test_manual_optimization_and_frozen_models_are_refused(tmp_path: Path) -> None:
-    manual = Linear()
-    manual.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="manual optimization"):
-        train(tmp_path, [GFSCallback()], model=lambda: manual)
-    frozen = Linear().requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match="requires_grad=True"):
-        train(tmp_path, [GFSCallback()], model=lambda: frozen)
+        (Linear, {"max_memory": 1e-9}, "`max_memory` is 1e-09 GiB"),
+        (Searching, {"control": "cap"}, "LBFGS evaluates the loss several times"),
+    ):
+        with pytest.raises(gfs.ConfigError, match=text):
+            train(tmp_path, [GFSCallback(**options)], model=model)
 
 
 class Deterministic(Linear):

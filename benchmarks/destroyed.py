@@ -11,7 +11,8 @@ import itertools
 import math
 import pydoc_data.topics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,8 +23,7 @@ import gfs_core as gfs
 from benchmarks.data import digits
 from benchmarks.tiers import Characters, text
 
-Batch = tuple[Tensor, Tensor]
-_WEIGHTS = "weights ×"
+Batch = tuple[Tensor, ...]
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Task:
         steps: how long it trains.
         clip: largest norm of the gradient.
         warmup: steps over which the rate grows.
+        draw: the batch of a step, where it is not drawn from ``data``.
+        before: called before each step.
     """
 
     model: nn.Module
@@ -49,6 +51,8 @@ class Task:
     steps: int
     clip: float | None = None
     warmup: int = 0
+    draw: Callable[[int, torch.Generator], Batch] | None = None
+    before: Callable[[int], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,6 @@ class Ended:
 
     first: float
     last: float
-    curve: list[float] = field(default_factory=list)
 
 
 def train(task: Task, fault: Fault, folder: Path, *, log_every: int = 1, logged: bool = True, seed: int = 0) -> Ended:
@@ -111,8 +114,8 @@ def train(task: Task, fault: Fault, folder: Path, *, log_every: int = 1, logged:
     config = gfs.GFSConfig(history=str(folder / "history.jsonl"))
     monitor = gfs.StabilityMonitor(task.model, task.optimizer, config)
     rates = [group["lr"] for group in task.optimizer.param_groups]
-    x, y = (t[: fault.fit] for t in task.data)
-    first = _loss_of_all(task)
+    x, y = (t[: fault.fit] for t in task.data[:2])
+    first = _loss_of_all(task, fault.fit)
     held: list[float] = []
     rows: list[tuple[int, float]] = []
     for step in range(task.steps):
@@ -123,18 +126,18 @@ def train(task: Task, fault: Fault, folder: Path, *, log_every: int = 1, logged:
         for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (step + 1) / task.warmup) if task.warmup else 1.0
             group["lr"] = rate * warm * (fault.rate(begun) if on else 1.0)
-        pick = slice(None) if task.batch is None else torch.randint(len(x), (task.batch,), generator=draws)
-        inputs, targets = x[pick], y[pick]
-        if on and fault.labels:
-            targets = targets[torch.randperm(len(targets), generator=draws)]
-        if on and inputs.is_floating_point():
-            inputs = inputs * fault.inputs
-        loss = task.loss((inputs, targets))
+        task.before(step)
+        if task.draw is not None:
+            batch = task.draw(step, draws)
+        else:
+            pick = slice(None) if task.batch is None else torch.randint(len(x), (task.batch,), generator=draws)
+            batch = _changed((x[pick], y[pick]), fault, draws) if on else (x[pick], y[pick])
+        loss = task.loss(batch)
         task.optimizer.zero_grad()
         loss.backward()
         if task.clip is not None:
             nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)
-        monitor.step(task.loss, (inputs, targets), loss=loss.detach())
+        monitor.step(task.loss, batch, loss=loss.detach())
         task.optimizer.step()
         held.append(loss.item())
         if (step + 1) % log_every == 0:
@@ -144,7 +147,14 @@ def train(task: Task, fault: Fault, folder: Path, *, log_every: int = 1, logged:
     if logged:
         with (folder / "metrics.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("step", "train_loss"), *rows])
-    return Ended(first, _loss_of_all(task))
+    return Ended(first, _loss_of_all(task, fault.fit))
+
+
+def _changed(batch: Batch, fault: Fault, draws: torch.Generator) -> Batch:
+    inputs, targets = batch
+    if fault.labels:
+        targets = targets[torch.randperm(len(targets), generator=draws)]
+    return (inputs * fault.inputs if inputs.is_floating_point() else inputs), targets
 
 
 def _harm(model: nn.Module, fault: Fault) -> None:
@@ -156,9 +166,9 @@ def _harm(model: nn.Module, fault: Fault) -> None:
             layer.bias += fault.bias
 
 
-def _loss_of_all(task: Task) -> float:
+def _loss_of_all(task: Task, examples: int | None) -> float:
     with torch.no_grad():
-        parts = list(zip(*(t.split(256) for t in task.data), strict=True))
+        parts = list(zip(*(t[:examples].split(256) for t in task.data), strict=True))
         sizes = [len(x) for x, _ in parts]
         return sum(float(task.loss(part)) * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes)
 
@@ -193,7 +203,7 @@ def momentum(parameters: object, rate: float) -> torch.optim.Optimizer:
 
 def _dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1])
 
@@ -294,4 +304,98 @@ FAULTS: dict[str, Fault] = {
     "weights ×30": Fault(0.5, weights=30.0),
     "dead from the start": Fault(bias=-100.0),
     "dead from half": Fault(0.5, bias=-100.0),
+}
+
+
+# --- losses that rise, jump or hover in good runs -------------------------------------------------------------------
+
+
+def adversary() -> Task:
+    """The generator of a small adversarial pair: its loss rises while its adversary learns."""
+    torch.manual_seed(20)
+    maker, judge = _dense(16, 64, 64), _dense(64, 64, 1)
+    of_judge, x = _ADAM(judge.parameters(), 1e-3), digits()[0]
+    binary = nn.functional.binary_cross_entropy_with_logits
+    draws = torch.Generator().manual_seed(1)
+
+    def before(step: int) -> None:
+        real = x[torch.randint(len(x), (64,), generator=draws)]
+        fake = maker(torch.randn(64, 16, generator=draws)).detach()
+        of_judge.zero_grad()
+        (binary(judge(real), torch.ones(64, 1)) + binary(judge(fake), torch.zeros(64, 1))).backward()
+        of_judge.step()
+
+    def loss(batch: Batch) -> Tensor:
+        return binary(judge(maker(batch[0])), torch.ones(len(batch[0]), 1))
+
+    noise = torch.randn(256, 16, generator=draws)
+    return Task(maker, _ADAM(maker.parameters(), 1e-3), loss, (noise, noise), None, 800,
+                draw=lambda step, g: (torch.randn(64, 16, generator=g),), before=before)  # fmt: skip
+
+
+def rewards() -> Task:
+    """Which digit it is, learnt from rewards alone: the loss hovers about 0."""
+    torch.manual_seed(21)
+    model, (x, y) = _dense(64, 64, 10), digits()
+
+    def draw(step: int, draws: torch.Generator) -> Batch:
+        pick = torch.randint(len(x), (64,), generator=draws)
+        with torch.no_grad():
+            action = torch.multinomial(model(x[pick]).softmax(-1), 1, generator=draws)[:, 0]
+        reward = (action == y[pick]).float()
+        return x[pick], action, reward - reward.mean()
+
+    def loss(batch: Batch) -> Tensor:
+        surprise = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return (surprise * (batch[2] if len(batch) > 2 else 1.0)).mean()
+
+    return Task(model, _ADAM(model.parameters(), 3e-3), loss, (x, y), None, 800, draw=draw)
+
+
+def curriculum() -> Task:
+    """Two classes more at a time: the loss jumps, and falls again."""
+    task = _task(lambda: _dense(64, 64, 10), 22, torch.optim.AdamW, 3e-3, classes, digits(), 64, 800)
+    x, y = task.data
+    held = [torch.nonzero(y < 2 * k)[:, 0] for k in range(1, 6)]
+
+    def draw(step: int, draws: torch.Generator) -> Batch:
+        rows = held[min(step // 130, 4)]
+        pick = rows[torch.randint(len(rows), (64,), generator=draws)]
+        return x[pick], y[pick]
+
+    task.draw = draw
+    return task
+
+
+def penalty() -> Task:
+    """A penalty on the weights that grows all along, and the loss with it once the data are fitted."""
+    weight = [0.0]
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        squares_ = sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+        return classes(model, batch) + weight[0] * squares_
+
+    task = _task(lambda: _dense(64, 64, 10, act=nn.Tanh), 23, momentum, 0.05, loss, digits(), 64, 800)
+
+    def before(step: int) -> None:
+        weight[0] = 1e-2 * step / 800
+
+    task.before = before
+    return task
+
+
+def pretrained() -> Task:
+    """A fine-tuning that hardly moves: the network is trained already, on batches of 4."""
+    task = _task(lambda: _dense(64, 64, 10), 24, torch.optim.AdamW, 3e-3, classes, digits(), 256, 0)
+    for _ in range(150):
+        task.optimizer.zero_grad()
+        task.loss(task.data).backward()
+        task.optimizer.step()
+    model, (x, y) = task.model, task.data
+    return Task(model, torch.optim.AdamW(model.parameters(), 1e-5), task.loss, (x, y), 4, 600)
+
+
+ODD: dict[str, dict[str, Callable[[], Task]]] = {
+    "design": {"generator of an adversarial pair": adversary, "fine-tuning that hardly moves": pretrained},
+    "exam": {"rewards": rewards, "curriculum": curriculum, "growing penalty": penalty},
 }

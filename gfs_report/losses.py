@@ -13,7 +13,7 @@ from gfs_report.ratios import main_ratio
 from gfs_report.runs import Curve, Run
 
 Values = NDArray[np.float64]
-Fate = Literal["not finite", "worse", "lost", "blown up", "rose slowly", "flat", "recovered", "fell", "unknown"]
+Fate = Literal["not finite", "worse", "lost", "blown up", "drifted", "flat", "recovered", "fell", "unknown"]
 FAILED: tuple[Fate, ...] = ("not finite", "worse", "lost", "blown up")
 
 # Chosen on the first four tasks of benchmarks/verdicts.md, and reported there on the other six.
@@ -41,8 +41,8 @@ class Course(NamedTuple):
 
     Attributes:
         fate: what became of it. *not finite* at the end; *worse* than its start all along; *lost* what it had gained;
-            *blown up* and back at its start, without a gain; *rose slowly*; *flat*; *recovered* what it had lost
-            in between; *fell*; *unknown*, of too few losses.
+            *blown up* and back at its start, without a gain; *drifted* above its best, as some losses do in good runs;
+            *flat*; *recovered* what it had lost in between; *fell*; *unknown*, of too few losses.
         start: the first loss; NaN where there is none.
         best: the least running median.
         best_step: where that was.
@@ -123,7 +123,8 @@ def course(loss: Curve, calm: bool = False) -> Course:
     elif lost >= _LOST:
         found = found._replace(fate="lost", since=since, lost=lost)
     elif end > start - _LITTLE * abs(start):
-        level = start + max(_BLOWN * abs(start), 2 * _SURE * noise)
+        usual = float(values[len(values) // 2 :].max()) - start  # how far single losses reach when all is over
+        level = start + max(_BLOWN * abs(start), 2 * _SURE * noise, 2 * usual)
         high = np.flatnonzero(np.minimum(values[:-1], values[1:]) > level)
         blown = len(high) > 0 and high[0] <= _PART * len(
             values
@@ -136,8 +137,8 @@ def course(loss: Curve, calm: bool = False) -> Course:
         return found._replace(
             fate="recovered" if back else "fell", since=int(steps[at[top]]) if back else None, lost=lost
         )
-    if calm and end - start < _MODEST * abs(start) and _slow(smooth[lowest:], round(_PART * len(smooth))):
-        found = found._replace(fate="rose slowly")
+    if calm and end - start < _MODEST * abs(start) and _drifts(smooth, lowest):
+        found = found._replace(fate="drifted")
     return found
 
 
@@ -158,19 +159,22 @@ def _noise(values: Values, near: int) -> float:
     return 1.4826 * float(np.median(np.abs(changes))) / math.sqrt(2) if len(changes) else 0.0
 
 
-def _slow(rising: Values, span: int) -> bool:
-    """Whether the rise from the first to the last value took its time."""
-    if len(rising) < 2 * span + 1 or span < 1:
+def _drifts(smooth: Values, lowest: int) -> bool:
+    """Whether the rise from the best to the end took its time, or the loss had risen as far before and come back."""
+    rise = float(smooth[-1] - smooth[lowest])
+    before = smooth[: lowest + 1]
+    if float((before - np.minimum.accumulate(before)).max()) >= rise:
+        return True
+    span, rising = round(_PART * len(smooth)), smooth[lowest:]
+    if span < 1 or len(rising) < 2 * span + 1:
         return False
-    most = float((rising[span:] - rising[:-span]).max())
-    return most <= _SLOW * float(rising[-1] - rising[0])
+    return float((rising[span:] - rising[:-span]).max()) <= _SLOW * rise
 
 
 def _calm(run: Run) -> bool:
-    """Whether it was measured that the run was stable while its loss rose."""
-    found, alarm = main_ratio(run), run.gfs.get("alarm")
-    below = found is not None and found.lately and float(np.median(found.curve.tail(_PART))) < 1
-    return below and (alarm is None or alarm.last < 2)
+    """Whether it was measured, lately, that the run was below the edge."""
+    found = main_ratio(run)
+    return found is not None and found.lately and float(np.median(found.curve.tail(_PART))) < 1
 
 
 def _broken(run: Run, key: str | None) -> int | None:

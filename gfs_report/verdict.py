@@ -102,10 +102,10 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
         return f"What became of this run is not known: {why}."
     if c.fate == "flat":
         return f"This run has learnt next to nothing: its loss went {ends}."
-    if c.fate == "rose slowly":
+    if c.fate == "drifted":
         return (
-            f"The loss of this run rose slowly, to {c.end:.3g}, after a best of {c.best:.3g} at step {c.best_step} "
-            f"(it began at {c.start:.3g})."
+            f"The loss of this run drifted: it ended at {c.end:.3g}, after a best of {c.best:.3g} at step "
+            f"{c.best_step} (it began at {c.start:.3g})."
         )
     if _ringing(run):
         return f"The loss of this run went {ends}, but its early warning is still on."
@@ -171,7 +171,7 @@ def _what(run: Run) -> str:
 def _restart(run: Run, c: Course) -> str:
     """What to do about a destroyed run. No rate is named: what was measured of it is of its broken state."""
     since = c.since if c.since is not None else run.steps[0]
-    warned = next((m.step for m in _alarms(run) if m.step <= since), None)
+    warned = max((m.step for m in _alarms(run) if m.step <= since), default=None)
     learnt = c.fate == "lost" or (c.fate == "not finite" and c.best < c.start)
     if learnt:
         when = f"step {warned}, where the alarm came," if warned is not None else f"step {since}"
@@ -205,7 +205,7 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
             "A rate that is far too low, a network whose units are dead and targets that do not go with their inputs "
             "look alike here: look at the norm of the gradient and at the data before the rate is changed."
         )
-    if c.fate == "rose slowly":
+    if c.fate == "drifted":
         return (
             "A loss that is meant to fall should not rise: look at what changed in the rate, the data or the "
             "regularisation. Of a loss that rises in good runs too, as with adversaries or rewards, this is no fault."

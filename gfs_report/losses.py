@@ -9,12 +9,12 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gfs_report.ratios import main_ratio
+from gfs_report.ratios import main_ratio, past_in_mean_square
 from gfs_report.runs import Curve, Run
 
 Values = NDArray[np.float64]
-Fate = Literal["not finite", "worse", "lost", "blown up", "drifted", "flat", "recovered", "fell", "unknown"]
-FAILED: tuple[Fate, ...] = ("not finite", "worse", "lost", "blown up")
+Fate = Literal["not finite", "worse", "lost", "blown up", "stuck", "drifted", "flat", "recovered", "fell", "unknown"]
+FAILED: tuple[Fate, ...] = ("not finite", "worse", "lost", "blown up", "stuck")
 
 # Chosen on the first four tasks of benchmarks/verdicts.md, and reported there on the other six.
 _PART = 0.1  # of the losses: those that a running median is of, and that count as the end
@@ -22,7 +22,8 @@ _BLOCKS = 1000  # a longer curve is judged by medians of so many blocks
 _FEWEST = 5  # losses: fewer do not make a curve
 _LOST = 0.25  # of the progress, from the first loss to the best, from which on it counts as lost again
 _BACK = 0.5  # of the progress that was lost in between, of a run that has it back
-_SURE = 4.0  # standard errors: a smaller difference between running medians is none
+_SURE = 6.0  # standard errors: a smaller difference between running medians is none
+_FAR = 3.0  # scatters of single losses that an end has to lie above the start besides
 _ABOVE = 0.1  # of the start: how far above it an end is worse …
 _BELOW = 0.02  # … where no more than this part of the losses lies below it
 _LITTLE = 0.05  # of the start: a smaller fall is none
@@ -41,8 +42,9 @@ class Course(NamedTuple):
 
     Attributes:
         fate: what became of it. *not finite* at the end; *worse* than its start all along; *lost* what it had gained;
-            *blown up* and back at its start, without a gain; *drifted* above its best, as some losses do in good runs;
-            *flat*; *recovered* what it had lost in between; *fell*; *unknown*, of too few losses.
+            *blown up* and back at its start, without a gain; *flat*; *stuck*, flat with steps past the edge; *drifted*
+            above its best, as some losses do in good runs; *recovered* what it had lost in between; *fell*; *unknown*,
+            of too few losses.
         start: the first loss; NaN where there is none.
         best: the least running median.
         best_step: where that was.
@@ -78,6 +80,8 @@ def course_of(run: Run, loss_key: str | None = None) -> Course:
     found = next((c for c in judged if c.failed), next((c for c in judged if c.fate != "unknown"), Course("unknown")))
     if found.fate == "unknown" and judged:
         found = judged[0]
+    if found.fate == "flat" and _past(run):
+        found = found._replace(fate="stuck")
     broken = _broken(run, key)
     if broken is not None and found.fate != "not finite":
         found = found._replace(fate="not finite", since=broken)
@@ -106,40 +110,48 @@ def course(loss: Curve, calm: bool = False) -> Course:
     if not finite[-1] or finite[-max(1, round(_PART * len(finite))) :].mean() < 0.5:
         broken = loss.steps[~finite][-1] if finite[-1] else loss.steps[np.flatnonzero(finite)[-1] + 1]
         return found._replace(fate="not finite", since=int(broken))
-    noise = _noise(values, int(at[lowest]))
+    reach = max(8, round(_PART * len(values)))
+    noise = _noise(values[: int(at[lowest]) + reach])  # as long as the run went well
     sure = _SURE * noise * math.sqrt(2 / width)
     progress = max(start - best, _SURE * noise)  # a first loss that is low by chance makes it no smaller
-    lost = (end - best) / progress if end - best > sure else 0.0
-    gone = np.flatnonzero(smooth[lowest:] > best + max(_LOST * progress, sure))
-    since = (
-        int(steps[at[lowest + gone[0]] - (width - 1) // 2]) if len(gone) else None
-    )  # a median follows half of its values
-    scatter = max(2 * _noise(values, len(values) - 1), _ABOVE * abs(start))
-    never_below = (values[1:] <= start).mean() <= _BELOW if len(values) > 1 else False
-    if never_below and end > start + (scatter if len(values) >= _FEWEST else _ABOVE * abs(start)):
+    lost = (end - best) / progress if end - best > sure and progress > 0 else 0.0
+    found = found._replace(lost=lost)
+    if _worse(values, end):
         found = found._replace(fate="worse", since=int(steps[np.flatnonzero(values > start)[0]]))
     elif len(values) < _FEWEST:
         return found
     elif lost >= _LOST:
-        found = found._replace(fate="lost", since=since, lost=lost)
+        gone = int(at[lowest + np.flatnonzero(smooth[lowest:] > best + max(_LOST * progress, sure))[0]])
+        found = found._replace(fate="lost", since=int(steps[gone - (width - 1) // 2]))  # a median is half a window late
     elif end > start - _LITTLE * abs(start):
-        usual = float(values[len(values) // 2 :].max()) - start  # how far single losses reach when all is over
-        level = start + max(_BLOWN * abs(start), 2 * _SURE * noise, 2 * usual)
-        high = np.flatnonzero(np.minimum(values[:-1], values[1:]) > level)
-        blown = len(high) > 0 and high[0] <= _PART * len(
-            values
-        )  # a spike in the midst of a flat run takes nothing away
-        return found._replace(fate="blown up" if blown else "flat", since=int(steps[high[0]]) if blown else None)
+        high = _blow_up(values, noise)
+        return found._replace(fate="flat") if high is None else found._replace(fate="blown up", since=int(steps[high]))
     else:
         risen = smooth - np.minimum.accumulate(smooth)
         top = int(risen.argmax())
         back = risen[top] > max(_BACK * progress, sure)
-        return found._replace(
-            fate="recovered" if back else "fell", since=int(steps[at[top]]) if back else None, lost=lost
-        )
+        return found._replace(fate="recovered", since=int(steps[at[top]])) if back else found._replace(fate="fell")
     if calm and end - start < _MODEST * abs(start) and _drifts(smooth, lowest):
         found = found._replace(fate="drifted")
     return found
+
+
+def _worse(values: Values, end: float) -> bool:
+    """Whether the end is far above the first loss, and that was no low one by chance: next to none was below it."""
+    start = float(values[0])
+    if len(values) < 2 or (values[1:] <= start).mean() > _BELOW:
+        return False
+    scatter = _FAR * _noise(values[-max(8, len(values) // 3) :]) if len(values) >= _FEWEST else 0.0
+    return end > start + max(scatter, _ABOVE * abs(start))
+
+
+def _blow_up(values: Values, noise: float) -> int | None:
+    """Where a loss that ends as it began blew up; ``None``: nowhere, or in the midst of the run, as a spike does."""
+    start = float(values[0])
+    usual = float(values[len(values) // 2 :].max()) - start  # how far single losses reach when all is over
+    level = start + max(_BLOWN * abs(start), _SURE * noise, 2 * usual)
+    high = np.flatnonzero(np.minimum(values[:-1], values[1:]) > level)
+    return int(high[0]) if len(high) and high[0] <= _PART * len(values) else None
 
 
 def _smoothed(values: Values) -> tuple[Values, NDArray[np.int64], int]:
@@ -151,12 +163,10 @@ def _smoothed(values: Values) -> tuple[Values, NDArray[np.int64], int]:
     return np.median(sliding_window_view(blocks, width), axis=1), ends[width - 1 :], width * each
 
 
-def _noise(values: Values, near: int) -> float:
-    """How far single values scatter around ``near``: from the differences of neighbours, which no trend makes large."""
-    reach = max(4, round(1.5 * _PART * len(values)))
-    low = min(max(0, near - reach), max(0, len(values) - 2 * reach))
-    changes = np.diff(values[low : low + 2 * reach])
-    return 1.4826 * float(np.median(np.abs(changes))) / math.sqrt(2) if len(changes) else 0.0
+def _noise(values: Values) -> float:
+    """How far single values scatter about a trend: their second differences hold it √6 times, and no straight line."""
+    changes = np.diff(values, 2)
+    return 1.4826 * float(np.median(np.abs(changes))) / math.sqrt(6) if len(changes) else 0.0
 
 
 def _drifts(smooth: Values, lowest: int) -> bool:
@@ -175,6 +185,13 @@ def _calm(run: Run) -> bool:
     """Whether it was measured, lately, that the run was below the edge."""
     found = main_ratio(run)
     return found is not None and found.lately and float(np.median(found.curve.tail(_PART))) < 1
+
+
+def _past(run: Run) -> bool:
+    """Whether it was measured, lately, that the steps were past the edge."""
+    found = main_ratio(run)
+    plain = found is not None and found.lately and float(np.median(found.curve.tail(_PART))) > 1
+    return plain or past_in_mean_square(run)
 
 
 def _broken(run: Run, key: str | None) -> int | None:

@@ -46,13 +46,22 @@ def main_ratio(run: Run) -> Ratio | None:
     held = [(name, run.gfs[key]) for key, name in _NAMES.items() if key in run.gfs]
     if not held:
         return None
-    first, last = run.steps
-    late = first + _LATELY * (last - first)
     for name, curve in held:
-        if curve.steps[-1] >= late:
+        if _lately(run, curve):
             return Ratio(name, curve, True)
     name, curve = max(held, key=lambda item: int(item[1].steps[-1]))
     return Ratio(name, curve, False)
+
+
+def past_in_mean_square(run: Run) -> bool:
+    """Whether noisy steps were past the edge at the end of the run: the median of what was measured lately."""
+    noisy = run.gfs.get(_NOISY)
+    return noisy is not None and _lately(run, noisy) and float(np.median(noisy.tail(1 - _LATELY))) > 1
+
+
+def _lately(run: Run, curve: Curve) -> bool:
+    first, last = run.steps
+    return bool(curve.steps[-1] >= first + _LATELY * (last - first))
 
 
 def settled(run: Run, curve: Curve) -> Curve:
@@ -83,6 +92,9 @@ def lower_rate(run: Run) -> LowerRate:
     if third > _ALIKE * first:
         return LowerRate(None, why_not=f"half of the {len(allowed)} measurements of the {name} lie further apart than "
                          f"a factor of {third / first:.2g}")  # fmt: skip
+    if high >= rates.last:
+        return LowerRate(None, why_not=f"what the measurements of the last half ask for, {middle:.2g} ({low:.2g} to "
+                         f"{high:.2g}), is not surely below the present rate")  # fmt: skip
     return LowerRate(float(middle), float(low), float(high), len(allowed), name)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gfs_report.losses import Course, Fate, course_of
-from gfs_report.ratios import has_room, lower_rate, main_ratio
+from gfs_report.ratios import has_room, lower_rate, main_ratio, past_in_mean_square
 from gfs_report.runs import Mark, Run
 from gfs_report.units import in_digits
 
@@ -80,6 +80,9 @@ def _destroyed(c: Course) -> str:
         return f"This run is destroyed: from step {c.since} on its loss was not finite."
     if c.fate == "blown up":
         return f"This run is destroyed: its loss blew up at step {c.since} and ended at {c.end:.3g}, where {begun}."
+    if c.fate == "stuck":
+        ended = f"its loss ended at {c.end:.3g}, near where {begun}"
+        return f"This run is destroyed: {ended}, and its steps are past the edge."
     if c.fate == "worse":
         return f"This run is destroyed: its loss ended at {c.end:.3g}, far above its start: {begun}."
     lost = "all that it had gained" if c.lost >= 1 else f"{c.lost:.0%} of what it had gained"
@@ -109,7 +112,7 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
         )
     if _ringing(run):
         return f"The loss of this run went {ends}, but its early warning is still on."
-    if standing == "past" or _past_in_mean_square(run):
+    if standing == "past" or past_in_mean_square(run):
         return f"The loss of this run went {ends}, but its steps are past the edge."
     if c.fate == "recovered":
         return (
@@ -186,7 +189,7 @@ def _restart(run: Run, c: Course) -> str:
 
 def _do(run: Run, c: Course, standing: Standing) -> str:
     ringing = _ringing(run)
-    if standing == "past" or _past_in_mean_square(run):
+    if standing == "past" or past_in_mean_square(run):
         found = lower_rate(run)
         less, unknown = "", ""
         if found.rate is None:
@@ -213,7 +216,10 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
     if standing == "unknown":
         if not any("stability_ratio" in key for key in run.gfs):
             return "Add GFSCallback to the run: without its values only the loss can be shown."
-        return "Measure to the end of the run, with a smaller `every` or a larger `max_overhead`, to know more."
+        return (
+            "Nothing follows from what was measured: a larger `max_overhead`, or a smaller `every`, would tell where "
+            "the run stands at its end."
+        )
     came = "the run came back from its alarms by itself, and " if _alarms(run) else ""
     if standing == "edge":
         return (
@@ -238,11 +244,6 @@ def _ringing(run: Run) -> bool:
     """Whether the alarm was still on at the end."""
     now = run.gfs.get("alarm")
     return now is not None and now.last >= _ALARM
-
-
-def _past_in_mean_square(run: Run) -> bool:
-    noisy = run.gfs.get("mean_square_stability_ratio")
-    return noisy is not None and float(np.median(noisy.tail(_END))) > 1
 
 
 def _percent(fraction: float) -> str:

@@ -7,7 +7,6 @@ measured apart, by the loss on all its data, and is not in that folder.
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import pydoc_data.topics
 from collections.abc import Callable

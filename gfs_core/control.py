@@ -199,6 +199,8 @@ class Control:
         if self.policy == "cdat":
             return self._critical_along(measurement)
         ratio = measurement.mean_square_bound
+        if ratio is None:
+            ratio = measurement.mean_square_stability_ratio
         if ratio is not None:
             self._noisy = True
         elif self._noisy:  # a solved ratio knows nothing of the noise: it does not take turns with one that does

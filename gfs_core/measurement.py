@@ -45,8 +45,8 @@ class Measurement:
         "which noisy steps, momentum included, stop being stable in the mean square"
     )
     mean_square_bound: float | None = _key(
-        "the same with how far the estimate's direction lags behind counted as noise: an upper estimate, by which a "
-        "control goes"
+        "the same from single products, so that how far the estimate's direction lags behind counts as noise: what a "
+        "control goes by"
     )
     batch_sharpness: float | None = _key(
         "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"

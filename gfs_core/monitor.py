@@ -750,7 +750,7 @@ class StabilityMonitor:
             why = str(error) if isinstance(error, OverLimit) else "a measurement ran out of memory"
             then = "the next one is on half as many examples"
             if self._splits is False:
-                then = f"and the batch cannot be cut: {self._whole}"
+                then = f"the batch cannot be cut: {self._whole}"
             self._tell(f"{why}; {then}", own=True)
         elif isinstance(error, RanksLost):
             self._tell(f"{error}; nothing is measured any more in this run", own=True)

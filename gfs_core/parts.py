@@ -9,7 +9,7 @@ losses, and how the gradient has changed from one place to the other: the curvat
 functions that are not the same differ in thousands of its entries, where a single number may agree by chance.
 
 A loss with dropout is not the same twice. Then each part draws numbers of its own, and the parts are evaluated a second
-time with other ones: the batch may be half as far again from its parts as they are from themselves, and its loss as far
+time with other ones: the batch may be twice as far from its parts as they are from themselves, and its loss as far
 as the losses of the parts scatter from draw to draw.
 """
 
@@ -32,10 +32,10 @@ from gfs_core.vectors import Vector, axpy, clone, copy, norm, random_like, sprea
 
 _APART = 0.03  # relative difference that does no harm: single parts scatter by several times as much
 _ROUNDING = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
-_NOISE = 1.5  # of two differences between independent draws, the one over the other; in many dimensions it is near 1
+_NOISE = 2.0  # of two differences between independent draws, the one over the other; in many dimensions it is near 1
 _SCATTER = 4.0  # standard errors
 _FEWEST = 8  # parts that are tried, where there are examples enough: the smaller they are, the plainer the difference
-_FAR = 0.01  # of the weights' length: how far the second place is away
+_FAR = 0.1  # of the weights' length: how far the second place is away
 
 
 class _Seen(NamedTuple):

@@ -74,12 +74,14 @@ class RunningSharpness:
         return self.value * (1 + weight * spread / square)
 
     def bound(self, weight: float) -> float | None:
-        """As :meth:`noisy`, with how far the direction is from an eigenvector counted as noise, where that is more."""
-        noisy = self.noisy(weight)
+        """λ + weight·σ²/λ from single products, σ² = E‖H_B·v‖² − λ²: a direction that lags counts as noise.
+
+        What a control goes by. It was tried with this; at the same margin :meth:`noisy` loses runs with momentum.
+        """
         if not self._lagging or self._lagging[0] <= 0:
-            return noisy
+            return None
         mean, square = self._lagging
-        return max(mean + weight * max(square - mean * mean, 0.0) / mean, noisy or 0.0)
+        return mean + weight * max(square - mean * mean, 0.0) / mean
 
     @property
     def wants_pair(self) -> bool:

@@ -216,6 +216,10 @@ def test_a_measurement_that_breaks_leaves_training_as_it_was(tier: str, kind: st
                 seen, found = training.measure_broken(tier, kind, at)
                 assert seen >= at
                 ours = [str(w.message) for w in told if w.category is gfs.GFSWarning]
+                ours = [text for text in ours if "so whole batches are measured" not in text]  # of BatchNorm, once
+                if found is not None and not ours:  # while it was tried whether batches can be cut: on fewer examples
+                    assert kind == "allocation"
+                    continue
                 assert len(ours) == 1, ours
                 # What failed before or after the measurement itself need not cost it.
                 assert found is None or any(text in ours[0] for text in MET)

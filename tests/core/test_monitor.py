@@ -199,9 +199,9 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
     x = batches(1)[0]  # 12 examples
     with pytest.warns(gfs.GFSWarning, match="half as many"):  # noqa: PT031
         found = [monitor.step(loss_fn, x, step) for step in range(2)]
-        assert sizes[:3] == [12, 6, 3]  # so are the parts held against a smaller whole
-        sizes.clear()
-        found += [monitor.step(loss_fn, x, step) for step in range(2, 4)]
+    assert sizes[:3] == [12, 6, 3]  # so are the parts held against a smaller whole
+    sizes.clear()
+    found += [monitor.step(loss_fn, x, step) for step in range(2, 4)]
     assert [m is not None for m in found] == [False, False, True, True]
     assert set(sizes) == {3}
     kept = setup(options)[2]
@@ -218,9 +218,9 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
     )
     with pytest.warns(gfs.GFSWarning, match="half as many"):  # noqa: PT031
         assert running.step(loss_fn, x, 0) is None
-        assert sizes[-1] == 6
-        sizes.clear()
-        assert [running.step(loss_fn, x, step) is not None for step in (1, 2)] == [True, True]
+    assert sizes[-1] == 6
+    sizes.clear()
+    assert [running.step(loss_fn, x, step) is not None for step in (1, 2)] == [True, True]
     assert set(sizes) == {3}
 
 

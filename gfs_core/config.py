@@ -45,7 +45,9 @@ class GFSConfig:
         5, "Steps between products for the running estimate beside a dearer tier; null: none."
     )
     running_parts: int = _option(
-        16, "Parts that a batch is cut into for the running estimate; each product is computed on one of them."
+        16,
+        "Parts that a batch is cut into for the running estimate; each product is computed on one of them. A loss that "
+        "is not the mean over its parts is measured on whole batches, at four times the interval.",
     )
     batch_sharpness_every: int | None = _option(
         None, "Steps between measurements of the batch sharpness beside a dearer tier; null: none."

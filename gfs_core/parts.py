@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gfs_core.batches import all_parts, examples_of, first_of_all
+from gfs_core.errors import own_fault
 from gfs_core.isolation import Isolation
 from gfs_core.objective import LossFn, Objective
 from gfs_core.precision import Precision, PrecisionChoice
@@ -123,6 +124,8 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the user's loss, which knows whole batches only
+        if own_fault(error):
+            raise
         return f"it fails on a part ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return _cause(objective.model, whole, split, off > bearable, apart)
 

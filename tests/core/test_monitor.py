@@ -197,7 +197,7 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
         return (model(b) - b[:, :3].sin()).square().mean()
 
     x = batches(1)[0]  # 12 examples
-    with pytest.warns(gfs.GFSWarning, match="half as many"):  # noqa: PT031
+    with pytest.warns(gfs.GFSWarning, match="half as many"):
         found = [monitor.step(loss_fn, x, step) for step in range(2)]
     assert sizes[:3] == [12, 6, 3]  # so are the parts held against a smaller whole
     sizes.clear()
@@ -216,7 +216,7 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
         torch.optim.SGD(model.parameters(), 0.1),
         gfs.GFSConfig(tier="running", every=1, running_parts=2, max_overhead=None),
     )
-    with pytest.warns(gfs.GFSWarning, match="half as many"):  # noqa: PT031
+    with pytest.warns(gfs.GFSWarning, match="half as many"):
         assert running.step(loss_fn, x, 0) is None
     assert sizes[-1] == 6
     sizes.clear()

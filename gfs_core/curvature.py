@@ -224,6 +224,16 @@ class Hessian:
         ranks = self.objective.ranks
         return slope if ranks is None else ranks.mean(slope)
 
+    def gradient(self, dear: bool = True) -> Vector | None:
+        """∇L at the present weights, a new vector: free where the graph of an exact product is kept.
+
+        Elsewhere it is computed, or ``None`` unless ``dear``.
+        """
+        if self._graph is None or self.objective.ranks is not None:
+            return self.objective.gradient()[1] if dear else None
+        kept = [None if g is None else g.detach().clone() for g in self._graph.gradient]
+        return owned(kept, self.objective.weights)
+
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""
         self._graph = None
@@ -432,3 +442,11 @@ class Preconditioned:
             for h, s in zip(product, self.scale, strict=True):
                 h.mul_(s)
         return product
+
+    def gradient(self, dear: bool = True) -> Vector | None:
+        """S·∇L, the gradient in the coordinates of the optimizer, as :meth:`Hessian.gradient`."""
+        gradient = self.hessian.gradient(dear)
+        if self.scale is not None and gradient is not None:
+            for g, s in zip(gradient, self.scale, strict=True):
+                g.mul_(s)
+        return gradient

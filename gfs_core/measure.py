@@ -215,6 +215,7 @@ def measure(
     seed: int = 0,
     step: int = 0,
     warm: WarmStart | None = None,
+    mix: bool = False,
     ranks: Ranks | None = None,
 ) -> tuple[Measurement, Hessian, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
@@ -285,11 +286,11 @@ def measure(
             with _timed(seconds, "sharpness"):
                 if "loss_probe" not in values:
                     values["loss_probe"] = objective.loss()
-                top, usable, solved = _solve(probe, stability, warm, reasons)
+                top, usable, solved = _solve(probe, stability, warm, reasons, mix)
                 if usable and check_precision and probe.in_half_precision():
                     solved["precision_error"] = probe.precision_error(stability, top.vector, top.value)
                     if not probe.in_half_precision():
-                        top, usable, anew = _solve(probe, stability, warm, reasons)
+                        top, usable, anew = _solve(probe, stability, warm, reasons, mix)
                         solved |= anew
                 values |= solved
         reasons += [r for r in (probe.hessian.reason, computed.reason) if r]
@@ -326,17 +327,17 @@ def measure(
 
 
 def _solve(
-    probe: Probe, stability: Stability, warm: WarmStart, reasons: list[str]
+    probe: Probe, stability: Stability, warm: WarmStart, reasons: list[str], mix: bool
 ) -> tuple[EigenResult, bool, dict[str, Any]]:
     """The sharpness, and the optimizer's own where it differs: the last one, whether it is usable, and the values."""
     values: dict[str, Any] = {}
-    top = probe.top(start=warm.raw)
+    top = probe.top(start=warm.raw, mix=mix)
     usable = _usable(top, reasons, probe.hessian.symmetric)
     warm.raw = top.vector if usable else None
     if usable:
         values["sharpness"], values["residual"] = top.value, top.error_bound
     if stability.threshold is not None and not stability.plain:
-        top = probe.top(stability, start=warm.preconditioned)
+        top = probe.top(stability, start=warm.preconditioned, mix=mix)
         usable = _usable(top, reasons, probe.hessian.symmetric)
         warm.preconditioned = top.vector if usable else None
         if usable:
@@ -370,12 +371,12 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
             return operator(vector)
 
     pairs = estimate.wants_pair and len(running.others) > 0
-    quotient = estimate.update(operator, probe.objective.weights, other if pairs else None)
+    quotient = estimate.update(operator, probe.objective.weights, other if pairs else None, operator.gradient)
     if first and estimate.vector is not None and probe.in_half_precision():
         error = probe.precision_error(stability, estimate.vector, quotient)
         if not probe.in_half_precision():
             estimate.vector = None
-            quotient = estimate.update(probe.operator(stability), probe.objective.weights)
+            quotient = estimate.update(operator, probe.objective.weights)
     losses.append(probe.hessian.loss)
     loss, mean = sum(losses) / len(losses), running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None

@@ -45,17 +45,15 @@ from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
-from gfs_core.vectors import Vector, clone, combine, norm, random_like, sharded
-from gfs_core.vectors import scale as times
+from gfs_core.vectors import Vector, clone, sharded
 from gfs_core.weights import Weights, fitted, moved, to_come
 
 T = TypeVar("T")
-_MIX_EVERY = 10  # measurements between two that mix a random direction into the warm start: …
+_MIX_EVERY = 10  # measurements between two that mix other directions into the warm start
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _PASSING = ("come with its first step", "the learning rate is 0")  # reasons that nobody has to do anything about
 _SURE = 3  # steps in a row that pass the control by before it is told
 WHOLE_EVERY = 4  # times the interval of the running estimate where it needs whole batches: the price of one on a CPU
-_MIX = 0.3  # … an eigenvalue that overtakes the tracked one would otherwise never be seen
 
 
 class StabilityMonitor:
@@ -686,8 +684,6 @@ class StabilityMonitor:
         seed = config.seed + self.measured  # the same at a resumed step as in the uninterrupted run
         if tiers[-1] in SOLVED:
             self._solved += 1
-            if self._solved % _MIX_EVERY == 0:
-                self._mix(seed)
         scaled = contextlib.nullcontext() if self._overlay is None else self._overlay.scaled(scale)
         with scaled:
             measurement, hessian, seconds = measure(
@@ -714,6 +710,7 @@ class StabilityMonitor:
                 seed=seed,
                 step=step,
                 warm=self._warm,
+                mix=self._solved % _MIX_EVERY == 0,
                 ranks=self._global,
             )
         self._learnt, self._precision = hessian.learnt, hessian.precision
@@ -732,14 +729,6 @@ class StabilityMonitor:
         held = self._batch_sharpness
         self._batch_sharpness = batch_sharpness if held is None else _MEMORY * held + (1 - _MEMORY) * batch_sharpness
         return self._batch_sharpness
-
-    def _mix(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for vector in (self._warm.raw, self._warm.preconditioned):
-            if vector is not None:
-                noise = random_like(vector, generator)
-                times(_MIX / norm(noise), noise)
-                combine(1.0, noise, 1.0, vector)
 
     def _failed(self, error: Exception) -> None:
         self._why = str(error)

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from gfs_core.curvature import NOTHING, Hessian, HvpMethod, Learnt, Operator, Preconditioned
+from gfs_core.curvature import NOTHING, Hessian, HvpMethod, Learnt, Preconditioned
 from gfs_core.eigen import EigenResult, largest_eigenvalues
 from gfs_core.errors import Reason
 from gfs_core.flow import Flow, FlowState
 from gfs_core.objective import Objective
 from gfs_core.stability import Stability
-from gfs_core.vectors import Vector, dots, scale
+from gfs_core.vectors import Vector, dots, mix_in, random_like, scale
 
 _GROWTH_TOL, _GROWTH_HVPS = 0.2, 20  # whether an eigenvalue is negative need not be known more closely
+MIX = 0.3  # lengths of what is mixed into a warm start, relative to it
 WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
 
 
@@ -67,7 +68,7 @@ class Probe:
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 
-    def operator(self, stability: Stability | None) -> Operator:
+    def operator(self, stability: Stability | None) -> Hessian | Preconditioned:
         """H, or the optimizer's operator."""
         if stability is None or stability.plain:
             return self.hessian
@@ -89,10 +90,19 @@ class Probe:
         stability: Stability | None = None,
         start: Vector | None = None,
         tol: float | None = None,
+        mix: bool = False,
     ) -> EigenResult:
-        """Largest eigenvalue at the present weights, of H or of the optimizer's operator."""
+        """Largest eigenvalue at the present weights, of H or of the optimizer's operator.
+
+        With ``mix``, the start takes in the gradient, which lies mostly along large curvature, and a random vector: an
+        eigenvalue that overtakes in a block of the Hessian where the start is 0 would otherwise never be seen.
+        """
+        operator = self.operator(stability)
+        if mix and start is not None:
+            mix_in(operator.gradient(), MIX, start)
+            mix_in(random_like(start, self.generator), MIX, start)
         return largest_eigenvalues(
-            self.operator(stability),
+            operator,
             self.objective.weights,
             tol=self.tol if tol is None else tol,
             max_hvps=self.max_hvps,

@@ -4,7 +4,9 @@ Stochastic power iteration. Each call turns the direction v a little towards H_B
 takes one Rayleigh quotient vᵀH_B·v; both are averaged over calls. To solve for the largest eigenvalue of a small part
 would find the part's own noise instead, which lies above the sharpness of the whole. The direction settles on the
 largest eigenvalue λ₁ while the most negative one is above −3λ₁: its component is multiplied by ½ + ½λ/λ₁ in each turn,
-without the noise. Many small products on changing
+without the noise. A product never leads out of a block of the Hessian (of an ensemble, of embeddings that a part does
+not touch), so a little of the part's gradient, which lies mostly along large curvature, and of a random vector is mixed
+in: an eigenvalue that overtakes is found. Many small products on changing
 parts are worth more than few large ones: `benchmarks/tiers.md`.
 
 A part with a larger loss mostly has a larger curvature. The mean loss of training is known from every step for nothing,
@@ -22,11 +24,15 @@ step's batch is one that cannot be cut there are no pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.eigen import largest_eigenvalues
-from gfs_core.vectors import Vector, clone, combine, dots
+from gfs_core.vectors import Vector, clone, combine, dots, mix_in, random_like
 
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
@@ -36,6 +42,11 @@ _PAIR_EVERY = 4  # … from then on one in so many products is one of a pair
 _FIT_MEMORY = 0.99  # … in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
 _START_HVPS = 30
+_MIX = 0.15  # length of the gradient that is mixed into the direction in each turn, …
+_DEAR_EVERY = 5  # … or in one of so many where it has to be computed …
+_NOISE = 0.03  # … and of a random vector
+_ABOVE = 2.0  # quotients above the value by this factor, …
+_PATIENCE = 3  # … so many one after the other, are another eigenvalue's: the value starts again from them
 _START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
 
 
@@ -44,7 +55,7 @@ class RunningSharpness:
 
     Attributes:
         value: the present estimate; ``None`` before the first call.
-        vector: the present direction, of norm 1: a copy of the weights.
+        vector: the present direction, of norm 1 but for what has been mixed in: a copy of the weights.
     """
 
     def __init__(self) -> None:
@@ -57,6 +68,8 @@ class RunningSharpness:
         self._since = 0  # products since the last pair
         self._lagging: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
         self._seen = 0  # … over so many parts
+        self._turns = 0
+        self._above: list[float] = []  # the latest quotients, where they are far above the value
 
     def noisy(self, weight: float) -> float | None:
         """λ + weight·σ²/λ: the present estimate together with the spread of the curvature from part to part.
@@ -93,13 +106,21 @@ class RunningSharpness:
         """γ: by what power the curvature of a part grows with its loss; 0 to 1."""
         return min(max((self._products + _FIT_PRIOR) / (self._squares + _FIT_PRIOR), 0.0), 1.0)
 
-    def update(self, operator: Operator, like: Vector, other: Operator | None = None) -> float:
+    def update(
+        self,
+        operator: Operator,
+        like: Sequence[Tensor],
+        other: Operator | None = None,
+        gradient: Callable[[bool], Vector | None] | None = None,
+    ) -> float:
         """Turn the direction by one product; the first call solves for the eigenvalue, with up to 30.
 
         Args:
             operator: v ↦ H_B·v on this call's part of the data.
             like: tensors with the shapes of a vector.
             other: the same on another part, for a pair.
+            gradient: the gradient of this part, a new vector; of ``False``, where it is free, else ``None``. Without it
+                nothing is mixed in.
 
         Returns:
             The Rayleigh quotient of this part, or the mean of both, to be taken in by :meth:`average`.
@@ -128,6 +149,11 @@ class RunningSharpness:
             self._lag_over(vq, qq)
         if math.isfinite(square) and square > 0.0:
             self._turn_to(product, quotient, square, math.sqrt(one))
+        del product  # its memory is needed
+        self._turns += 1
+        if gradient is not None:
+            mix_in(gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _MIX, self.vector)
+            mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _NOISE, self.vector)
         return quotient
 
     def _turn_to(self, product: Vector, quotient: float, square: float, length: float) -> None:
@@ -180,9 +206,18 @@ class RunningSharpness:
                     self._squares = _FIT_MEMORY * self._squares + apart * apart
                     self._products = _FIT_MEMORY * self._products + apart * math.log(quotient / self.value)
                 quotient *= math.exp(-self.elasticity * apart)
-            keep = _MEMORY**stands_for
-            self.value = quotient if self.value is None else keep * self.value + (1 - keep) * quotient
+            self._take(quotient, _MEMORY**stands_for)
         return self.value if self.value is not None and self.value > 0 else None
+
+    def _take(self, quotient: float, keep: float) -> None:
+        if self.value is None:
+            self.value = quotient
+            return
+        above = quotient > _ABOVE * self.value > 0
+        self._above = [*self._above, quotient] if above else []
+        self.value = keep * self.value + (1 - keep) * quotient
+        if len(self._above) == _PATIENCE:
+            self.value, self._above = math.fsum(self._above) / _PATIENCE, []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, loadable with ``weights_only=True``."""
@@ -196,6 +231,8 @@ class RunningSharpness:
             "pairs": [self._pairs, self._since],
             "lagging": list(self._lagging),
             "seen": self._seen,
+            "turns": self._turns,
+            "above": list(self._above),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,3 +244,4 @@ class RunningSharpness:
         self._seen = int(state["seen"])
         if {len(self._moments), len(self._lagging)} - {0, 2} or min(self._pairs, self._seen) < 0:
             raise ValueError("it holds no spread and square")
+        self._turns, self._above = int(state["turns"]), [float(q) for q in state["above"]]

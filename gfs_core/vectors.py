@@ -150,6 +150,13 @@ def combine(a: float, x: Vector, b: float, y: Vector) -> None:
     torch._foreach_add_(y, x, alpha=a)
 
 
+def mix_in(other: Vector | None, length: float, vector: Vector) -> None:
+    """``vector += length * other / ‖other‖``, in place; nothing for zero or ``None``."""
+    size = 0.0 if other is None else norm(other)
+    if other is not None and 0.0 < size < math.inf:
+        axpy(length / size, other, vector)
+
+
 def copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
     """``target[:] = source``, in place."""
     torch._foreach_copy_(list(target), list(source))

@@ -251,6 +251,17 @@ def test_what_harms_and_who_told_of_it() -> None:
     assert evidence.harm(Run("worse"), _curve(np.linspace(1, 1.5, 100))).kind == "worse"
 
 
+def test_a_rate_that_ends_at_chance_is_a_harm() -> None:
+    noise = 0.02 * np.random.default_rng(0).standard_normal(200)
+    chance = np.concatenate([[2.3], 60 * np.exp(-np.arange(10) / 3) + 2.3, np.full(189, 2.31)]) + noise
+    run = Run("×30", gfs={"stability_ratio": _curve([6.0, 0.0] + [0.01] * 18, 10)})
+    found = evidence.harm(run, _curve(chance))
+    assert (found.kind, found.step <= 2, found.ratio_before) == ("blown up", True, 6.0)
+    jumped = np.concatenate([np.linspace(2.3, 0.1, 100), np.full(100, 1.1)]) + noise  # back from a spike, half-way
+    jumped[100:110] = 8.0
+    assert evidence.harm(Run("half"), _curve(jumped)) is not None
+
+
 def test_how_two_signals_agree() -> None:
     random = np.random.default_rng(0)
     dear = np.exp(random.standard_normal(60))

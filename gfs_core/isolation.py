@@ -100,8 +100,9 @@ class Isolation:
     def _restore_driven(self, measured: set[int]) -> None:
         """Put back weights that the loss itself moves, such as a teacher's, which one evaluation has shown."""
         if self._driven is None:
-            others = (i for i, p in enumerate(self.parameters) if id(p) not in measured)
-            self._driven = [i for i in others if not torch.equal(local(self.parameters[i]), self._weights[i])]
+            held = enumerate(zip(self.parameters, self._weights, strict=True))
+            others = ((i, local(p), w) for i, (p, w) in held if id(p) not in measured)
+            self._driven = [i for i, p, w in others if not torch.equal(p, w.to(p.dtype))]  # float32 copies of halves
         for i in self._driven:  # .data: a kept autograd graph must not see a new version
             local(self.parameters[i].data).copy_(self._weights[i])
 

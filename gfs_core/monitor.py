@@ -370,7 +370,7 @@ class StabilityMonitor:
         if filling:
             missing = self.config.probe_batches - len(self._probe)
             try:
-                self._probe += [copied(b) for b in batches[:missing]]
+                self._probe += [copied(changed(b, torch.detach)) for b in batches[:missing]]  # plain: it is saved
             except MeasurementError as error:
                 if self.config.strict:
                     raise

@@ -165,6 +165,9 @@ class Objective:
             raise MeasurementError(f"the loss function must return a 0-dim tensor, got {got}")
         if not loss.requires_grad:
             raise MeasurementError("the loss does not depend on any trainable parameter (no graph)")
+        for p in self.params:
+            if not p.requires_grad:  # the loss has frozen it for this step: not in the graph, so its gradient is zero
+                p.requires_grad_(True)
         self.loss_eps = max(self.eps, torch.finfo(loss.dtype).eps)
         return loss.reshape(())
 

@@ -140,10 +140,14 @@ class Precision:
                 t.data = data
 
     def of(self, batch: Any) -> Any:
-        """The batch, with half-precision tensors in float32 where the weights are float32 copies."""
+        """The batch, which is changed, with half-precision tensors in float32 where the weights are float32 copies."""
         if not (self._full and self._halves):
             return batch
-        return changed(batch, lambda t: t.float() if is_half(t) else t)
+        full = changed(batch, lambda t: t.float() if is_half(t) else t)
+        if not isinstance(batch, dict):
+            return full
+        batch.update(full)  # it may be of a class that holds more than its items
+        return batch
 
 
 def _dtype_of_fsdp(model: nn.Module) -> torch.dtype | None:

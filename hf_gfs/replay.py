@@ -41,27 +41,20 @@ class _Seen:
     random: RandomState
     items: Any  # num_items_in_batch
     weight: float  # of this micro-batch's loss, so that the mean over micro-batches is the trainer's objective
-    examples: int | None
 
 
 class Kept(dict[str, Any]):
-    """The inputs of one micro-batch with what belongs to them, which goes along into every copy."""
+    """The inputs of one micro-batch with what belongs to them, which goes along into every deep copy.
+
+    A part of it is a plain dictionary: its loss is a mean over the part.
+    """
 
     def __init__(self, inputs: Mapping[str, Any], seen: _Seen) -> None:
         super().__init__(inputs)
-        self._seen = seen
-
-    def copy(self) -> Kept:
-        """A shallow copy."""
-        return Kept(self, self._seen)
+        self.seen = seen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept(copy.deepcopy(dict(self), memo), self._seen)
-
-    @property
-    def seen(self) -> _Seen | None:
-        """What belongs to the whole micro-batch; ``None`` for a part of one, whose loss is a mean over the part."""
-        return self._seen if batch_size(self) == self._seen.examples else None
+        return Kept(copy.deepcopy(dict(self), memo), self.seen)
 
 
 class Replay:
@@ -91,12 +84,12 @@ class Replay:
         """Take all hooks away."""
         raise NotImplementedError
 
-    def loss(self, inputs: Kept) -> Tensor:
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch, evaluated again."""
         raise NotImplementedError
 
     def _remember(self, inputs: Mapping[str, Any], items: Any, weight: float = 1.0) -> None:
-        seen = _Seen(RandomState([next(self.model.parameters())]), items, weight, batch_size(inputs))
+        seen = _Seen(RandomState([next(self.model.parameters())]), items, weight)
         try:
             own = copied(dict(inputs))  # training may do with its own what it likes
         except (MeasurementError, torch.OutOfMemoryError):  # the measurement will say so
@@ -153,9 +146,9 @@ class TrainerReplay(Replay):
         count = getattr(self.trainer, "current_gradient_accumulation_steps", 1)
         return float(count) if scaled else 1.0
 
-    def loss(self, inputs: Kept) -> Tensor:
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
-        seen = inputs.seen
+        seen = inputs.seen if isinstance(inputs, Kept) else None
         if seen is not None:
             seen.random.restore()
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
@@ -203,13 +196,13 @@ class ModelReplay(Replay):
             kept = {**kwargs, **({_ARGS: list(args)} if args else {})}
             self._remember(kept, kept.pop("num_items_in_batch", None))
 
-    def loss(self, inputs: Kept) -> Tensor:
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss that the model returns.
 
         Raises:
             MeasurementError: it returns none.
         """
-        seen = inputs.seen
+        seen = inputs.seen if isinstance(inputs, Kept) else None
         keywords = dict(inputs)
         args = keywords.pop(_ARGS, [])
         if seen is not None:

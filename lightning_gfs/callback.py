@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from torch import Tensor
 
 from gfs_core import ConfigError, Event, GFSConfig, Measurement, MeasurementError, StabilityMonitor
-from gfs_core.batches import batch_size, copied
+from gfs_core.batches import batch_size
 from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
 from gfs_core.layout import WandbPanel, add_to_tensorboard
 from gfs_core.measurable import unmeasurable
 from lightning_gfs import _compat
-from lightning_gfs.window import Window
+from lightning_gfs.window import Window, opened
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -119,7 +119,7 @@ class GFSCallback(_Base):
         window = self._window
         window.over = last
         if window.keeping:
-            window.keep(batch if last else copied(batch), batch_idx, pl_module)
+            window.keep(batch, batch_idx, pl_module, last)
         if not last:
             return
         for (name, monitor), loss in zip(self.monitors.items(), self._losses.values(), strict=True):
@@ -224,7 +224,7 @@ class GFSCallback(_Base):
         return {"": self.loss_fn}
 
     def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, window: Window, batch: Any) -> Tensor:
-        batch_idx = window.rewind_to(batch)
+        batch, batch_idx = opened(batch, window.index)
         with _compat.quiet(trainer, module):
             if loss_fn is not None:
                 return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]

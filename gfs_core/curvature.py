@@ -4,8 +4,7 @@ Two ways, and a choice between them:
 
 - *exact*: one forward and one backward with ``create_graph=True``, then one more backward per product
   (Pearlmutter 1994). The graph is kept while the weights stay where they are.
-- *from gradients*: the central difference (∇L(w+εv) − ∇L(w−εv)) / 2ε, which needs first derivatives only. The step is
-  as long as leaves the gradient nearly linear: it turns by about a hundredth of its length in float32.
+- *from gradients*: their differences (:mod:`gfs_core.differences`), which need first derivatives only.
 
 ``"auto"`` tries exact, then exact with attention in its plain (math) kernel and compiled code run eagerly,
 then goes over to gradients. Fused attention and compiled code have no second derivative. Others are infinite at single
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gfs_core.differences import ROUGH, Differences
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
 from gfs_core.precision import PrecisionChoice
-from gfs_core.vectors import Vector, axpy, clone, copy, dense, dots, norm, owned, scale, zeros_like
+from gfs_core.vectors import Vector, axpy, clone, dense, dots, norm, owned, scale, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
@@ -37,7 +37,6 @@ Operator: TypeAlias = Callable[[Vector], Vector]
 # symmetric one were below 0.001 with u = Jv and below 0.04 with u = Jv minus the exact product, those that hold
 # something back mostly above 0.4. tests/core/test_symmetry.py has others.
 _ASYMMETRIC = 0.1
-_ROUGH = 0.05  # differences that are less certain than this prove nothing about symmetry, and ask for shorter steps
 NOT_SYMMETRIC = (
     "the loss holds something back from its gradient (`detach`, a target inside the loss, gradient reversal, weights "
     "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own "
@@ -114,7 +113,6 @@ class Hessian:
             gradient's own Jacobian J, by differences. A double backward takes what is detached as constant.
         reason: why the products are not exact; empty where they are.
         loss: the loss at the last product.
-        error: relative error of a product from gradients, as the difference of two step lengths; 0 where exact.
 
     Raises:
         MeasurementError: from a product, where ``method="exact"`` and there is no second derivative.
@@ -136,16 +134,11 @@ class Hessian:
         self.trusted = trusted
         self.hvps = 0
         self.loss = 0.0
-        self.error = 0.0
         self.reason = ""
         self._graph: _Graph | None = None
         self.plain_kernels, self.symmetric = plain_kernels, symmetric
-        self._noise = 0.0
-        self._slope = 0.0  # length of the gradient
-        self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen in a difference
-        self._reach = reach
+        self._differences = Differences(objective, reach)
         self._missed: Vector | None = None  # what an exact product leaves out of the first difference
-        self._still: list[tuple[int, int]] | None = None  # rows that training never moves
         self._may_fall_back = method == "auto"
         if objective.sharded:  # the weights in the graph are gathered copies, which a second backward does not reach
             if method == "exact":
@@ -173,7 +166,7 @@ class Hessian:
             except RuntimeError as error:
                 self._next_method(error)
             else:
-                self.method, self.trusted, self.error = "exact", True, 0.0
+                self.method, self.trusted = "exact", True
                 return product
         if check is None:
             return self._from_gradients(vector)
@@ -190,7 +183,7 @@ class Hessian:
         other = product if self._missed is None else self._missed
         self._missed = None
         [square] = dots([(other, other)])
-        if square == 0.0 or self.error > _ROUGH:
+        if square == 0.0 or self.error > ROUGH:
             return True
         there, back = dots([(other, product), (vector, self._from_gradients(other))])
         return abs(there - back) <= max(_ASYMMETRIC, 3 * self.error) * square
@@ -200,15 +193,20 @@ class Hessian:
         axpy(-1.0, product, missed)
         apart, exact, size = (x**0.5 for x in dots([(missed, missed), (product, product), (check, check)]))
         # Differences of gradients are noisy in low precision and at kinks; where they are, they prove nothing.
-        doubt = max(max(0.1, 10 * self.error) * max(exact, size), self._noise)
+        doubt = max(max(0.1, 10 * self.error) * max(exact, size), self._differences.noise)
         if self.objective.needs_backward or apart > doubt:
             self._missed = None if self.objective.needs_backward else missed
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
 
     @property
+    def error(self) -> float:
+        """Relative error of a product from gradients, as the difference of two step lengths; 0 where exact."""
+        return 0.0 if self.method == "exact" else self._differences.error
+
+    @property
     def learnt(self) -> Learnt:
         """What the Hessian of the next measurement may start from."""
-        return Learnt(self.trusted, self.plain_kernels, self.symmetric, self._reach)
+        return Learnt(self.trusted, self.plain_kernels, self.symmetric, self._differences.reach)
 
     @property
     def precision(self) -> PrecisionChoice:
@@ -336,85 +334,9 @@ class Hessian:
             yield
 
     def _from_gradients(self, vector: Vector) -> Vector:
-        with self.objective.in_float32(), self._standing_still(vector):
-            return self._from_differences(vector)
-
-    @contextlib.contextmanager
-    def _standing_still(self, vector: Vector) -> Iterator[None]:
-        """Padding rows are zero in ``vector`` here: no gradient moves them, but a difference would."""
-        rows = self.objective.padding
-        if rows and self._still is None:
-            gradient = self.objective.gradient()[1]  # a tied weight has one from elsewhere
-            self._still = [(i, row) for i, row in rows if not gradient[i][row].any()]
-        held = [(vector[i][row], vector[i][row].clone()) for i, row in self._still or ()]
-        for entries, _ in held:
-            entries.zero_()
-        try:
-            yield
-        finally:
-            for entries, values in held:
-                entries.copy_(values)
-
-    def _from_differences(self, vector: Vector) -> Vector:
-        params = self.objective.weights
-        length = norm(vector)
-        if length == 0.0:
-            return zeros_like(params)
-        if self.objective.precision.choice == "training" and not self._slope:
-            self.objective.gradient()  # tells in which precision the loss is computed
-        eps = self.objective.eps
-        size = norm(params)
-        longest, shortest = min(self._reach, eps ** (1 / 3) * max(1.0, size)), 30 * eps * max(1.0, size)
-        turn = 2 * eps ** (1 / 3)  # how far the gradient may turn, relative to its length
-        step = longest if not self._steepest else min(longest, turn * self._slope / self._steepest)
-        while True:
-            step = max(step, shortest)
-            product = self._difference(vector, step / length)
-            curvature = norm(product) / length
-            self._steepest = max(self._steepest, curvature)
-            if step <= shortest or step * curvature <= 4 * turn * self._slope:
-                break
-            step = min(step / 4, turn * self._slope / curvature)  # the gradient is not linear over so long a step
-        if self.error == 0.0:  # once: the same product with another step length tells what the method is worth here
-            self.error = _apart(self._difference(vector, 2 * step / length), product)
-            last, taken = product, step
-            while self.error > _ROUGH and taken > 8 * shortest:  # kinks on the way: shorter steps, until they agree
-                taken /= 8
-                finer = self._difference(vector, taken / length)
-                error = _apart(last, finer)
-                if error < self.error:
-                    product, self.error, step = finer, error, taken
-                    self._reach = step
-                last = finer
-        # What rounding of the two gradients alone can make of their difference, with room to spare.
-        self._noise = 30 * self.objective.eps * self._slope * length / step
+        product = self._differences(vector)
+        self.loss = self._differences.loss
         return product
-
-    def _difference(self, vector: Vector, eps: float) -> Vector:
-        params = self.objective.weights
-        held = clone(params)
-        try:
-            axpy(eps, vector, params)
-            ahead, plus = self.objective.gradient()
-            copy(held, params)
-            axpy(-eps, vector, params)
-            behind, minus = self.objective.gradient()
-        finally:
-            copy(held, params)
-        self.loss = 0.5 * (ahead + behind)
-        after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
-        self._slope = 0.5 * (after + before)
-        axpy(-1.0, minus, plus)
-        torch._foreach_div_(plus, 2 * eps)
-        return plus
-
-
-def _apart(other: Vector, product: Vector) -> float:
-    """‖other − product‖ / ‖product‖."""
-    axpy(-1.0, product, other)
-    pp, oo = dots([(product, product), (other, other)])
-    axpy(1.0, product, other)
-    return (oo / pp) ** 0.5 if pp > 0 else 0.0
 
 
 class Preconditioned:

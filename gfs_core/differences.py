@@ -1,0 +1,127 @@
+"""Hessian-vector products by differences of gradients, with their step length and their error.
+
+The central difference (∇L(w+εv) − ∇L(w−εv)) / 2ε needs first derivatives only. The step is as long as leaves the
+gradient nearly linear: it turns by about a hundredth of its length in float32. Where the loss has kinks on the way, it
+is shortened until two step lengths agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from gfs_core.objective import Objective
+from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, zeros_like
+
+ROUGH = 0.05  # differences that are less certain than this ask for shorter steps, and prove nothing
+
+
+class Differences:
+    """v ↦ H·v of ``objective`` at the present weights, from two gradients each. Computed in float32 where that works.
+
+    Args:
+        objective: the loss on the probe.
+        reach: the longest step, in the norm of the weights.
+
+    Attributes:
+        reach: as given, or shorter where kinks of the loss ask for it.
+        error: relative error of a product, as the difference of two step lengths at the first one; 0 before it.
+        noise: what rounding alone can make of the last product, as a norm.
+        loss: mean of the two losses of the last product.
+    """
+
+    def __init__(self, objective: Objective, reach: float = math.inf) -> None:
+        self.objective, self.reach = objective, reach
+        self.error = self.noise = self.loss = 0.0
+        self._slope = 0.0  # length of the gradient
+        self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen
+        self._still: list[tuple[int, int]] | None = None  # rows that training never moves
+
+    def __call__(self, vector: Vector) -> Vector:
+        """H·v, a new vector of the same shapes.
+
+        Raises:
+            MeasurementError: a loss or gradient on the way is not finite.
+        """
+        with self.objective.in_float32(), self._standing_still(vector):
+            return self._product(vector)
+
+    @contextlib.contextmanager
+    def _standing_still(self, vector: Vector) -> Iterator[None]:
+        """Padding rows are zero in ``vector`` here: no gradient moves them, but a difference would."""
+        rows = self.objective.padding
+        if rows and self._still is None:
+            gradient = self.objective.gradient()[1]  # a tied weight has one from elsewhere
+            self._still = [(i, row) for i, row in rows if not gradient[i][row].any()]
+        held = [(vector[i][row], vector[i][row].clone()) for i, row in self._still or ()]
+        for entries, _ in held:
+            entries.zero_()
+        try:
+            yield
+        finally:
+            for entries, values in held:
+                entries.copy_(values)
+
+    def _product(self, vector: Vector) -> Vector:
+        params = self.objective.weights
+        length = norm(vector)
+        if length == 0.0:
+            return zeros_like(params)
+        if self.objective.precision.choice == "training" and not self._slope:
+            self.objective.gradient()  # tells in which precision the loss is computed
+        eps = self.objective.eps
+        size = norm(params)
+        longest, shortest = min(self.reach, eps ** (1 / 3) * max(1.0, size)), 30 * eps * max(1.0, size)
+        turn = 2 * eps ** (1 / 3)  # how far the gradient may turn, relative to its length
+        step = longest if not self._steepest else min(longest, turn * self._slope / self._steepest)
+        while True:
+            step = max(step, shortest)
+            product = self._difference(vector, step / length)
+            curvature = norm(product) / length
+            self._steepest = max(self._steepest, curvature)
+            if step <= shortest or step * curvature <= 4 * turn * self._slope:
+                break
+            step = min(step / 4, turn * self._slope / curvature)  # the gradient is not linear over so long a step
+        if self.error == 0.0:  # once: the same product with another step length tells what the method is worth here
+            self.error = _apart(self._difference(vector, 2 * step / length), product)
+            last, taken = product, step
+            while self.error > ROUGH and taken > 8 * shortest:  # kinks on the way: shorter steps, until they agree
+                taken /= 8
+                finer = self._difference(vector, taken / length)
+                error = _apart(last, finer)
+                if error < self.error:
+                    product, self.error, step = finer, error, taken
+                    self.reach = step
+                last = finer
+        # What rounding of the two gradients alone can make of their difference, with room to spare.
+        self.noise = 30 * self.objective.eps * self._slope * length / step
+        return product
+
+    def _difference(self, vector: Vector, eps: float) -> Vector:
+        params = self.objective.weights
+        held = clone(params)
+        try:
+            axpy(eps, vector, params)
+            ahead, plus = self.objective.gradient()
+            copy(held, params)
+            axpy(-eps, vector, params)
+            behind, minus = self.objective.gradient()
+        finally:
+            copy(held, params)
+        self.loss = 0.5 * (ahead + behind)
+        after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
+        self._slope = 0.5 * (after + before)
+        axpy(-1.0, minus, plus)
+        torch._foreach_div_(plus, 2 * eps)
+        return plus
+
+
+def _apart(other: Vector, product: Vector) -> float:
+    """‖other − product‖ / ‖product‖."""
+    axpy(-1.0, product, other)
+    pp, oo = dots([(product, product), (other, other)])
+    axpy(1.0, product, other)
+    return (oo / pp) ** 0.5 if pp > 0 else 0.0

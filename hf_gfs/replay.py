@@ -25,7 +25,7 @@ from gfs_core.batches import batch_size, copied
 from gfs_core.objective import LossFn
 from gfs_core.python_state import PythonState
 from gfs_core.ranks import Ranks, alone
-from gfs_core.streams import RandomState
+from gfs_core.streams import RandomState, rewinder
 from gfs_core.vectors import Vector, clone, dense, dots, local
 
 Saw = Callable[[Tensor, int | None], None]
@@ -305,7 +305,8 @@ class Reference:
 def _kept(trainer: Any, model: nn.Module) -> Iterator[None]:
     """Counters, metric lists and loss modules of the trainer are as before when this is left."""
     entered = (int, float, str, bool, dict, list, deque, set, Tensor, nn.Module, type(None))
-    skip = [v for k, v in vars(trainer).items() if "dataset" in k or not isinstance(v, entered)]
+    held = {k for k, v in vars(trainer).items() if isinstance(v, entered) or rewinder(v) is not None}
+    skip = [v for k, v in vars(trainer).items() if "dataset" in k or k not in held]
     modules = {id(m) for m in model.modules()}
     skip += [v for v in vars(trainer).values() if isinstance(v, nn.Module) and id(v) in modules]
     wrapped = getattr(trainer, "model_wrapped", None)

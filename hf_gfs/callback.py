@@ -14,7 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfs_core import ConfigError, Event, GFSConfig, GFSWarning, Measurement, MeasurementError, StabilityMonitor
+from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
+from gfs_core.measurable import unmeasurable
 from gfs_core.stability import parameters_of
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import ModelReplay, Reference, Replay, TrainerReplay, disagreement
@@ -44,7 +46,9 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         {keys}
 
     Raises:
-        ConfigError: an option is unknown or out of its range; at the start of training, nothing can be measured.
+        ConfigError: an option is unknown or out of its range; at the start of training, where one does not fit the
+            optimizer.
+        MeasurementError: with ``strict=True``, nothing can be measured.
 
     Example:
         >>> from hf_gfs import GFSCallback
@@ -61,6 +65,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(f"`config` must be a GFSConfig, got {type(config).__name__}; see GFSArguments.config()")
         self.config = GFSConfig.from_options(**options) if config is None else config
         self.on_alarm = on_alarm
+        self._guard = Guard(self.config.strict, self._close, on_alarm)
         self.monitor: StabilityMonitor | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._replay: Replay | None = None
@@ -82,37 +87,48 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             trainer.add_callback(self)
         return self
 
+    @guarded
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Build the monitor, and resume where a checkpoint holds its state."""
         self._close()
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        trainer = self._trainer() if self._trainer is not None else None
+        # Trainers with a model class of their own hand that over; a trainer that is known has the module.
+        model = kwargs.get("model") if trainer is None else trainer.model
+        optimizer = kwargs.get("optimizer")
+        if problem := unmeasurable(model, optimizer):
+            raise MeasurementError(
+                problem if trainer is not None else f"{problem}. If the trainer holds one: {_SET_TRAINER}"
+            )
+        assert isinstance(model, nn.Module)
         step, other = _measured.get(model, (0, None))
         if other is not None and other() not in (None, self) and step == id(state):
             _warn("there is a second GFSCallback on this trainer; it does nothing")
             return
         _measured[model] = (id(state), weakref.ref(self))
-        trainer = self._trainer() if self._trainer is not None else None
-        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=self.on_alarm)
+        on_alarm_later = None if self.on_alarm is None else self._guard.events.append
+        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=on_alarm_later)
         if self.monitor.history is None and state.is_world_process_zero:
             self.monitor.history = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
         saw = self.monitor.saw
         if trainer is None:
-            self._replay = ModelReplay(model, saw, args.gradient_accumulation_steps)
+            self._replay = ModelReplay(model, saw, getattr(args, "gradient_accumulation_steps", 1))
         else:
             self._replay = TrainerReplay(trainer, model, saw)
         self._verified = False
         if state.global_step > 0:
             self._resume(args, state)
 
+    @guarded
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep this step's micro-batches where a measurement is due."""
         if self.monitor is None or self._replay is None or not self.monitor.wants(state.global_step):
             return
         self._replay.start()
         if not self._verified and not getattr(args, "fp16", False):
-            self._reference = Reference(parameters_of(kwargs["optimizer"]))
+            self._reference = Reference(parameters_of(self.monitor.optimizer))
 
+    @guarded
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure: the weights are still those of the step, its micro-batches are all known."""
         if self.monitor is None or self._replay is None:
@@ -122,7 +138,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._replay.keeping = False
         try:
-            if not self._verified and not self._verify(kwargs["model"], kwargs["optimizer"]):
+            if not self._verified and not self._verify(self.monitor.model, self.monitor.optimizer):
                 return
             measurement = self.monitor.step(
                 self._replay.loss, self._replay.inputs, state.global_step, micro_batches=True
@@ -132,6 +148,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
                 self._replay.clear()
         self._publish(measurement, state, control)
 
+    @guarded
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the monitor's state beside the trainer's own checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -145,6 +162,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         except OSError as error:
             _warn(f"its state cannot be written to {folder} ({error}); a resumed run will start cold")
 
+    @guarded
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take all hooks away."""
         self._close()
@@ -154,7 +172,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         if self.monitor is None or self._publisher is None:
             return
         if measurement is not None:
-            self._publisher.publish(measurement.as_log_dict(), state, control)
+            with self._guard.tolerated("a target of `report_to` has not taken the values"):
+                self._publisher.publish(measurement.as_log_dict(), state, control)
         if self.monitor.wants_checkpoint:
             self.monitor.wants_checkpoint = False
             control.should_save = True

@@ -276,16 +276,60 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(trainer)][:1] == [0]
 
 
-def test_a_frozen_model_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_frozen_model_is_told_once_and_trains(tmp_path: Path) -> None:
     def make() -> Trainer:
         model = gpt2().requires_grad_(False)
+        model.lm_head.bias = nn.Parameter(torch.zeros(len(ALPHABET)))  # trained by nobody, so that there is a graph
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1), requires_grad=False)], 0.1)
         return Trainer(
             model=model, args=arguments(tmp_path), train_dataset=Characters(), optimizers=(optimizer, None)
         )  # fmt: skip
 
-    with pytest.raises(gfs.ConfigError, match="no parameter with `requires_grad=True`"):
-        train(make, lambda t: t.add_callback(every(1)))
+    with pytest.warns(gfs.GFSWarning, match=r"no parameter with `requires_grad=True`.*nothing is measured in this run"):
+        trainer = train(make, lambda t: t.add_callback(every(1)))
+    assert trainer.state.global_step == 6
+    with pytest.raises(gfs.MeasurementError, match="no parameter with `requires_grad=True`"):
+        train(make, lambda t: t.add_callback(every(1, strict=True)))
+
+
+class Wrapped(Trainer):
+    """Hands its callbacks a model class of its own, as SetFit's trainer does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        handler = self.callback_handler
+        call = type(handler).call_event
+
+        class Body:
+            model_body = self.model
+
+        def other(event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            held, handler.model = handler.model, Body()
+            try:
+                return call(handler, event, args, state, control, **kwargs)
+            finally:
+                handler.model = held
+
+        handler.call_event = other
+
+
+@pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
+def test_a_model_that_is_no_module(tmp_path: Path, mode: str) -> None:
+    def make() -> Trainer:
+        return Wrapped(model=gpt2(), args=arguments(tmp_path), train_dataset=Characters())
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(make, attached(every(2), mode))
+    told = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+    assert trainer.state.global_step == 6
+    if mode == "add_callback":
+        assert len(told) == 1
+        assert "the model is no torch.nn.Module, but" in told[0]
+        assert rows(trainer) == []
+    else:
+        assert told == []
+        assert [row["step"] for row in rows(trainer)] == [0, 2, 4]
 
 
 def test_part_of_a_batch(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ class Watched:
         for monitor in self.monitors[:1]:
             state = monitor.state_dict()
             self.recorder.facts["measuring"] = {
-                "products": state["method"] if state["method"] == "gradients" or not state["trusted"] else "exact",
+                "products": state["method"] if state["method"] == "gradients" or not state["learnt"][0] else "exact",
                 "precision": state["precision"],
                 "prices": state["clock"]["prices"],
             }

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gfs_core as gfs
+from benchmarks import spectra
 from gfs_core.curvature import Hessian
 from gfs_core.eigen import largest_eigenvalues
 from gfs_core.objective import Objective
@@ -343,7 +344,7 @@ def main() -> None:
     environment = {"torch": torch.__version__, "scipy": scipy.__version__, "python": platform.python_version()}
     results = {"environment": environment, "accuracy": accurate, "warm": [asdict(r) for r in rows]}
     (HERE / "eigenvalues.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "eigenvalues.md").write_text(table(accurate, rows))
+    (HERE / "eigenvalues.md").write_text(table(accurate, rows) + "\n" + spectra.section())
 
 
 def table(accurate: list[dict[str, Any]], rows: list[Row]) -> str:
@@ -390,7 +391,7 @@ def table(accurate: list[dict[str, Any]], rows: list[Row]) -> str:
         "eigsh starts from the last eigenvector. *Lanczos, from random* is the algorithm of hessian-eigenthings at its",
         "most favourable: stopped at the first step whose residual passes; that library takes a fixed number of steps.",
         "*Lanczos, warm, all vectors kept* is the best a Krylov method can do with the same start and",
-        "stop rule; gfs_core keeps four vectors.",
+        "stop rule; gfs_core keeps at most seven vectors.",
         "",
         "| run | method | products: median (largest) | cold | error: median (largest) | ms |",
         "|---|---|---|---|---|---|",

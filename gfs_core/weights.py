@@ -28,6 +28,9 @@ class Weights:
         self._seen: list[tuple[weakref.ref[Tensor], tuple[Any, ...]]] = []
         self.device: torch.device | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weights, ()  # a copy, or one that is pickled, has seen nothing: its weights are others
+
     def changed(self, params: Sequence[Tensor]) -> bool:
         """Whether ``params`` are others than those of the last call; at the first one they are not."""
         kinds = [_kind(p) for p in params]

@@ -22,6 +22,8 @@ import gfs_core as gfs
 class LiveBytes(TorchDispatchMode):
     """Bytes of live storages that were allocated while the mode was on."""
 
+    sees_measurements = True
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

@@ -33,12 +33,14 @@ class SilencedHooks:
         parameters: whose hooks are silenced.
 
     Raises:
-        MeasurementError: a mode is active that would record the measurement as training.
+        MeasurementError: a mode is active that would record the measurement as training. One whose attribute
+            ``sees_measurements`` is true is there to watch it.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
         functions: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         modes = [*_get_current_dispatch_mode_stack(), *(mode for mode in functions if _is_users(mode))]
+        modes = [mode for mode in modes if not getattr(mode, "sees_measurements", False)]
         if modes:
             raise MeasurementError(
                 f"{type(modes[-1]).__name__} is active around the training step and would record the measurement as "

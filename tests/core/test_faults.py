@@ -46,6 +46,8 @@ NO_FAULT = Fault(None, RuntimeError)
 class Operations(TorchDispatchMode):
     """A fault at an operation of torch: at any one, or at those that allocate a tensor."""
 
+    sees_measurements = True
+
     def __init__(self, fault: Fault, allocations: bool) -> None:
         super().__init__()
         self.fault, self.allocations = fault, allocations

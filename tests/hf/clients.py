@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -117,7 +119,7 @@ def train(
 def outcome(trainer: Trainer) -> dict[str, Any]:
     """All that the callback must not change."""
     own = [
-        {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+        {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k and "step_time" not in k}
         for row in trainer.state.log_history
         if "gfs/sharpness" not in row
     ]
@@ -129,7 +131,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "flos": trainer.state.total_flos,
         "tokens": trainer.state.num_input_tokens_seen,
         "random": (torch.get_rng_state(), random.random(), float(np.random.rand())),
-        "metrics": repr(getattr(trainer, "_metrics", None)),
+        "metrics": re.sub(r"'step_time': \[[^]]*\]", "", repr(getattr(trainer, "_metrics", None))),
         "components": repr(getattr(trainer, "accum_loss_components", None)),
         "train_tokens": getattr(trainer, "_total_train_tokens", None),
     }
@@ -185,3 +187,153 @@ def sentence_trainer(folder: Path, loss: str = "MultipleNegativesRankingLoss", *
     lines = [s.strip() for s in TEXT.split(".") if 20 < len(s.strip()) < 120]
     table = Table.from_dict({"anchor": lines[:24], "positive": lines[1:25]})
     return SentenceTransformerTrainer(model=model, args=config, train_dataset=table, loss=getattr(losses, loss)(model))
+
+
+def _language_model() -> GPT2LMHeadModel:
+    model = gpt2()
+    model.resize_token_embeddings(len(ALPHABET) + 3)
+    model.config.pad_token_id = len(ALPHABET)
+    return model
+
+
+def _options(folder: Path, **options: Any) -> dict[str, Any]:
+    """What every trainer of TRL and Sentence Transformers is given."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 0,
+    } | options
+
+
+def _preferences(count: int = 32) -> Any:
+    from datasets import Dataset as Table
+
+    third, most = WIDTH // 3, WIDTH - 4  # room for the tokens that the trainers add
+    pieces = [TEXT[i * most : (i + 1) * most] for i in range(count)]
+    return Table.from_dict(
+        {
+            "prompt": [p[:third] for p in pieces],
+            "chosen": [p[third:] for p in pieces],
+            "rejected": [p[third:][::-1] for p in pieces],
+        }
+    )
+
+
+def dpo_trainer(folder: Path, **options: Any) -> Trainer:
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(max_length=WIDTH, **_options(folder, **options))
+    return DPOTrainer(
+        model=_language_model(), ref_model=_language_model(), args=config, train_dataset=_preferences(),
+        processing_class=character_tokenizer(),
+    )  # fmt: skip
+
+
+def reward_trainer(folder: Path, **options: Any) -> Trainer:
+    from transformers import GPT2ForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    config = GPT2Config(
+        vocab_size=len(ALPHABET) + 3, n_positions=2 * WIDTH, n_embd=16, n_layer=2, n_head=2, num_labels=1,
+        pad_token_id=len(ALPHABET), bos_token_id=0, eos_token_id=len(ALPHABET) + 1,
+    )  # fmt: skip
+    return RewardTrainer(
+        model=GPT2ForSequenceClassification(config), args=RewardConfig(max_length=WIDTH, **_options(folder, **options)),
+        train_dataset=_preferences(), processing_class=character_tokenizer(),
+    )  # fmt: skip
+
+
+def _saved_bert(folder: Path, kind: Any, **options: Any) -> str:
+    """A small BERT with its tokenizer, in a folder, as these trainers want it."""
+    config = BertConfig(
+        vocab_size=len(ALPHABET) + 3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=128, pad_token_id=len(ALPHABET), **options,
+    )  # fmt: skip
+    place = folder / "bert"
+    kind(config).save_pretrained(place)
+    character_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+def _sentences() -> list[str]:
+    return [s.strip() for s in TEXT.split(".") if 20 < len(s.strip()) < 120]
+
+
+def cross_encoder_trainer(folder: Path, **options: Any) -> Trainer:
+    from datasets import Dataset as Table
+    from sentence_transformers.cross_encoder import (
+        CrossEncoder,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+        losses,
+    )
+
+    model = CrossEncoder(_saved_bert(folder, BertForSequenceClassification, num_labels=1), device="cpu", max_length=64)
+    lines = _sentences()
+    table = Table.from_dict(
+        {"a": lines[:24] + lines[:24], "b": lines[1:25] + lines[20:44], "label": [1.0] * 24 + [0.0] * 24}
+    )
+    config = CrossEncoderTrainingArguments(**_options(folder, **options))
+    return CrossEncoderTrainer(model=model, args=config, train_dataset=table, loss=losses.BinaryCrossEntropyLoss(model))
+
+
+def sparse_encoder_trainer(folder: Path, **options: Any) -> Trainer:
+    from datasets import Dataset as Table
+    from sentence_transformers.sparse_encoder import (
+        SparseEncoder,
+        SparseEncoderTrainer,
+        SparseEncoderTrainingArguments,
+        losses,
+        modules,
+    )
+
+    body = modules.Transformer(_saved_bert(folder, BertForMaskedLM), transformer_task="fill-mask", max_seq_length=64)
+    model = SparseEncoder(modules=[body, modules.SpladePooling("max")], device="cpu")
+    lines = _sentences()
+    table = Table.from_dict({"anchor": lines[:24], "positive": lines[1:25]})
+    loss = losses.SpladeLoss(
+        model, losses.SparseMultipleNegativesRankingLoss(model), document_regularizer_weight=1e-4,
+        query_regularizer_weight=1e-4,
+    )  # fmt: skip
+    config = SparseEncoderTrainingArguments(**_options(folder, **options))
+    return SparseEncoderTrainer(model=model, args=config, train_dataset=table, loss=loss)
+
+
+def grpo_trainer(folder: Path, **options: Any) -> Trainer:
+    """Generates its own batches; the reward counts the different letters."""
+    from datasets import Dataset as Table
+    from trl import GRPOConfig, GRPOTrainer
+
+    pieces = [TEXT[i * 8 : i * 8 + 8] for i in range(32)]
+    config = GRPOConfig(max_completion_length=8, num_generations=4, **_options(folder, **options))
+    return GRPOTrainer(
+        model=_language_model(), args=config, train_dataset=Table.from_dict({"prompt": pieces}),
+        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        processing_class=character_tokenizer(),
+    )  # fmt: skip
+
+
+def kto_trainer(folder: Path, **options: Any) -> Trainer:
+    from datasets import Dataset as Table
+    from trl.experimental.kto import KTOConfig, KTOTrainer
+
+    rows = _preferences()
+    table = Table.from_dict(
+        {
+            "prompt": rows["prompt"],
+            "completion": [r["chosen"] if i % 2 else r["rejected"] for i, r in enumerate(rows)],
+            "label": [bool(i % 2) for i in range(len(rows))],
+        }
+    )
+    return KTOTrainer(
+        model=_language_model(), ref_model=_language_model(), train_dataset=table, processing_class=character_tokenizer(),
+        args=KTOConfig(max_length=WIDTH, **_options(folder, **options)),
+    )  # fmt: skip

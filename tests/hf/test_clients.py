@@ -21,10 +21,16 @@ from tests.hf.clients import (
     Characters,
     arguments,
     bert,
+    cross_encoder_trainer,
+    dpo_trainer,
     gpt2,
+    grpo_trainer,
+    kto_trainer,
     outcome,
+    reward_trainer,
     sentence_trainer,
     sft_trainer,
+    sparse_encoder_trainer,
     train,
 )
 
@@ -101,7 +107,19 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
         "could not be evaluated again",
         "differences of gradients",
     ),
+    "TRL DPOTrainer": (dpo_trainer, {}, "could not be evaluated again", "differences of gradients"),
+    "TRL DPOTrainer, accumulation": (
+        dpo_trainer,
+        {"gradient_accumulation_steps": 2},
+        "could not be evaluated again",
+        "differences of gradients",
+    ),
+    "TRL RewardTrainer": (reward_trainer, {}, "returns no loss", ""),
+    "TRL KTOTrainer": (kto_trainer, {}, "could not be evaluated again", "differences of gradients"),
+    "TRL GRPOTrainer": (grpo_trainer, {}, "could not be evaluated again", "differences of gradients"),
     "SentenceTransformerTrainer": (sentence_trainer, {}, "returns no loss", ""),
+    "CrossEncoderTrainer": (cross_encoder_trainer, {}, "returns no loss", ""),
+    "SparseEncoderTrainer": (sparse_encoder_trainer, {}, "returns no loss", ""),
 }
 _plain: dict[str, dict[str, Any]] = {}
 

@@ -334,6 +334,6 @@ def kto_trainer(folder: Path, **options: Any) -> Trainer:
         }
     )
     return KTOTrainer(
-        model=_language_model(), ref_model=_language_model(), train_dataset=table, processing_class=character_tokenizer(),
-        args=KTOConfig(max_length=WIDTH, **_options(folder, **options)),
+        model=_language_model(), ref_model=_language_model(), train_dataset=table,
+        args=KTOConfig(max_length=WIDTH, **_options(folder, **options)), processing_class=character_tokenizer(),
     )  # fmt: skip

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 Weights = dict[str, torch.Tensor]
-Job = Callable[[list[Any]], Weights]  # trains with these callbacks, and returns the weights at the end
+Train = Callable[[list[Any]], Weights]  # trains with these callbacks, and returns the weights at the end
+
+
+class Job(NamedTuple):
+    """A training, and the package that it needs."""
+
+    package: str
+    train: Train
+
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -45,7 +53,7 @@ def _series(length: int = 120, count: int = 4) -> Any:
     return pd.concat(frames, ignore_index=True)
 
 
-def _pytorch_forecasting(kind: str) -> Job:
+def _pytorch_forecasting(kind: str) -> Train:
     def train(callbacks: list[Any]) -> Weights:
         import lightning.pytorch as pl
         import pytorch_forecasting as pf
@@ -70,7 +78,7 @@ def _pytorch_forecasting(kind: str) -> Job:
     return train
 
 
-def _neuralforecast(kind: str) -> Job:
+def _neuralforecast(kind: str) -> Train:
     def train(callbacks: list[Any]) -> Weights:
         import neuralforecast
         from neuralforecast import models
@@ -87,7 +95,7 @@ def _neuralforecast(kind: str) -> Job:
     return train
 
 
-def _darts(kind: str) -> Job:
+def _darts(kind: str) -> Train:
     def train(callbacks: list[Any]) -> Weights:
         from darts import TimeSeries, models
 
@@ -149,18 +157,18 @@ def _geometric(callbacks: list[Any]) -> Weights:
 
 
 LIGHTNING: dict[str, Job] = {
-    "pytorch-forecasting TFT": _pytorch_forecasting("TemporalFusionTransformer"),
-    "pytorch-forecasting DeepAR": _pytorch_forecasting("DeepAR"),
-    "pytorch-forecasting N-HiTS": _pytorch_forecasting("NHiTS"),
-    "pytorch-forecasting N-BEATS": _pytorch_forecasting("NBeats"),
-    "neuralforecast NHITS": _neuralforecast("NHITS"),
-    "neuralforecast PatchTST": _neuralforecast("PatchTST"),
-    "neuralforecast GRU": _neuralforecast("GRU"),
-    "darts TCN": _darts("TCNModel"),
-    "darts TFT-like Transformer": _darts("TransformerModel"),
-    "darts TiDE": _darts("TiDEModel"),
-    "chemprop MPNN": _chemprop,
-    "PyTorch Geometric GCN": _geometric,
+    "pytorch-forecasting TFT": Job("pytorch_forecasting", _pytorch_forecasting("TemporalFusionTransformer")),
+    "pytorch-forecasting DeepAR": Job("pytorch_forecasting", _pytorch_forecasting("DeepAR")),
+    "pytorch-forecasting N-HiTS": Job("pytorch_forecasting", _pytorch_forecasting("NHiTS")),
+    "pytorch-forecasting N-BEATS": Job("pytorch_forecasting", _pytorch_forecasting("NBeats")),
+    "neuralforecast NHITS": Job("neuralforecast", _neuralforecast("NHITS")),
+    "neuralforecast PatchTST": Job("neuralforecast", _neuralforecast("PatchTST")),
+    "neuralforecast GRU": Job("neuralforecast", _neuralforecast("GRU")),
+    "darts TCN": Job("darts", _darts("TCNModel")),
+    "darts Transformer": Job("darts", _darts("TransformerModel")),
+    "darts TiDE": Job("darts", _darts("TiDEModel")),
+    "chemprop MPNN": Job("chemprop", _chemprop),
+    "PyTorch Geometric GCN": Job("torch_geometric", _geometric),
 }
 
 

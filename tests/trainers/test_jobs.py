@@ -1,0 +1,68 @@
+"""Packages that bring their own modules, batches and trainers: each trained without and with the callback.
+
+A package that is not installed is passed over; `nox -s trainers` installs all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+
+import gfs_core as gfs
+from hf_gfs import GFSCallback as TrainerGFSCallback
+from lightning_gfs import GFSCallback
+from tests.bitwise import assert_same
+from tests.trainers.jobs import LIGHTNING, Weights, setfit
+
+
+class Losses(pl.Callback):
+    """What training computed, by optimizer step; of the class, as some packages copy their callbacks."""
+
+    by_step: ClassVar[dict[int, float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.by_step[trainer.global_step - 1] = float(outputs["loss"])
+
+
+def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Weights, list[gfs.Measurement], list[str]]:
+    """The weights of a job trained with the callback, what was measured, and the warnings."""
+    found: list[gfs.Measurement] = []
+    watch = gfs.StabilityMonitor.watch
+
+    def kept(monitor: gfs.StabilityMonitor, step: int, measurement: gfs.Measurement | None = None) -> Any:
+        found.extend([measurement] if measurement is not None else [])
+        return watch(monitor, step, measurement)
+
+    monkeypatch.setattr(gfs.StabilityMonitor, "watch", kept)
+    Losses.by_step.clear()
+    callback = GFSCallback(every=4, running_every=2, max_overhead=None, tier="sharpness", max_hvps=30, tol=0.05)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights = LIGHTNING[name].train([callback, Losses()])
+    return weights, found, [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_training_is_the_same_and_the_loss_is_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(LIGHTNING[name].package)
+    plain = LIGHTNING[name].train([])
+    weights, found, _ = measured(name, monkeypatch)
+    assert_same(plain, weights)
+    solved = {m.step: m.loss_probe for m in found if m.sharpness is not None}
+    assert len(solved) >= 2
+    assert solved == {step: pytest.approx(Losses.by_step[step], rel=1e-6) for step in solved}
+    assert sum(m.running_sharpness is not None for m in found) >= 2
+
+
+def test_setfit_trains_on(recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("setfit")
+    plain = setfit([])
+    recwarn.clear()
+    assert_same(plain, setfit([TrainerGFSCallback(max_overhead=None)]))
+    told = [str(w.message) for w in recwarn if issubclass(w.category, gfs.GFSWarning)]
+    assert any("SetFitModel" in text for text in told)

@@ -3,6 +3,7 @@
     pipx run --spec 'nox[uv]' nox   # all of it: gigabytes to install, about half an hour on two cores
     nox -s package                  # what is built, installed alone
     nox -s oldest -- tests/hf       # some of the tests
+    nox -s trainers                 # docs/trainers.md: with packages that have trainers of their own
 
 `oldest` takes the lower bounds of pyproject.toml, `newest` what the package index has. The table in the README is what
 they were run with. With CI, which has 3.11, every supported Python has its turn.
@@ -40,6 +41,7 @@ TOOLS = (
     "playwright",
     "axe-playwright-python",
 )
+PACKAGES = ("chemprop", "darts", "neuralforecast", "pytorch-forecasting", "setfit", "torch-geometric")
 COMPANIONS = (  # required without a bound, these would come as the newest: the first would take typer along
     "typer-slim>=0.16",
     "pytorch-lightning>=2.5.2",
@@ -186,3 +188,12 @@ def newest(session: nox.Session) -> None:
     """What the package index has."""
     session.install("--upgrade", "-e", ".[all]", *TOOLS)
     test(session)
+
+
+@nox.session(python="3.11")
+def trainers(session: nox.Session) -> None:
+    """Packages with trainers and modules of their own: their trainings, and the page that says what happened."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", *PACKAGES)
+    if not session.posargs:
+        session.run("python", "-m", "tests.trainers.table", env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "tests/trainers", *session.posargs, env={"OMP_NUM_THREADS": "1"})

@@ -83,8 +83,9 @@ class RunningSharpness:
         """
         if not self._moments or self._moments[1] <= 0 or self.value is None or self.value <= 0:
             return None
+        # (vᵀp)(vᵀq) of few pairs may be near 0 by chance; the value, an average of many, is then the better known.
         spread, square = self._moments
-        return self.value * (1 + weight * spread / square)
+        return self.value * (1 + weight * spread / max(square, self.value**2))
 
     def bound(self, weight: float) -> float | None:
         """λ + weight·σ²/λ from single products, σ² = E‖H_B·v‖² − λ²: a direction that lags counts as noise.

@@ -95,12 +95,15 @@ def test_the_mean_loss_passes_over_what_is_not_finite() -> None:
     assert mean.value() is None
     for loss in (2.0, torch.tensor(math.nan), torch.tensor([1.0], requires_grad=True), math.inf):
         mean.add(loss)
+        mean.end_step()
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
+    mean.add(5.0)  # of the step that has not ended
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
     mean = MeanLoss()
     reused = torch.tensor(3.0)
     mean.add(reused)
     reused.fill_(7.0)  # as a CUDA graph does with its outputs
+    mean.end_step()
     assert mean.value() == 3.0
 
 
@@ -168,6 +171,16 @@ def test_how_far_the_direction_lags_is_not_taken_for_noise() -> None:
     residual = float((mean @ lagging - quotient * lagging).square().sum())
     assert residual > 3 * spread
     assert sum(bounds) / 100 == pytest.approx(float(spread) + residual, rel=0.15)
+
+
+def test_one_pair_without_curvature_of_its_own_does_not_make_the_noise_infinite() -> None:
+    """The direction begins as the first part's own: other parts may have next to no curvature along it."""
+    estimate, like = RunningSharpness(), [torch.zeros(2, dtype=torch.float64)]
+    first, other, third = (torch.tensor(d, dtype=torch.float64) for d in ([4.0, 0.0], [0.01, 1.0], [0.02, 2.0]))
+    estimate.average(estimate.update(lambda v: [first * v[0]], like))
+    estimate.average(estimate.update(lambda v: [other * v[0]], like, lambda v: [third * v[0]]))
+    assert estimate.value == pytest.approx(0.85 * 4 + 0.15 * 0.015, rel=1e-3)
+    assert estimate.value <= estimate.noisy(1.0) < 1.01 * estimate.value
 
 
 class Net(nn.Module):

@@ -42,6 +42,11 @@ NOT_SYMMETRIC = (
     "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own "
     "Jacobian, by differences of gradients, which decides whether steps are stable; complex eigenvalues are not seen"
 )
+AT_KINK = (
+    "the loss has a kink at the present weights (the norm of a zero row, a ReLU of exactly 0): its curvature is "
+    "infinite there, or set by a tiny `eps`, and nothing is measured; measuring goes on where training has left the "
+    "kink, or with a larger `eps` in the norm, or initial weights that are not zero"
+)
 
 
 class Learnt(NamedTuple):
@@ -115,7 +120,8 @@ class Hessian:
         loss: the loss at the last product.
 
     Raises:
-        MeasurementError: from a product, where ``method="exact"`` and there is no second derivative.
+        MeasurementError: from a product, where ``method="exact"`` and there is no second derivative, or where products
+            come from gradients and the gradient jumps at the present weights.
     """
 
     def __init__(
@@ -167,13 +173,17 @@ class Hessian:
                 self._next_method(error)
             else:
                 self.method, self.trusted = "exact", True
+                if check is not None:  # differences of other batches have an error of their own
+                    self._differences = Differences(self.objective, self._differences.reach)
                 return product
-        if check is None:
-            return self._from_gradients(vector)
-        self.trusted = True
-        if self.symmetric and not self._is_symmetric(vector, check):
-            self.symmetric, self.reason = False, NOT_SYMMETRIC
-        return check
+        product = self._from_gradients(vector) if check is None else check
+        if self._differences.at_kink:
+            raise MeasurementError(AT_KINK)
+        if check is not None:
+            self.trusted = True
+            if self.symmetric and not self._is_symmetric(vector, check):
+                self.symmetric, self.reason = False, NOT_SYMMETRIC
+        return product
 
     def _is_symmetric(self, vector: Vector, product: Vector) -> bool:
         """Whether uᵀJv = vᵀJu, by one more difference; taken for true where differences are too rough to tell.
@@ -193,7 +203,7 @@ class Hessian:
         axpy(-1.0, product, missed)
         apart, exact, size = (x**0.5 for x in dots([(missed, missed), (product, product), (check, check)]))
         # Differences of gradients are noisy in low precision and at kinks; where they are, they prove nothing.
-        doubt = max(max(0.1, 10 * self.error) * max(exact, size), self._differences.noise)
+        doubt = max(max(0.1, 10 * self._differences.error) * max(exact, size), self._differences.noise)
         if self.objective.needs_backward or apart > doubt:
             self._missed = None if self.objective.needs_backward else missed
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
@@ -215,9 +225,10 @@ class Hessian:
 
     def slope_along(self, vector: Vector) -> float:
         """∇L·v at the present weights; free where the graph of an exact product is kept."""
-        if self._graph is None:
+        graph = self._kept
+        if graph is None:
             return dots([(self.objective.gradient()[1], vector)])[0]
-        held = [(g.detach(), v) for g, v in zip(self._graph.gradient, vector, strict=True) if g is not None]
+        held = [(g.detach(), v) for g, v in zip(graph.gradient, vector, strict=True) if g is not None]
         slope = dots([([g for g, _ in held], [v for _, v in held])])[0]
         ranks = self.objective.ranks
         return slope if ranks is None else ranks.mean(slope)
@@ -227,10 +238,18 @@ class Hessian:
 
         Elsewhere it is computed, or ``None`` unless ``dear``.
         """
-        if self._graph is None or self.objective.ranks is not None:
+        graph = self._kept
+        if graph is None:
             return self.objective.gradient()[1] if dear else None
-        kept = [None if g is None else g.detach().clone() for g in self._graph.gradient]
-        return owned(kept, self.objective.weights)
+        gradient = owned([None if g is None else g.detach().clone() for g in graph.gradient], self.objective.weights)
+        if self.objective.ranks is not None:
+            self.objective.ranks.mean_of(graph.loss, gradient)
+        return gradient
+
+    @property
+    def _kept(self) -> _Graph | None:
+        """The graph of the last product, where all processes have kept theirs."""
+        return self._graph if self.objective.on_all(self._graph is not None) else None
 
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""

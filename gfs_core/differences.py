@@ -17,6 +17,7 @@ from gfs_core.objective import Objective
 from gfs_core.vectors import Vector, axpy, clone, copy, dots, norm, zeros_like
 
 ROUGH = 0.05  # differences that are less certain than this ask for shorter steps, and prove nothing
+_SUDDEN = 1e-3  # a curvature that holds within so small a part of the longest step is looked at from further away
 
 
 class Differences:
@@ -31,11 +32,14 @@ class Differences:
         error: relative error of a product, as the difference of two step lengths at the first one; 0 before it.
         noise: what rounding alone can make of the last product, as a norm.
         loss: mean of the two losses of the last product.
+        at_kink: whether the gradient jumps at the present weights, or turns within a tiny fraction of their norm:
+            products grow as the step shortens, and tell nothing about a training step.
     """
 
     def __init__(self, objective: Objective, reach: float = math.inf) -> None:
         self.objective, self.reach = objective, reach
         self.error = self.noise = self.loss = 0.0
+        self.at_kink = False
         self._slope = 0.0  # length of the gradient
         self._steepest = 0.0  # largest ‖Hv‖/‖v‖ seen
         self._still: list[tuple[int, int]] | None = None  # rows that training never moves
@@ -96,6 +100,10 @@ class Differences:
                     product, self.error, step = finer, error, taken
                     self.reach = step
                 last = finer
+            settled = self.error <= ROUGH
+            if not settled or taken < _SUDDEN * longest:
+                far = self._difference(vector, (longest if settled else 8 * taken) / length)
+                self.at_kink = _grown(last, far, settled)
         # What rounding of the two gradients alone can make of their difference, with room to spare.
         self.noise = 30 * self.objective.eps * self._slope * length / step
         return product
@@ -125,3 +133,13 @@ def _apart(other: Vector, product: Vector) -> float:
     pp, oo = dots([(product, product), (other, other)])
     axpy(1.0, product, other)
     return (oo / pp) ** 0.5 if pp > 0 else 0.0
+
+
+def _grown(near: Vector, far: Vector, settled: bool) -> bool:
+    """Whether products have grown as the step shortened, by more than 4.
+
+    A jump of the gradient gives one that grows as 1 / step, and keeps its direction; what rounding gives grows too, and
+    has no direction. Products that have settled are not rounding.
+    """
+    nn, ff, nf = dots([(near, near), (far, far), (near, far)])
+    return nn > 16 * ff and (settled or nf > 0.5 * (nn * ff) ** 0.5)

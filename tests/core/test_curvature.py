@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,3 +112,30 @@ def test_a_loss_linear_in_the_weights_has_curvature_zero() -> None:
     model = make("mlp")
     result = gfs.sharpness(model, lambda m, b: sum(p.sum() for p in m.parameters()), data())
     assert (result.value, result.converged) == (0.0, True)
+
+
+def test_the_next_measurement_begins_with_the_plain_kernel_also_after_a_resume() -> None:
+    """A forward pass with the fused kernel, whose backward then has no second derivative, is not made again."""
+    model = make("transformer")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = gfs.GFSConfig(tier="sharpness", every=1, running_every=None, max_overhead=None, strict=True)
+    fused: list[bool] = []
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        fused.append(torch.backends.cuda.flash_sdp_enabled())
+        return cross_entropy(model, batch)
+
+    def measured(monitor: gfs.StabilityMonitor) -> list[bool]:
+        fused.clear()
+        found = monitor.step(loss, data())
+        assert found is not None
+        assert found.sharpness is not None
+        return list(fused)
+
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    first = measured(monitor)
+    assert first[-1] is False  # the graph of all products
+    assert measured(monitor) == [True, False]  # the loss on the probe, and that graph
+    resumed = gfs.StabilityMonitor(model, optimizer, config)
+    resumed.load_state_dict(copy.deepcopy(monitor.state_dict()))
+    assert measured(resumed) == [True, False]

@@ -305,6 +305,22 @@ def test_whole_batches_at_a_longer_interval_with_one_sentence(kind: str) -> None
     assert [s.measurement.step for s in again if s.measurement is not None] == [80]
 
 
+def test_a_value_from_whole_batches_is_as_old_as_one_from_parts() -> None:
+    """At four times the interval each value counts as four; one weight, so the quotient is the curvature, Σx²."""
+    model = nn.Linear(1, 1, bias=False)
+    config = gfs.GFSConfig(tier="running", every=5, max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 1e-3), config)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(41):
+            x = torch.ones(B, 1) if step < 20 else torch.full((B, 1), 1.5**0.5)
+            found.append(monitor.step(lambda b: 0.5 * model(b).square().sum(), x))
+    assert [m.step for m in found if m is not None] == [0, 20, 40]
+    for step, past in ((0, 1.0), (20, 0.85**4), (40, 0.85**8)):
+        assert found[step].running_sharpness == pytest.approx(B * (past + (1 - past) * 1.5), rel=1e-5)
+
+
 def test_a_sum_is_measured_as_it_is_trained() -> None:
     ends = {}
     for reduction in ("mean", "sum"):

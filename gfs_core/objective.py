@@ -190,6 +190,7 @@ class Objective:
                 out = grads
                 if share != 1.0:
                     scale(share, out)
+            del grads  # before those of the next piece
         self.grad_evals += 1
         value = total
         if self.ranks is not None:  # FSDP has exchanged the gradients of what it shards

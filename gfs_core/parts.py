@@ -68,7 +68,7 @@ def why_whole(
 ) -> str:
     """Why the loss of these batches is not the mean over their parts; empty where it is.
 
-    Costs four gradients of the batches, six where the loss draws random numbers, and up to five copies of the weights.
+    Costs four gradients of the batches, six where the loss draws random numbers, and up to six copies of the weights.
     Where the batches do not fit into memory, half of their examples are tried in their place, and so on.
 
     Args:
@@ -106,15 +106,16 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> 
     try:
         split = _seen(objective, seed, draw=1)
         rounding = _ROUNDING * objective.eps
-        apart = norm(_less(split.bend, whole.bend))
-        allowed = _APART * norm(whole.bend) + rounding * max(whole.slope, split.slope)
+        bend, apart = norm(whole.bend), norm(_less(split.bend, whole.bend))
+        allowed = _APART * bend + rounding * max(whole.slope, split.slope)
         off = abs(split.loss - whole.loss)
         size = sum(map(abs, split.losses)) / len(split.losses)
         bearable = (_APART + rounding) * max(size, abs(whole.loss))
         if objective.on_all(apart <= allowed and off <= bearable):
             return ""
-        again = _seen(objective, seed, draw=1 + 2 * len(cut))
         axpy(1.0, whole.bend, split.bend)
+        whole.bend.clear()  # its memory is needed
+        again = _seen(objective, seed, draw=1 + 2 * len(cut))
         noise = norm(_less(again.bend, split.bend))
         if noise > rounding * max(split.slope, again.slope) and not normalises_over_batch(objective.model):
             drawn = zip(split.losses, again.losses, cut, strict=True)
@@ -127,7 +128,7 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> 
         if own_fault(error):
             raise
         return f"it fails on a part ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    return _cause(objective.model, whole, split, off > bearable, apart)
+    return _cause(objective.model, whole, split, off > bearable, apart / (bend or 1.0))
 
 
 def _seen(objective: Objective, seed: int, draw: int = 0) -> _Seen:
@@ -168,5 +169,5 @@ def _cause(model: nn.Module, whole: _Seen, split: _Seen, loss_apart: bool, apart
     if loss_apart:
         found = f"it is {whole.loss:.4g}, and {split.loss:.4g} on average over {count} parts"
     else:
-        found = f"its curvature differs from that of its {count} parts by {apart / (norm(whole.bend) or 1.0):.0%}"
+        found = f"its curvature differs from that of its {count} parts by {apart:.0%}"
     return f"{found}: it compares or weights examples, or they are not along the first dimension"

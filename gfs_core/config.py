@@ -11,6 +11,8 @@ Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpnes
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
 Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
 _MOST = 1e300  # of an option that is multiplied: nothing overflows
+# The words that turn an option off, as a parser of types has to list them; YAML makes `false` of a bare `off`.
+Off: TypeAlias = Literal["none", "None", "NONE", "null", "Null", "NULL", "off", "Off", "OFF", False]
 _EVERY: dict[Tier, str] = {tier: f"{tier}_every" for tier in TIERS[:-1]}
 
 
@@ -22,7 +24,8 @@ def _option(default: Any, text: str) -> Any:
 class GFSConfig:
     """Options of a :class:`~gfs_core.monitor.StabilityMonitor`, and so of every adapter.
 
-    The help of each option is in its metadata; ``GFSConfig.help()`` gives it as a dictionary.
+    The help of each option is in its metadata; ``GFSConfig.help()`` gives it as a dictionary. An option that may be
+    ``None`` takes the words none, null and off for it too, in any case, and ``False``, which YAML makes of a bare off.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -128,6 +131,8 @@ class GFSConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
+            if may_be_off(hints[f.name]) and is_off(getattr(self, f.name)):
+                object.__setattr__(self, f.name, None)
             self._check_type(f.name, hints[f.name], getattr(self, f.name))
         counts = (
             "every",
@@ -208,6 +213,16 @@ class GFSConfig:
     def help(cls) -> dict[str, str]:
         """Help text of each option, by name."""
         return {f.name: _help(f) for f in fields(cls)}
+
+
+def may_be_off(hint: Any) -> bool:
+    """Whether an option of this type may be ``None``."""
+    return type(None) in get_args(hint)
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value of an option that may be ``None`` stands for it."""
+    return value is False or (isinstance(value, str) and value.lower() in get_args(Off))
 
 
 def _help(f: Field[Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from gfs_core import GFSConfig
+from gfs_core.config import is_off, may_be_off
 
 _PREFIX = "gfs_"
 
@@ -18,6 +21,23 @@ class _Options:
             ConfigError: an option is out of its range.
         """
         return GFSConfig(**{f.name: getattr(self, _PREFIX + f.name) for f in fields(GFSConfig)})
+
+
+def _flag_type(hint: Any) -> Any:
+    """What ``HfArgumentParser`` reads a flag with: of ``T | None`` it would take T alone, and nothing turns it off."""
+    return _reader(get_args(hint)[0]) if may_be_off(hint) else hint
+
+
+def _reader(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if is_off(text):
+            return None
+        try:
+            return kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be {kind.__name__}, or none, null or off; got {text!r}") from None
+
+    return read
 
 
 if TYPE_CHECKING:
@@ -33,7 +53,11 @@ else:
     GFSArguments = make_dataclass(
         "GFSArguments",
         [
-            (_PREFIX + f.name, _hints[f.name], field(default=f.default, metadata={"help": f.metadata["help"]}))
+            (
+                _PREFIX + f.name,
+                _flag_type(_hints[f.name]),
+                field(default=f.default, metadata={"help": f.metadata["help"]}),
+            )
             for f in fields(GFSConfig)
         ],
         bases=(_Options,),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gfs_core import ConfigError, Event, GFSConfig, Measurement, MeasurementError, StabilityMonitor
 from gfs_core.batches import batch_size
+from gfs_core.config import Off, may_be_off
 from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
 from gfs_core.layout import WandbPanel, add_to_tensorboard
@@ -294,7 +295,7 @@ def _takes_index(module: Any) -> bool:
 def _declare_options() -> None:
     """Give ``__init__`` the options of :class:`~gfs_core.GFSConfig` as keywords with type, default and help."""
     init = GFSCallback.__init__
-    hints = get_type_hints(GFSConfig)
+    hints = {name: hint | Off if may_be_off(hint) else hint for name, hint in get_type_hints(GFSConfig).items()}
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
         for f in fields(GFSConfig)

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
+from gfs_core.config import Off, may_be_off
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.core.options import BESIDE, NOT_DEFAULT
@@ -438,7 +439,8 @@ def test_options_are_those_of_the_config() -> None:
     parameters = inspect.signature(GFSCallback).parameters
     for f in dataclasses.fields(gfs.GFSConfig):
         assert parameters[f.name].default == f.default
-        assert parameters[f.name].annotation == hints[f.name]
+        hint = hints[f.name]
+        assert parameters[f.name].annotation == (hint | Off if may_be_off(hint) else hint)
         assert gfs.GFSConfig.help()[f.name] in GFSCallback.__doc__
     assert set(NOT_DEFAULT) == {f.name for f in dataclasses.fields(gfs.GFSConfig)}
 

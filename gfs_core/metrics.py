@@ -18,7 +18,7 @@ from gfs_core.errors import ConfigError, GFSWarning
 from gfs_core.measurement import Measurement
 from gfs_core.monitor import StabilityMonitor
 from gfs_core.objective import LossFn
-from gfs_core.stability import parameters_of, stability_of
+from gfs_core.stability import named_in_full, parameters_of, stability_of
 
 try:
     from torchmetrics import Metric
@@ -74,7 +74,8 @@ class _Subject:
         stability = stability_of(self.optimizer, stepped)
         if stability.empirical and self.config.tier != "gfs_full":
             raise ConfigError(
-                f"the threshold of {stability.name} is not known; make it known with `gfs_core.register_optimizer`"
+                f"the threshold of {named_in_full(self.optimizer)} is not known; make it known with "
+                "`gfs_core.register_optimizer`"
             )
 
     def measure(self, batch: Any) -> Measurement | None:

@@ -22,7 +22,9 @@ of squares), P = (√v + ε)/√(1 − β₂^t) for SparseAdam, P = (√v + ε)/
 while it does not rectify), and 1 for SGD. Coefficients that still move in the first steps (β₁^t, NAdam's product of
 momenta) are taken as settled. An entry whose second moment is zero (a token not seen yet, a unit that is off) has had
 no gradient so far: the optimizer has not moved it, its P is about to change by orders of magnitude, and its entry of S
-is 0.
+is 0. Adagrad's sum stands before its first step, at an initial value that is a choice and no measurement: that step
+divides by the root of the value plus g², which the value alone does not tell. So Adagrad at step 0 has no ratio, as
+Adam has none.
 SparseAdam steps a row only with the batches that hold it. So its threshold is exact for rows that are in every batch;
 of rarer ones it is that of the steps they take, while the curvature must be of a batch that holds them.
 Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
@@ -132,7 +134,7 @@ class Diagonal:
         for p, group, relative in self.params:
             if self.optimizer is None:
                 yield relative**self.power
-            elif not self.optimizer.state.get(p):
+            elif not _has_moments(self.optimizer, p):
                 yield 0.0
             else:
                 preconditioner = _RULES[type(self.optimizer)].preconditioner
@@ -194,6 +196,13 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def named_in_full(optimizer: Any) -> str:
+    """The class of the optimizer with its module, which tells it from a known one of that name; torch's without."""
+    kind = type(unwrap(optimizer))
+    known = kind.__module__.split(".")[:2] == ["torch", "optim"]
+    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def parameters_of(optimizer: Any) -> list[Tensor]:
     """The trainable parameters that the optimizer holds, each once."""
     params = [p for group in unwrap(optimizer).param_groups for p in group["params"] if p.requires_grad]
@@ -218,10 +227,11 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     if problem:
         return Stability(name, rate, None, reason=problem)
     if rule is None:
-        reason = f"the threshold of {name} is not known; its stability ratio is empirical, along the steps it takes"
+        named = named_in_full(inner)
+        reason = f"the threshold of {named} is not known; its stability ratio is empirical, along the steps it takes"
         return Stability(name, rate, None, empirical=True, reason=reason)
     adaptive = rule.preconditioner is not None
-    if adaptive and not any(inner.state.get(p) for p in params):
+    if adaptive and not any(_has_moments(inner, p) for p in params):
         reason = f"{name} has no second moments yet: they come with its first step"
         return Stability(name, rate, None, adaptive=True, reason=reason)
     thresholds = [rule.threshold(inner, g) if float(g["lr"]) else math.inf for g in groups]
@@ -241,6 +251,12 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     lead = float(leader["lr"])
     noise_factor = reference * lead * rule.gain(leader) / 2
     return Stability(name, lead, reference, scale, shift if any(shift) else None, noise_factor, adaptive=adaptive)
+
+
+def _has_moments(inner: Optimizer, p: Tensor) -> bool:
+    """Whether the state of ``p`` holds second moments of gradients; Adagrad's is there before its first step."""
+    state = inner.state.get(p)
+    return bool(state) and not (type(inner) is Adagrad and float(state["step"]) == 0)
 
 
 def _problem(groups: list[Group], rates: list[float]) -> str:

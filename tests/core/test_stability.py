@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import gfs_core as gfs
+from gfs_core.metrics import StabilityRatio
 
 OPTIMIZERS = {
     "sgd": lambda p, r, b: torch.optim.SGD(p, r),
@@ -338,3 +340,54 @@ def test_the_momentum_of_nadam_is_that_of_the_coming_step() -> None:
     now, later = 0.9 * (1 - 0.5 * 0.96**2), 0.9 * (1 - 0.5 * 0.96**3)  # of steps 2 and 3 (Dozat 2016)
     expected = 2 / (0.1 * (1 - now + later * 0.1 / 1.9))
     assert gfs.stability_of(optimizer, w).threshold == pytest.approx(expected, rel=1e-9)
+
+
+class Adam(torch.optim.Optimizer):
+    """Shares nothing with torch's but the name."""
+
+
+def test_an_optimizer_that_only_shares_a_name_is_named_with_its_module() -> None:
+    w = weight()
+    found = gfs.stability_of(Adam(w, {"lr": 0.1}), w)
+    assert (found.threshold, found.empirical, found.name) == (None, True, "Adam")
+    assert found.reason.startswith(f"the threshold of {__name__}.Adam is not known; ")
+
+    class AdamW(torch.optim.AdamW):  # of a known class, but what it does differently is not known
+        pass
+
+    found = gfs.stability_of(AdamW(w, 0.1), w)
+    here = "test_an_optimizer_that_only_shares_a_name_is_named_with_its_module.<locals>.AdamW"
+    assert found.empirical
+    assert found.reason.startswith(f"the threshold of {__name__}.{here} is not known; ")
+    model = torch.nn.Linear(2, 1)
+    own = Adam(model.parameters(), {"lr": 0.1})
+    with pytest.raises(gfs.ConfigError, match=re.escape(f"the threshold of {__name__}.Adam is not known; make")):
+        StabilityRatio(model, lambda m, b: m(b).sum(), own)
+    torchs = gfs.stability_of(torch.optim.Adamax(w, 0.1), w)
+    assert torchs.reason.startswith("the threshold of Adamax is not known; ")
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.3])
+def test_adagrad_has_no_ratio_before_its_first_step(initial: float) -> None:
+    """Its state is there from the start, and holds no gradient: the first step divides by √(initial + g²)."""
+    [w] = weight()
+    optimizer = torch.optim.Adagrad([w], 0.1, initial_accumulator_value=initial)
+    found = gfs.stability_of(optimizer, [w])
+    assert (found.threshold, found.scale, found.adaptive) == (None, None, True)
+    assert found.reason == "Adagrad has no second moments yet: they come with its first step"
+    w.grad = torch.full_like(w, 0.5)
+    optimizer.step()
+    found = gfs.stability_of(optimizer, [w])
+    assert found.threshold == pytest.approx(20.0)
+    [scale] = found.scale
+    assert scale.tolist() == pytest.approx([(initial + 0.25) ** -0.25] * 3)
+
+
+def test_a_weight_that_adagrad_has_not_stepped_is_left_out() -> None:
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adagrad([first, second], 0.1, initial_accumulator_value=0.3)
+    first.grad = torch.ones(2)
+    optimizer.step()
+    scales = list(gfs.stability_of(optimizer, [first, second]).scale)
+    assert scales[0].tolist() == pytest.approx([1.3**-0.25] * 2)
+    assert scales[1] == 0.0

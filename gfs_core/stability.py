@@ -256,7 +256,9 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
 def _has_moments(inner: Optimizer, p: Tensor) -> bool:
     """Whether the state of ``p`` holds second moments of gradients; Adagrad's is there before its first step."""
     state = inner.state.get(p)
-    return bool(state) and not (type(inner) is Adagrad and float(state["step"]) == 0)
+    if not state:
+        return False
+    return not (type(inner) is Adagrad and float(state["step"]) == 0)
 
 
 def _problem(groups: list[Group], rates: list[float]) -> str:

@@ -52,6 +52,7 @@ T = TypeVar("T")
 _MIX_EVERY = 10  # measurements between two that mix other directions into the warm start
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 _PASSING = ("come with its first step", "the learning rate is 0")  # reasons that nobody has to do anything about
+_WAIT = 8  # measurements after which more examples are tried again; doubled by each failure for memory
 _SURE = 3  # steps in a row that pass the control by before it is told
 WHOLE_EVERY = 4  # times the interval of the running estimate where it needs whole batches: the price of one on a CPU
 
@@ -127,7 +128,8 @@ class StabilityMonitor:
         self._parts = self.config.running_parts
         self._splits: bool | None = None  # whether the loss of a batch is the mean over its parts; not known: None
         self._whole = ""  # why not
-        self._fits: int | None = None  # examples of a probe that memory has room for, where it once had none
+        self._fits: int | None = None  # examples of a probe that memory has room for, where it once had none; …
+        self._narrow, self._wait = 0, _WAIT  # … measurements on so few since then, and before more are tried
         self._mean_loss = MeanLoss()
         self._batch_sharpness: float | None = None
         self._before: Vector | None = None  # the weights before the last step, …
@@ -146,6 +148,7 @@ class StabilityMonitor:
             self._check_memory(params, self.config.max_memory, stability.adaptive or not stability.plain)
         self.alarm = None if self.config.alarm == "off" else Alarm()
         self.on_alarm = on_alarm
+        self._events: list[Event] = []  # that it is still to be called with
         self.should_stop = self.wants_checkpoint = False
         self._losses = RecentLosses(self.ranks)
         self._scheduler = scheduler_of(optimizer)
@@ -186,7 +189,7 @@ class StabilityMonitor:
             a step without a measurement, one that holds nothing but that.
 
         Raises:
-            Exception: with ``strict=True``, whatever made the measurement fail.
+            Exception: with ``strict=True``, whatever made the measurement fail; what ``on_alarm`` raises, always.
         """
         if step is None:
             step = self.count
@@ -195,14 +198,36 @@ class StabilityMonitor:
         if loss is not None:
             self.saw(loss, examples_of(batches))
         measurement = None
-        self._look(step)
-        if self.wants(step) and self._measurable(step):
-            try:
+        with self._harmless("it was not looked whether the control acts"):
+            self._look(step)
+        wanted = False
+        with self._harmless("a measurement is left out"):
+            wanted = self.wants(step) and self._measurable(step)
+            if wanted:
                 measurement = self._step(loss_fn, batches, step)
-            finally:
-                if self._cadence.needs_step(step + 1):
-                    self._keep_weights(step + 1)
+        with self._harmless("nothing is measured along a step", alone=True):
+            if wanted and self._cadence.needs_step(step + 1):
+                self._keep_weights(step + 1)
         return self.watch(step, measurement)
+
+    @contextlib.contextmanager
+    def _harmless(self, without: str, alone: bool = False) -> Iterator[None]:
+        """Around all that training calls: where it fails, that is told, and training goes on without it.
+
+        A process that fails where it may owe the others an answer (not ``alone``) leaves them: they wait no longer than
+        for one that has ended.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.config.strict:
+                raise
+            why = f"{error}" if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+            why = own_fault(error) or why
+            if self.ranks is not None and not alone and not isinstance(error, OtherRankFailed):
+                self.ranks.lost = True
+                without = "nothing is measured any more in this run"
+            self._tell(f"{without}: {why}", own=True)
 
     def saw(self, loss: Tensor | float, examples: int | None = None) -> None:
         """Take in the loss of a training batch, for the running estimate and the early warning.
@@ -211,10 +236,13 @@ class StabilityMonitor:
             loss: the mean over the batch, 0-dim if a tensor.
             examples: those of the batch, if known: the early warning passes over the loss of a short one.
         """
-        if "running" in self._cadence.every:
-            self._mean_loss.add(loss)
-        if self.alarm is not None:
-            self._losses.add(loss, examples)
+        with self._harmless("the loss of a step is not taken in", alone=True):
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                raise MeasurementError(f"it has the shape {tuple(loss.shape)}, and is no number")
+            if "running" in self._cadence.every:
+                self._mean_loss.add(loss)
+            if self.alarm is not None:
+                self._losses.add(loss, examples)
 
     def watch(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
         """Let the early warning look at the losses seen and at ``measurement``; :meth:`step` does it by itself.
@@ -224,48 +252,60 @@ class StabilityMonitor:
         """
         if self._resumed:
             self._resumed, self._resumed_at, self._history_begun = False, step, False
-        self._mean_loss.end_step()
+        with self._harmless("it was not looked whether the control acts"):
+            self._look(step)
+        events: list[Event] = []
+        with self._harmless("the early warning has not seen a step"):
+            self._mean_loss.end_step()
+            events = self._warned(step, measurement)
+        if events and measurement is None:
+            measurement = Measurement(step, self._label())
+        if measurement is not None:
+            reasons = (*measurement.reasons, *(e.reason for e in events))
+            state = None if self.alarm is None else int(self.alarm.state)
+            # Of a run that has diverged, or at a rate that is no number: a value that is not finite is none.
+            values = measurement.values()
+            lost: dict[str, Any] = {name: None for name, value in values.items() if not math.isfinite(value)}
+            measurement = replace(measurement, **lost, alarm=state, reasons=reasons)
+            with self._harmless("a measurement is not in the history", alone=True):
+                self._write(measurement)
+        while self._events and self.on_alarm is not None:  # it may end the training by an exception of its own
+            self.on_alarm(self._events.pop(0))
+        return measurement
+
+    def _warned(self, step: int, measurement: Measurement | None) -> list[Event]:
+        """The changes of the early warning's state at this step."""
+        if self.alarm is None:
+            return []
         changes: list[Event | None] = []
-        self._look(step)
-        if self.alarm is not None:
-            if not self.control.holding and self._rates_on_host():
-                rate = self._rate()
-                changes.append(self.alarm.saw_rate(step, rate * self._scale(rate)))
-            now = measurement is not None
-            losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
-            changes += [self.alarm.saw_loss(*seen) for seen in losses]
-            if measurement is not None:
-                for ratio, solved in (
-                    (measurement.running_stability_ratio, False),
-                    (measurement.stability_ratio, True),
-                ):
-                    if ratio is not None:
-                        changes.append(self.alarm.saw_ratio(step, ratio, solved))
-                if measurement.mean_square_stability_ratio is not None:
-                    changes.append(self.alarm.saw_mean_square(step, measurement.mean_square_stability_ratio))
+        if not self.control.holding and self._rates_on_host():
+            rate = self._rate()
+            changes.append(self.alarm.saw_rate(step, rate * self._scale(rate)))
+        now = measurement is not None
+        losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
+        changes += [self.alarm.saw_loss(*seen) for seen in losses]
+        if measurement is not None:
+            for ratio, solved in ((measurement.running_stability_ratio, False), (measurement.stability_ratio, True)):
+                if ratio is not None:
+                    changes.append(self.alarm.saw_ratio(step, ratio, solved))
+            if measurement.mean_square_stability_ratio is not None:
+                changes.append(self.alarm.saw_mean_square(step, measurement.mean_square_stability_ratio))
         events = [e for e in changes if e is not None]
         for event in events:
             self._act_on(event)
-        if events and measurement is None:
-            measurement = Measurement(step, self._label())
-        if measurement is None:
-            return None
-        reasons = (*measurement.reasons, *(e.reason for e in events))
-        state = None if self.alarm is None else int(self.alarm.state)
-        # Of a run that has diverged, or at a rate that is no number: a value that is not finite is none.
-        values = measurement.values()
-        lost: dict[str, Any] = {name: None for name, value in values.items() if not math.isfinite(value)}
-        measurement = replace(measurement, **lost, alarm=state, reasons=reasons)
-        if self.history is not None:
-            try:
-                if not self._history_begun:
-                    history.begin(self.history, self._settings(), self._run, self.name, self._resumed_at)
-                    self._history_begun = True
-                history.append(self.history, measurement, self._run)
-            except (OSError, ValueError) as error:  # a path may be no path at all
-                self._tell(f"the history cannot be written ({error}); training goes on without it")
-                self.history = None
-        return measurement
+        return events
+
+    def _write(self, measurement: Measurement) -> None:
+        if self.history is None:
+            return
+        try:
+            if not self._history_begun:
+                history.begin(self.history, self._settings(), self._run, self.name, self._resumed_at)
+                self._history_begun = True
+            history.append(self.history, measurement, self._run)
+        except (OSError, ValueError) as error:  # a path may be no path at all
+            self._tell(f"the history cannot be written ({error}); training goes on without it")
+            self.history = None
 
     def _agreed(self, ask: Callable[[], T], otherwise: T) -> T:
         """What ``ask`` returns, which may ask the other processes; ``otherwise`` once one of them does not answer."""
@@ -293,7 +333,7 @@ class StabilityMonitor:
             self.should_stop = self.should_stop or self.config.alarm == "stop"
             self.wants_checkpoint = self.wants_checkpoint or self.config.alarm_checkpoint
         if self.on_alarm is not None:
-            self.on_alarm(event)
+            self._events.append(event)
 
     def _look(self, step: int) -> None:
         """Notice, once a step, where the control does not act, and where the weights are others than they were."""
@@ -380,7 +420,8 @@ class StabilityMonitor:
                 return None
         if not tiers:
             return None
-        probe = self._limited(self._probe if self.config.probe == "fixed" else batches, self._fits)
+        whole = self._probe if self.config.probe == "fixed" else batches
+        probe = self._limited(whole, self._fits)
         measurement = None
         before = self._before if self._before_step == step else None
         seconds: dict[Tier, float] = {}
@@ -390,6 +431,8 @@ class StabilityMonitor:
         scale_before = self._scale(self._rate())
         try:
             with self.together():
+                if "directional" in tiers and self.ranks is not None and self.ranks.any(before is None):
+                    before = None  # one of them had no memory for it
                 if running is not None:
                     known = self._mean_loss.value()
                     running.mean_loss = known if self._global is None else self._global.mean_of_known(known)
@@ -407,7 +450,7 @@ class StabilityMonitor:
                 if self.ranks is not None:
                     measurement = self.ranks.same(measurement or Measurement(step, self._label()))
         except Exception as error:
-            if self.config.strict:
+            if self.config.strict and not _skips(error):
                 raise
             if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OtherRankFailed) and error.memory):
                 self._make_room(tiers, probe)
@@ -417,6 +460,7 @@ class StabilityMonitor:
         self.measured += 1
         if measurement is None:
             return None
+        self._try_more(whole)
         measurement = replace(
             measurement,
             seconds=self._cadence.clock.last,
@@ -459,7 +503,7 @@ class StabilityMonitor:
                     )
                 whole = bool(why) if self.ranks is None else self.ranks.any(bool(why))
         except Exception as error:
-            if self.config.strict:
+            if self.config.strict and not _skips(error):
                 raise
             self._failed(error)
             return False
@@ -507,10 +551,11 @@ class StabilityMonitor:
 
     def _keep_weights(self, step: int) -> None:
         """Copy the weights before the optimizer step that ends at ``step``, where memory has room for them."""
+        self._before, self._before_step = None, step if self.ranks is not None else -1  # the same on all processes
         try:
             self._before, self._before_step = clone(parameters_of(self.optimizer)), step
         except torch.OutOfMemoryError:
-            if self.config.strict or self.ranks is not None:  # the other processes would wait for this one
+            if self.config.strict:
                 raise
             self._tell("there is no memory for the weights before a step; nothing is measured along it", own=True)
 
@@ -583,6 +628,7 @@ class StabilityMonitor:
             "measured": self.measured,
             "solved": self._solved,
             "fits": self._fits,
+            "room": [self._narrow, self._wait],
             "splits": [self._splits, self._whole],
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
             "method": self._method,
@@ -627,6 +673,7 @@ class StabilityMonitor:
         self.count, self.measured = int(state.get("count", 0)), int(state.get("measured", 0))
         self._solved, fits = int(state.get("solved", 0)), state.get("fits")
         self._fits = None if fits is None else max(int(fits), 1)
+        self._narrow, self._wait = map(int, state.get("room", [0, _WAIT]))
         splits, why = state.get("splits", [None, ""])
         self._settle(None if splits is None else bool(splits), str(why))
         if self._sizes is not None:
@@ -764,6 +811,19 @@ class StabilityMonitor:
             self._parts *= 2
         elif count := examples_of(probe):
             self._fits = max(1, count // 2)
+        self._narrow, self._wait = 0, 2 * self._wait
+
+    def _try_more(self, whole: list[Any]) -> None:
+        """After a while without a failure, twice as much as there was room for: memory may have become free."""
+        if self._fits is None and self._parts <= self.config.running_parts:
+            return
+        self._narrow += 1
+        if self._narrow < self._wait:
+            return
+        self._narrow = 0
+        self._parts = max(self._parts // 2, self.config.running_parts)
+        if self._fits is not None:
+            self._fits = 2 * self._fits if 2 * self._fits < (examples_of(whole) or 0) else None
 
     def _tell(self, reason: str, always: bool = False, own: bool = False) -> None:
         if not (own or self.writes):  # what all of them know, one says
@@ -786,3 +846,8 @@ class StabilityMonitor:
 
     def _label(self) -> str:
         return self.name or type(unwrap(self.optimizer)).__name__
+
+
+def _skips(error: Exception) -> bool:
+    """Whether the batch is one that training skips, which is no failure."""
+    return isinstance(error, NoLoss) or (isinstance(error, OtherRankFailed) and error.skipped)

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from gfs_core.errors import MeasurementError
+from gfs_core.errors import MeasurementError, NoLoss
 from gfs_core.measurement import Measurement
 from gfs_core.vectors import Sharding, Vector
 
 TIMEOUT = 60.0  # seconds within which every process answers; between two words lies one gradient
 _WORD = 32  # numbers
 _MOST_NAMED = 16  # ranks that a word can name; of more, by the remainder
-_OURS, _FOREIGN, _MEMORY = 1.0, 2.0, 3.0  # how a rank failed: a reason of ours, the user's loss, no memory
+# How a rank failed: a reason of ours, the user's loss, no memory, a batch that training skips.
+_OURS, _FOREIGN, _MEMORY, _SKIPPED = 1.0, 2.0, 3.0, 4.0
 _BUCKET = 1 << 23  # elements that travel together: few calls, and little memory beside the vector
 
 
@@ -38,12 +39,14 @@ class OtherRankFailed(MeasurementError):
     Attributes:
         foreign: whether it was the user's loss that failed there.
         memory: whether one ran out of memory.
+        skipped: whether training skips the batch there, and nothing has failed.
     """
 
     def __init__(self, said: dict[int, float]) -> None:
         where = ", ".join(map(str, said))
         super().__init__(f"the measurement failed on rank {where}, and is skipped on all of them")
         self.foreign, self.memory = (kind in said.values() for kind in (_FOREIGN, _MEMORY))
+        self.skipped = set(said.values()) == {_SKIPPED}
 
 
 class RanksLost(MeasurementError):
@@ -162,6 +165,8 @@ class Ranks:
             raise
         except BaseException as error:
             kind = _OURS if isinstance(error, MeasurementError) else _FOREIGN
+            if isinstance(error, NoLoss):
+                kind = _SKIPPED
             failed = [0.0] * min(self.size, _MOST_NAMED)
             failed[self.rank % len(failed)] = _MEMORY if isinstance(error, torch.OutOfMemoryError) else kind
             with contextlib.suppress(MeasurementError):

@@ -495,3 +495,17 @@ def test_one_bad_batch_is_told_once_and_the_next_measurement_is_right(bad: Any, 
     assert (run.monitor._running.vector is before) == (bad is nothing)  # what still fits is kept
     run.holds()
     assert len(run.told) == 1
+
+
+def test_a_batch_that_training_skips_is_no_mistake_where_it_is_strict() -> None:
+    model = net()
+    run = Run(model, sgd(model), strict=True)
+    run.steps(1, loss_fn=nothing)  # while parts are still to be tried
+    run.steps(8)
+    run.steps(1, loss_fn=nothing)
+    assert run.found[0] is None
+    assert run.found[-1] is None
+    assert ["the loss is None" in t for t in run.told] == [True]
+    run.holds()
+    with pytest.raises(gfs.MeasurementError, match="not finite"):
+        run.steps(1, loss_fn=not_a_number)

@@ -25,7 +25,15 @@ VALUES = {
     "directional": {"directional_sharpness", "loss_probe"},
 }
 
-MET = ("the loss fails in float32", "no memory for the weights before a step")
+MET = (
+    "the loss fails in float32",
+    "no memory for the weights before a step",
+    "it was not looked whether the control acts",
+    "nothing is measured along a step",
+    "the loss of a step is not taken in",
+    "the early warning has not seen a step",
+    "a measurement is not in the history",
+)
 
 
 class Fault:

@@ -224,6 +224,102 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
     assert set(sizes) == {3}
 
 
+@pytest.mark.parametrize("tier", ["sharpness", "running"])
+def test_memory_that_becomes_free_is_used_again(tier) -> None:
+    alone = {"running_every": None} if tier == "sharpness" else {}
+    options = gfs.GFSConfig(tier=tier, every=1, running_parts=2, max_overhead=None, **alone)
+    model, _, _ = setup(options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gfs.StabilityMonitor(model, optimizer, options)
+    sizes: list[int] = []
+    room = 3
+
+    def loss_fn(b):
+        sizes.append(len(b))
+        if len(b) > room:
+            raise torch.OutOfMemoryError("no room")
+        return (model(b) - b[:, :3].sin()).square().mean()
+
+    def largest(steps: int) -> list[int]:
+        """Examples that were tried at each step."""
+        out = []
+        for _ in range(steps):
+            sizes.clear()
+            monitor.step(loss_fn, x)
+            out.append(max(sizes))
+        return out
+
+    x = batches(1)[0]  # 12 examples
+    monitor.step(lambda b: (model(b) - b[:, :3].sin()).square().mean(), x)
+    with pytest.warns(gfs.GFSWarning, match="half as many") as told:
+        tried = largest(100)
+    assert max(tried[5:]) > room  # more were tried, …
+    assert 2 < sum(n > room for n in tried) < 8  # … seldom, …
+    assert len(told) == 1  # … and without a word
+    saved = monitor.state_dict()
+    room = 12
+    usual = {"sharpness": 12, "running": 6}[tier]
+    tried = largest(260)
+    assert tried[-1] == usual
+    monitor.load_state_dict(saved)
+    assert largest(260) == tried  # a resumed run tries again at the same steps
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("part", ["_look", "_warned", "_write", "_keep_weights", "_is_short", "_controlled", "due"])
+def test_nothing_that_fails_beside_a_measurement_ends_training(part, strict, monkeypatch, tmp_path) -> None:
+    options = {"tier": "directional", "every": 1, "control": "cdat", "max_overhead": None, "strict": strict}
+    model, optimizer, monitor = setup(gfs.GFSConfig(history=str(tmp_path / "history.jsonl"), **options))
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of something")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(model, optimizer, monitor, batches(3))
+    monkeypatch.setattr(monitor, part, fails)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if strict:
+            with pytest.raises(RuntimeError, match="out of something"):
+                run(model, optimizer, monitor, batches(3))
+            return
+        found = run(model, optimizer, monitor, batches(3))
+    assert len(found) == (0 if part in ("_is_short", "_controlled", "due") else 1 if part == "_keep_weights" else 3)
+    assert [str(w.message).endswith("RuntimeError: out of something") for w in told] == [True]
+    monkeypatch.undo()
+    assert len(run(model, optimizer, monitor, batches(3))) >= 2
+
+
+def test_a_loss_that_is_no_number_is_not_taken_in() -> None:
+    monitor = setup(gfs.GFSConfig(every=1000))[2]
+    with pytest.warns(gfs.GFSWarning, match=r"not taken in: it has the shape \(3,\), and is no number"):
+        monitor.saw(torch.ones(3))
+    monitor.saw(2.0)
+    assert monitor.watch(1) is None
+    assert monitor._mean_loss.value() == 2.0
+
+
+def test_what_on_alarm_raises_ends_training() -> None:
+    class Pruned(Exception):
+        pass
+
+    def prune(event: gfs.Event) -> None:
+        raise Pruned
+
+    model, optimizer, _ = setup(gfs.GFSConfig())
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(every=1000, alarm="log"), on_alarm=prune)
+
+    def losses(loss: float, steps: range) -> None:
+        for step in steps:
+            monitor.saw(loss)
+            monitor.watch(step)
+
+    losses(1.0, range(50))
+    with pytest.raises(Pruned):
+        losses(float("nan"), range(50, 60))
+
+
 def test_an_eigenvalue_that_overtakes_is_found() -> None:
     class Crossing(nn.Module):
         def __init__(self) -> None:

@@ -345,3 +345,40 @@ def test_differences_of_gradients_agree_with_exact_products(tmp_path: Path) -> N
         trainer = train(lambda: language(tmp_path), every(2, hvp=hvp, tol=1e-3).set_trainer)
         found[hvp] = [row["gfs/sharpness"] for row in rows(trainer)]
     assert found["gradients"] == pytest.approx(found["exact"], rel=2e-3)
+
+
+class Sums(nn.Module):
+    """The mean embedding of a text, its class and the loss."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(len(ALPHABET), 8, sparse=sparse), nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        logits = self.out(torch.tanh(self.embed(input_ids)).mean(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class WithoutGradientNorm(Trainer):
+    """The Trainer's own takes the norm of the gradient at each step, which torch has not for sparse ones."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None
+
+
+@pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
+def test_sparse_gradients_are_measured_as_dense_ones(tmp_path: Path, mode: str) -> None:
+    seen, weights = [], []
+    for sparse in (True, False):
+        args = arguments(tmp_path / f"{sparse}", optim="sgd", max_grad_norm=0.0, learning_rate=0.3)
+        trainer = train(
+            lambda s=sparse, a=args: WithoutGradientNorm(
+                model=Sums(s), args=a, train_dataset=Characters(labels="class")
+            ),
+            attached(every(2, tol=1e-4), mode),
+        )
+        seen.append([(row["gfs/sharpness"], row["gfs/stability_ratio"]) for row in rows(trainer)])
+        weights.append(trainer.model.embed.weight.detach().clone())
+    assert len(seen[0]) == 3
+    assert [v for row in seen[0] for v in row] == pytest.approx([v for row in seen[1] for v in row], rel=1e-3)
+    assert torch.allclose(*weights, rtol=0, atol=1e-5)

@@ -101,6 +101,7 @@ def main() -> None:
     head = "Copies of the weights at the peak of the first measurement, and of a warm one on another batch, the warm "
     head += "start included; one example, float32, tol 1e-5, so that the solver fills its basis. With few "
     head += "products it takes less: each product but the first adds a copy, up to six products. "
+    head += "The running estimate has 8 examples: its check takes 6 copies, its second measurement a pair of products. "
     head += "With the running estimate beside a dearer tier (the default) one more copy is kept.\n\n"
     Path(__file__).with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
 

@@ -12,8 +12,9 @@ from gfs_core.config import Tier
 from gfs_core.vectors import is_half, local
 
 GIB = 2**30
-# Copies of the weights at the peak of a measurement without and with a preconditioner, rounded up; what the running
-# estimate keeps comes on top. Measured: benchmarks/memory.md.
+# Copies of the weights at the peak of a measurement without and with a preconditioner, the layer in work aside; what
+# the running estimate keeps comes on top. The running estimate's peak is its start, not its pairs (5 and 6 copies) nor
+# the check of the parts (6). Measured: benchmarks/memory.md.
 _COPIES: dict[Tier, tuple[int, int]] = {
     "directional": (4, 4),
     "running": (7, 8),

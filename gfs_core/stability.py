@@ -41,7 +41,8 @@ the mean recursion to one kick: stable while η²σ²·Σ r_k² < 1, and Σ r_k�
 moves the edge of the mean away, but not that of the noise: f is the threshold over that of plain descent at the same
 long-run rate. So it is computed for every optimizer; exact for heavy ball and, with P held, for Adam's exponential
 mean, while for Nesterov it is the limit of small ηλ. That a *vector* recursion follows the same rule with
-σ² = E‖(H_B − H)v‖² is not a theorem; `benchmarks/control.md` measures how well it does.
+σ² = E‖(H_B − H)v‖² is not a theorem. :mod:`gfs_core.running` takes σ² from pairs of products at one v, and beside it a
+bound from single ones, by which a control goes; `benchmarks/noise.md` holds both against each other.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class StabilityMonitor:
         control: what decides the learning rate's scale.
         alarm: the early warning; ``None`` where it is off.
         should_stop: whether the early warning asks for the end of the training (``alarm="stop"``).
+        remarks: said with every measurement, beside its own reasons.
         wants_checkpoint: whether it asks for a checkpoint (``alarm_checkpoint=True``); whoever saves one takes it back.
 
     With several processes (an initialised default process group) every one of them makes a monitor at the same place
@@ -150,6 +151,7 @@ class StabilityMonitor:
         self.on_alarm = on_alarm
         self._events: list[Event] = []  # that it is still to be called with
         self.should_stop = self.wants_checkpoint = False
+        self.remarks: tuple[str, ...] = ()
         self._losses = RecentLosses(self.ranks)
         self._scheduler = scheduler_of(optimizer)
         self.control = Control(self.config.control, self.config.margin, stability.adaptive)
@@ -208,6 +210,8 @@ class StabilityMonitor:
         with self._harmless("nothing is measured along a step", alone=True):
             if wanted and self._cadence.needs_step(step + 1):
                 self._keep_weights(step + 1)
+        if measurement is not None and self.remarks:
+            measurement = replace(measurement, reasons=(*measurement.reasons, *self.remarks))
         return self.watch(step, measurement)
 
     @contextlib.contextmanager

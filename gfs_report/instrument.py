@@ -157,7 +157,7 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
         for c in handler.callbacks
         if not isinstance(c, unwanted) and not type(c).__module__.startswith("transformers.integrations")
     ]
-    gfs = GFSCallback(**job.options(own))
+    gfs = GFSCallback(loss_fn=None if own is None else own.loss_fn, **job.options(own))
     training_step = trainer.training_step
 
     @functools.wraps(training_step)

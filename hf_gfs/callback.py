@@ -14,15 +14,20 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gfs_core import ConfigError, Event, GFSConfig, GFSWarning, Measurement, MeasurementError, StabilityMonitor
+from gfs_core.errors import own_fault
 from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
 from gfs_core.measurable import unmeasurable
 from gfs_core.stability import parameters_of
+from hf_gfs.agreement import NO_GRADIENT, Reference, disagreement
 from hf_gfs.publish import Publisher
-from hf_gfs.replay import ModelReplay, Reference, Replay, TrainerReplay, disagreement
+from hf_gfs.replay import GivenLoss, ModelReplay, Replay, StepReplay, TrainerReplay
 
 STATE_FILE = "gfs_state.pt"
 _SET_TRAINER = "use `GFSCallback(...).set_trainer(trainer)` in place of `trainer.add_callback(GFSCallback(...))`"
+_GIVE_LOSS = "give a loss that can be evaluated beside training, `GFSCallback(loss_fn=...)`"
+_TRIES = 3  # due steps at which the loss may fail before it is given up: one bad batch is no reason
+_UNCHECKED = f"{NO_GRADIENT}; the values belong to the weights after the step"
 _measured: weakref.WeakKeyDictionary[nn.Module, tuple[int, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -34,10 +39,14 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     ``trainer.add_callback(GFSCallback())``, the loss is the one that the model returns; the first measurement compares
     its gradient with the trainer's, and refuses where they differ (label smoothing, ``compute_loss_func``, an
     overridden ``compute_loss``). ``GFSCallback().set_trainer(trainer)`` replays the trainer's own ``compute_loss``
-    instead.
+    instead; a trainer whose ``training_step`` never calls that needs ``GFSCallback(loss_fn=...).set_trainer(trainer)``.
 
     Args:
         config: all options at once, from :class:`~hf_gfs.GFSArguments` for instance.
+        loss_fn: ``loss_fn(model, inputs)``, the mean loss of one micro-batch, a 0-dim tensor, to measure instead of the
+            trainer's. After ``set_trainer``, ``inputs`` is what ``training_step`` gets; otherwise a dictionary of what
+            the model's ``forward`` gets, and the early warning then goes by the stability ratios alone. That its
+            gradient is not the trainer's is told once.
         on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Event`.
         **options: those of :class:`~gfs_core.GFSConfig`, by name:
             {options}
@@ -57,14 +66,21 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: GFSConfig | None = None, *, on_alarm: Callable[[Event], Any] | None = None, **options: Any
+        self,
+        config: GFSConfig | None = None,
+        *,
+        loss_fn: GivenLoss | None = None,
+        on_alarm: Callable[[Event], Any] | None = None,
+        **options: Any,
     ) -> None:
         if config is not None and options:
             raise ConfigError(f"give either a config or options by name, not both ({', '.join(options)})")
         if config is not None and not isinstance(config, GFSConfig):
             raise ConfigError(f"`config` must be a GFSConfig, got {type(config).__name__}; see GFSArguments.config()")
         self.config = GFSConfig.from_options(**options) if config is None else config
-        self.on_alarm = on_alarm
+        if loss_fn is not None and not callable(loss_fn):
+            raise ConfigError(f"`loss_fn` must be a function of the model and its inputs, got {loss_fn!r}")
+        self.loss_fn, self.on_alarm = loss_fn, on_alarm
         self._guard = Guard(self.config.strict, self._close, on_alarm)
         self.monitor: StabilityMonitor | None = None
         self._trainer: weakref.ref[Any] | None = None
@@ -72,6 +88,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         self._reference: Reference | None = None
         self._publisher: Publisher | None = None
         self._verified = False
+        self._failures = 0  # of the loss before it was verified
 
     def set_trainer(self, trainer: Any) -> GFSCallback:
         """Measure the trainer's own loss; adds this callback to the trainer where it is not there yet.
@@ -110,22 +127,24 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         if self.monitor.history is None and state.is_world_process_zero:
             self.monitor.history = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
-        saw = self.monitor.saw
         if trainer is None:
-            self._replay = ModelReplay(model, saw, getattr(args, "gradient_accumulation_steps", 1))
+            self._replay = ModelReplay(model, self.loss_fn)
+        elif self.loss_fn is None:
+            self._replay = TrainerReplay(trainer, model)
         else:
-            self._replay = TrainerReplay(trainer, model, saw)
-        self._verified = False
+            self._replay = StepReplay(trainer, model, self.loss_fn)
+        self._verified, self._failures = False, 0
         if state.global_step > 0:
             self._resume(args, state)
 
     @guarded
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep this step's micro-batches where a measurement is due."""
-        if self.monitor is None or self._replay is None or not self.monitor.wants(state.global_step):
+        if self.monitor is None or self._replay is None:
             return
-        self._replay.start()
-        if not self._verified and not getattr(args, "fp16", False):
+        due = self.monitor.wants(state.global_step)
+        self._replay.start(due)
+        if due and not self._verified and not getattr(args, "fp16", False):
             self._reference = Reference(parameters_of(self.monitor.optimizer))
 
     @guarded
@@ -133,19 +152,22 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         """Measure: the weights are still those of the step, its micro-batches are all known."""
         if self.monitor is None or self._replay is None:
             return
-        if not self._replay.keeping:
-            self._publish(self.monitor.watch(state.global_step), state, control)
-            return
-        self._replay.keeping = False
+        monitor, replay, due = self.monitor, self._replay, self._replay.keeping
         try:
-            if not self._verified and not self._verify(self.monitor.model, self.monitor.optimizer):
+            replay.end()
+            usable = due and (self._verified or self._verify(monitor, replay))
+            if self._failures == _TRIES:
+                self._close()
                 return
-            measurement = self.monitor.step(
-                self._replay.loss, self._replay.inputs, state.global_step, micro_batches=True
-            )
+            if self.loss_fn is None or (self._verified and not monitor.remarks):  # else they are of another loss
+                for loss, examples in replay.losses:
+                    monitor.saw(loss, examples)
+            if usable:
+                measurement = monitor.step(replay.again(), replay.inputs, state.global_step, micro_batches=True)
+            else:
+                measurement = monitor.watch(state.global_step)
         finally:
-            if self._replay is not None:
-                self._replay.clear()
+            replay.clear()
         self._publish(measurement, state, control)
 
     @guarded
@@ -154,7 +176,12 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.monitor is None or not state.is_world_process_zero or not folder.is_dir():
             return
-        held = {"step": state.global_step, "verified": self._verified, "monitor": self.monitor.state_dict()}
+        held = {
+            "step": state.global_step,
+            "verified": self._verified,
+            "remarks": list(self.monitor.remarks),
+            "monitor": self.monitor.state_dict(),
+        }
         part = folder / f"{STATE_FILE}.part"
         try:
             torch.save(held, part)
@@ -180,36 +207,52 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         if self.monitor.should_stop:
             control.should_training_stop = True
 
-    def _verify(self, model: nn.Module, optimizer: Any) -> bool:
-        """Whether the replayed loss is the trainer's; measuring ends here where it is not."""
-        assert self._replay is not None
-        assert self.monitor is not None
-        exact, ranks = isinstance(self._replay, TrainerReplay), self.monitor.ranks
+    def _verify(self, monitor: StabilityMonitor, replay: Replay) -> bool:
+        """Whether the replayed loss can be measured. Where it is not the trainer's, measuring ends."""
+        ranks, problem = monitor.ranks, ""
+        monitor.remarks = ()
+        params = parameters_of(monitor.optimizer)
         try:
-            with self.monitor.together():
-                if not self._replay.inputs:
-                    raise MeasurementError("no forward pass of the model was seen during the step")
-                problem = disagreement(self._replay, model, parameters_of(optimizer), self._reference, ranks)
-                if ranks is not None and ranks.any(bool(problem)) and not problem:
-                    problem = "on another rank"
+            with monitor.together():
+                if not replay.inputs:
+                    raise MeasurementError(replay.unseen)
+                checkable = any(p.grad is not None for p in params)
+                if checkable or (isinstance(replay, ModelReplay) and self.loss_fn is None):
+                    problem = disagreement(replay, monitor.model, params, self._reference, ranks)
+                    if ranks is not None and ranks.any(bool(problem)) and not problem:
+                        problem = "on another rank"
         except Exception as error:
             if self.config.strict:
                 raise
-            problem = str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+            self._not_evaluated(error)
+            return False
         finally:
             if self._reference is not None:
                 self._reference.close()
                 self._reference = None
-        if not problem:
-            self._verified = True
-            return True
-        mend = "the trainer's loss does not repeat itself and cannot be measured" if exact else _SET_TRAINER
-        text = f"the loss of the training step could not be evaluated again ({problem}); {mend}"
-        if self.config.strict:
-            raise MeasurementError(text)
-        _warn(f"{text}. Nothing is measured in this run")
-        self._close()
-        return False
+        self._failures, self._verified = 0, checkable
+        if not checkable:
+            monitor.remarks = (_UNCHECKED,)
+        elif problem and self.loss_fn is not None:
+            monitor.remarks = (f"`loss_fn` is not the loss that is trained here ({problem}); the values belong to it",)
+        elif problem:
+            exact = isinstance(replay, TrainerReplay)
+            mend = "the trainer's loss does not repeat itself and cannot be measured" if exact else _SET_TRAINER
+            raise MeasurementError(f"the loss of the training step could not be evaluated again ({problem}); {mend}")
+        for remark in monitor.remarks:
+            self._guard.tell(remark)
+        return True
+
+    def _not_evaluated(self, error: Exception) -> None:
+        """The loss has failed before it was once verified: told once, and given up after several times."""
+        self._failures += 1
+        why = own_fault(error)
+        if not why:
+            problem = str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+            name = "the loss of the training step" if self.loss_fn is None else "`loss_fn`"
+            mend = f"; {_SET_TRAINER if self._trainer is None else _GIVE_LOSS}" if self.loss_fn is None else ""
+            why = f"{name} could not be evaluated again ({problem}){mend}"
+        self._guard.tell(f"{why}. It is tried at {_TRIES} due steps before nothing is measured any more", kind="tried")
 
     def _resume(self, args: Any, state: Any) -> None:
         given = getattr(args, "resume_from_checkpoint", None)
@@ -226,6 +269,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
                 raise ValueError(f"it belongs to step {held['step']}")
             self.monitor.load_state_dict(held["monitor"])
             self._verified = bool(held["verified"])
+            self.monitor.remarks = tuple(map(str, held.get("remarks", ())))
         except Exception as error:
             why = str(error).splitlines()[0] if str(error) else ""
             _warn(f"{path} cannot be used ({type(error).__name__}: {why}); measuring starts cold")

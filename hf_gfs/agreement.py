@@ -1,0 +1,95 @@
+"""Whether a loss that is evaluated again is the one that the trainer has differentiated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gfs_core import Isolation, MeasurementError, Objective
+from gfs_core.objective import LossFn
+from gfs_core.ranks import Ranks
+from gfs_core.vectors import Vector, clone, dense, dots, local
+from hf_gfs.replay import Replay
+
+_COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
+_LENGTH = 1e-3
+NO_GRADIENT = (
+    "no gradient is left when the optimizer is called, as where the steps are taken inside of the backward pass: the "
+    "loss cannot be compared with the trainer's"
+)
+
+
+def disagreement(
+    replay: Replay, model: nn.Module, params: Sequence[Tensor], reference: Reference | None, ranks: Ranks | None = None
+) -> str:
+    """Whether the replayed loss is what the trainer differentiated: a description of the difference, empty if none.
+
+    The replayed gradient is compared with the ``.grad`` fields in direction (they may have been clipped), and with
+    ``reference`` in length. Where the same evaluation twice does not give the same gradient, that noise is allowed for.
+    With several processes, ``ranks``, the ``.grad`` fields hold the mean over them, and the reference does not.
+
+    Raises:
+        MeasurementError: the replayed loss has no gradient, or one of the two is not finite; or no ``.grad`` is left.
+    """
+    pairs = [(p, p.grad) for p in params if p.grad is not None]
+    if not pairs:
+        raise MeasurementError(NO_GRADIENT)
+    true = [dense(local(g)) for _, g in pairs]
+    params = [p for p, _ in pairs]
+    loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
+    with Isolation(model, params, replay.again()) as isolation:
+        sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
+        objective = Objective(model, loss_fn, replay.inputs, params, isolation, ranks if sharded else None)
+        loss, own = objective.gradient()
+        again = own
+        if ranks is not None and not sharded:
+            again = clone(own)
+            ranks.mean_of(loss, again)
+        apart = _apart(again, true)
+        if math.isnan(apart):
+            raise MeasurementError("the gradient of the training step is not finite")
+        noise = 0.0
+        if apart > _COSINE:  # the same on all processes
+            noise = _apart(objective.gradient()[1], own)
+            noise = noise if ranks is None else ranks.mean(noise)
+    if apart > _COSINE + 10 * noise:
+        return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
+    if reference is not None and (length := reference.length()):
+        for g, p in zip(own, params, strict=True):
+            if p is reference.param and abs(float(g.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
+                return f"its gradient is {float(g.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
+    return ""
+
+
+def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """1 − cosine of the angle between two vectors."""
+    first: Vector = [t.detach().double() for t in a]
+    second: Vector = [t.detach().double() for t in b]
+    ab, aa, bb = dots([(first, second), (first, first), (second, second)])
+    if aa == 0.0 or bb == 0.0:
+        return 0.0 if aa == bb else 1.0
+    return 1 - ab / math.sqrt(aa * bb)
+
+
+class Reference:
+    """The gradient of one parameter before clipping, as a measure of the loss's scale."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.param = params[-1]
+        self._grad: Tensor | None = None
+        self._handle: Any = self.param.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
+
+    def _hook(self, param: Tensor) -> None:
+        self._grad = None if param.grad is None else param.grad.detach().clone()
+
+    def length(self) -> float:
+        """Norm of the gradient; 0 where there was none."""
+        return 0.0 if self._grad is None else float(self._grad.norm())
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._handle.remove()
+        self._grad = None

@@ -151,10 +151,16 @@ def combine(a: float, x: Vector, b: float, y: Vector) -> None:
 
 
 def mix_in(other: Vector | None, length: float, vector: Vector) -> None:
-    """``vector += length * other / ‖other‖``, in place; nothing for zero or ``None``."""
-    size = 0.0 if other is None else norm(other)
-    if other is not None and 0.0 < size < math.inf:
-        axpy(length / size, other, vector)
+    """``vector += ±length * other / ‖other‖``, in place; nothing for zero or ``None``.
+
+    The sign makes their inner product grow in magnitude: which way an eigenvector points is rounding's choice, and
+    ``-vector`` becomes minus the same.
+    """
+    if other is None:
+        return
+    square, along = dots([(other, other), (other, vector)])
+    if 0.0 < square < math.inf:
+        axpy(math.copysign(length / math.sqrt(square), along), other, vector)
 
 
 def copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ import gfs_core as gfs
 from gfs_core.batches import rotating_part
 from gfs_core.losses import MeanLoss
 from gfs_core.running import RunningSharpness
+from gfs_core.vectors import mix_in
 
 SPECTRUM = torch.tensor([4.0, 2.0, 1.0, -11.0], dtype=torch.float64)
 
@@ -386,3 +387,17 @@ def test_embeddings_that_a_batch_does_not_touch_are_no_zero() -> None:
             assert found.sharpness == pytest.approx(true, rel=0.05)
             compared += 1
     assert compared >= 3
+
+
+def test_which_way_an_eigenvector_points_does_not_matter_to_what_is_mixed_in() -> None:
+    other = [torch.tensor([3.0, 4.0]).double()]
+    for along in (1.0, -1.0):
+        ahead, back = [torch.tensor([along, 0.5]).double()], [torch.tensor([-along, -0.5]).double()]
+        expected = ahead[0] + math.copysign(0.2, 3 * along + 2) * torch.tensor([0.6, 0.8])
+        mix_in(other, 0.2, ahead)
+        mix_in(other, 0.2, back)
+        assert torch.allclose(ahead[0], expected, rtol=1e-12)
+        assert torch.equal(back[0], -ahead[0])
+    mix_in([torch.zeros(2).double()], 0.2, ahead)
+    mix_in(None, 0.2, ahead)
+    assert torch.equal(ahead[0], -back[0])

@@ -393,7 +393,7 @@ def test_which_way_an_eigenvector_points_does_not_matter_to_what_is_mixed_in() -
     other = [torch.tensor([3.0, 4.0]).double()]
     for along in (1.0, -1.0):
         ahead, back = [torch.tensor([along, 0.5]).double()], [torch.tensor([-along, -0.5]).double()]
-        expected = ahead[0] + math.copysign(0.2, 3 * along + 2) * torch.tensor([0.6, 0.8])
+        expected = ahead[0] + math.copysign(0.2, 3 * along + 2) * torch.tensor([0.6, 0.8]).double()
         mix_in(other, 0.2, ahead)
         mix_in(other, 0.2, back)
         assert torch.allclose(ahead[0], expected, rtol=1e-12)

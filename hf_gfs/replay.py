@@ -44,7 +44,7 @@ class _Seen:
 class Kept(dict[str, Any]):
     """The inputs of one micro-batch with what belongs to them, which goes along into every deep copy.
 
-    A part of it is a plain dictionary: its loss is a mean over the part.
+    A part of it is a plain dictionary: its loss is that of the part with its share of the items of the step.
     """
 
     def __init__(self, inputs: Mapping[str, Any], seen: _Seen) -> None:
@@ -53,6 +53,12 @@ class Kept(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         return Kept(copy.deepcopy(dict(self), memo), self.seen)
+
+
+def _labels(inputs: Mapping[str, Any]) -> int:
+    """How many labels are not masked; 0 where there are none to count."""
+    labels = inputs.get("labels")
+    return int((labels != -100).sum()) if isinstance(labels, Tensor) else 0
 
 
 class Replay:
@@ -76,6 +82,8 @@ class Replay:
         self.inputs: list[Kept] = []
         self.losses: list[tuple[Tensor, int | None]] = []
         self.keeping = False
+        self._labels = 0  # in the micro-batches kept
+        self._per_label: Any = None  # items of the step for each of them; None: it has no items
 
     def start(self, keeping: bool) -> None:
         """A step begins; its micro-batches are kept, or not."""
@@ -104,11 +112,22 @@ class Replay:
 
     def _remember(self, inputs: Mapping[str, Any], items: Any = None, weight: float = 1.0) -> None:
         seen = _Seen(RandomState([next(self.model.parameters())]), items, weight)
+        self._labels = _labels(inputs) + (self._labels if self.inputs else 0)
+        self._per_label = items / self._labels if items is not None and self._labels else None
         try:
             own = copied(dict(inputs))  # training may do with its own what it likes
         except (MeasurementError, torch.OutOfMemoryError):  # the measurement will say so
             own = dict(inputs)
         self.inputs.append(Kept(own, seen))
+
+    def _share(self, part: Mapping[str, Any]) -> Any:
+        """Items of a part, by its labels; ``None``: its loss is a mean over the part.
+
+        That mean is another loss where the trainer counts more items than there are targets: of a causal model it may
+        count the first label of each row, which is none.
+        """
+        labels = 0 if self._per_label is None else _labels(part)
+        return self._per_label * labels if labels else None
 
 
 class TrainerReplay(Replay):
@@ -155,10 +174,11 @@ class TrainerReplay(Replay):
         return _micro_batches(self.trainer) if scaled else 1.0
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
-        """The loss of one micro-batch as the trainer computes it; of a part of one, the mean over that part."""
+        """The loss of one micro-batch as the trainer computes it; of a part of one, with the part's share."""
         seen = _rewound(inputs)
+        items = self._share(inputs) if seen is None else seen.items
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
-            loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=seen and seen.items)
+            loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=items)
         if isinstance(loss, Tensor) and loss.ndim:
             loss = loss.mean()
         return loss if seen is None or seen.weight == 1.0 else loss * seen.weight  # type: ignore[no-any-return]
@@ -278,8 +298,9 @@ class ModelReplay(Replay):
         try:
             if self.loss_fn is not None:
                 return self.loss_fn(self.model, keywords)  # type: ignore[no-any-return]
-            if seen is not None and seen.items is not None:
-                keywords["num_items_in_batch"] = seen.items
+            items = self._share(inputs) if seen is None else seen.items
+            if items is not None:
+                keywords["num_items_in_batch"] = items
             loss = _loss_in(self.model(*keywords.pop(_ARGS, []), **keywords))
         finally:
             self._again = False

@@ -36,6 +36,7 @@ from gfs_core.vectors import Vector, axpy, dots, is_half, norm, random_like, sca
 Solver: TypeAlias = Literal["lanczos", "power"]
 _FAR = 0.8  # a warm start is far from a Ritz vector where the cosine of the angle is less
 _ROUNDING = 4  # what a product loses, in units of eps·‖H‖
+_NEAR = 100  # a residual that stays above the error of the products by more is slow, and not at its end
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class _Lanczos:
             if worst > 1:
                 open_ = max(r for r, o in zip(residuals, over, strict=True) if o > 1)
                 floor = max(rounding, 3 * self.product_error * self.bound)
-                if open_ <= floor or (self.product_error and stalled >= 15 * self.k):
+                if open_ <= floor or (stalled >= 15 * self.k and open_ <= _NEAR * floor and self.product_error):
                     reason = Reason.INEXACT_PRODUCTS
                 elif self.hvps >= self.max_hvps:
                     reason = Reason.MAX_PRODUCTS

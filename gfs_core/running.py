@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.eigen import largest_eigenvalues
-from gfs_core.vectors import Vector, clone, combine, dots, mix_in, random_like, scale
+from gfs_core.vectors import Vector, clone, combine, dots, mix_in, random_like
 
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
@@ -132,9 +132,6 @@ class RunningSharpness:
         if self.vector is None:
             first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS, basis=_START_BASIS)
             self.vector = first.vector
-            # An eigenvector has no sign, and what is mixed in later has: not the rounding of the solver is to choose.
-            if dots([(self.vector, random_like(self.vector, torch.Generator().manual_seed(0)))])[0] < 0:
-                scale(-1.0, self.vector)
             return first.value
         product = operator(self.vector)
         self._since += 1

@@ -263,3 +263,15 @@ def test_a_zero_is_only_believed_of_a_random_vector() -> None:
     operator, like = diagonal([0.0] * 5)
     result = gfs.largest_eigenvalues(operator, like, start=[[torch.eye(5, dtype=torch.float64)[0]]])
     assert (result.value, result.converged, result.hvps) == (0.0, True, 2)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-11])
+def test_slow_convergence_is_not_taken_for_the_error_of_the_products(error: float) -> None:
+    """A warm start beside the second of two close eigenvalues: its residual stays for long where it is, and rises."""
+    diagonal = torch.cat([torch.tensor([1.0, 0.999]), torch.linspace(-1, 0.99, 400)]).double()
+    start = torch.full_like(diagonal, 1e-3)
+    start[:2] = torch.tensor([1e-2, 1.0])
+    found = gfs.largest_eigenvalues(
+        lambda v: [diagonal * v[0]], [diagonal], start=[[start]], tol=1e-7, max_hvps=500, product_error=error
+    )
+    assert (found.value, found.converged) == (pytest.approx(1.0, abs=1e-9), True)

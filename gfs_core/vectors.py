@@ -121,7 +121,7 @@ def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
 
     Drawn where the tensors are, by a generator seeded from ``generator``, which is on the CPU: a billion numbers take
     milliseconds on a GPU and seconds on a CPU. Repeatable on one kind of device; the global random state is not
-    touched.
+    touched. The numbers are float32's, the same in every precision.
     """
     dtypes = [torch.float32 if is_half(t) else t.dtype for t in vector]
     sources = {torch.device("cpu"): generator}
@@ -129,7 +129,7 @@ def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
         seed = int(torch.randint(2**62, (), generator=generator))
         sources[device] = torch.Generator(device).manual_seed(seed)
     return [
-        torch.randn(t.shape, generator=sources[t.device], dtype=d, device=t.device)
+        torch.randn(t.shape, generator=sources[t.device], dtype=torch.float32, device=t.device).to(d)
         for t, d in zip(vector, dtypes, strict=True)
     ]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
+
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # trackio asks for it once, when anything imports it
 
 
 @pytest.fixture

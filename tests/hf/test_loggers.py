@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ MODES = pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
 
 
 @pytest.fixture(scope="session")
-def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs of trackio are kept: it asks for the folder once, when it is imported."""
-    folder = tmp_path_factory.mktemp("trackio")
-    os.environ["TRACKIO_DIR"] = str(folder)
-    import trackio  # noqa: F401 - importing it draws random numbers, and training would be the first to do so
+def trackio_folder() -> Path:
+    """Where all runs of trackio are kept: it asks for the folder once, when it is imported, maybe by other tests."""
+    import trackio  # importing it draws random numbers, and training would be the first to do so
 
-    return folder
+    return Path(trackio.utils.TRACKIO_DIR)
 
 
 def column(trainer: Trainer, key: str) -> list[tuple[int, float]]:

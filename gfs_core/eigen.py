@@ -189,7 +189,8 @@ class _Lanczos:
             if worst > 1:
                 open_ = max(r for r, o in zip(residuals, over, strict=True) if o > 1)
                 floor = max(rounding, 3 * self.product_error * self.bound)
-                if open_ <= floor or (stalled >= 15 * self.k and open_ <= _NEAR * floor and self.product_error):
+                in_vain = open_ <= _NEAR * floor or self._asymmetry() > floor
+                if open_ <= floor or (self.product_error and stalled >= 15 * self.k and in_vain):
                     reason = Reason.INEXACT_PRODUCTS
                 elif self.hvps >= self.max_hvps:
                     reason = Reason.MAX_PRODUCTS
@@ -200,6 +201,11 @@ class _Lanczos:
             del self.basis[len(self.lost) :]
             _rotate(self.basis, s[:, -self.k :].flip(1))
             return EigenResult(values, self.basis, residuals, self.hvps, reason is Reason.OK, reason)
+
+    def _asymmetry(self) -> float:
+        """How far VᵀH·V is from symmetric: the error that the products really have."""
+        square = self.coefficients[: len(self.lost)]
+        return float((square - square.T).abs().max())
 
     def _begin(self, start: Sequence[Vector]) -> None:
         """Start the basis from these vectors, and random ones where they are no basis."""

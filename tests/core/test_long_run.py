@@ -55,7 +55,7 @@ def test_hundreds_of_steps_leave_nothing_behind(tmp_path: Path) -> None:
         del loss
         if step % 100 == 99:
             found.append((counts(model, optimizer), len(str(monitor.state_dict()))))
-    assert len(gfs.read_history(tmp_path / "history.jsonl")) > 75
+    assert len(gfs.read_history(tmp_path / "history.jsonl")) > 40  # BatchNorm: running on whole batches, every 20 steps
     assert found[0][0]["hooks"] > 0
     assert all(now == found[1][0] for now, _ in found[2:]), found  # windows are full by then
     assert max(size for _, size in found[2:]) < 1.2 * found[1][1]

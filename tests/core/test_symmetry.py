@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -213,9 +214,10 @@ def test_what_is_found_then_is_an_eigenvalue_of_the_jacobian() -> None:
     batch = (X.double(), Y)
     true = torch.linalg.eigvals(jacobian(model, half_bootstrapped, batch)).real.max().item()
     with pytest.warns(gfs.GFSWarning, match="not symmetric"):
-        found = gfs.sharpness(model, half_bootstrapped, batch, tol=0.05)
-    assert found.converged
-    assert found.value == pytest.approx(true, rel=0.02)
+        found = [gfs.sharpness(model, half_bootstrapped, batch, tol=0.05, seed=seed) for seed in range(6)]
+    assert all(f.converged for f in found)
+    assert all(f.value == pytest.approx(true, rel=0.05) for f in found)  # as far as the tolerance goes, from any start
+    assert statistics.median(f.value for f in found) == pytest.approx(true, rel=0.02)
     constant = targets(model, batch)
     fixed = dense_hessian(lambda: F.mse_loss(taken(model, batch), constant), list(model.parameters()))
     assert abs(torch.linalg.eigvalsh(fixed)[-1].item() / true - 1) > 0.03

@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from gfs_core import GFSWarning
+
 logging.set_verbosity_error()
 
 TEXT = " ".join(topics[name] for name in sorted(topics)[:12])
@@ -114,6 +116,14 @@ def train(
         warnings.filterwarnings("always", category=UserWarning, message="gfs")
         trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def train_and_hear(make: Callable[[], Trainer], attach: Callable[[Trainer], None]) -> tuple[Trainer, list[str]]:
+    """The trained trainer, and what it was told by the package that is tested."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(make, attach)
+    return trainer, [str(w.message) for w in caught if issubclass(w.category, GFSWarning)]
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:

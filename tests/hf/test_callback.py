@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,7 +18,7 @@ import gfs_core as gfs
 from gfs_core.config import may_be_off
 from hf_gfs import GFSArguments, GFSCallback
 from tests.core.options import BESIDE, NOT_DEFAULT
-from tests.hf.clients import ALPHABET, Characters, arguments, gpt2, train
+from tests.hf.clients import ALPHABET, Characters, arguments, gpt2, train, train_and_hear
 from tests.wandb_files import logged
 
 
@@ -239,10 +238,7 @@ def test_a_model_without_a_loss(tmp_path: Path, mode: str) -> None:
     def make() -> Trainer:
         return OwnLoss(model=NoLoss(), args=arguments(tmp_path), train_dataset=Characters())
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = train(make, attached(every(2), mode))
-    told = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+    trainer, told = train_and_hear(make, attached(every(2), mode))
     assert trainer.state.global_step == 6
     if mode == "add_callback":
         assert len(told) == 1
@@ -320,10 +316,7 @@ def test_a_model_that_is_no_module(tmp_path: Path, mode: str) -> None:
     def make() -> Trainer:
         return Wrapped(model=gpt2(), args=arguments(tmp_path), train_dataset=Characters())
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = train(make, attached(every(2), mode))
-    told = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+    trainer, told = train_and_hear(make, attached(every(2), mode))
     assert trainer.state.global_step == 6
     if mode == "add_callback":
         assert len(told) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import Trainer
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
-from tests.hf.clients import ALPHABET, Characters, arguments, outcome, train
+from tests.hf.clients import ALPHABET, Characters, arguments, outcome, train, train_and_hear
 
 OPTIONS: dict[str, Any] = {
     "every": 2, "max_overhead": None, "tier": "sharpness", "running_every": None, "tol": 0.5, "max_hvps": 10
@@ -48,10 +47,7 @@ class Shares(Small):
 
 def run(make: Callable[[], Trainer], callback: GFSCallback, mode: str) -> tuple[Trainer, list[str]]:
     """The trained trainer and what was told."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = train(make, callback.set_trainer if mode == "set_trainer" else lambda t: t.add_callback(callback))
-    return trainer, [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]
+    return train_and_hear(make, callback.set_trainer if mode == "set_trainer" else lambda t: t.add_callback(callback))
 
 
 def steps(trainer: Trainer) -> list[int]:

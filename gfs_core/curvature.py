@@ -8,7 +8,9 @@ Two ways, and a choice between them:
 
 ``"auto"`` tries exact, then exact with attention in its plain (math) kernel and compiled code run eagerly,
 then goes over to gradients. Fused attention and compiled code have no second derivative. Others are infinite at single
-points, as that of a norm at zero: there a product is not finite, and differences reach over the point.
+points, as that of a norm at zero: there a product is not finite, and differences reach over the point. Of a loss that
+rounds its weights the exact product is that at the rounded weights, and differences tell nothing
+(:mod:`gfs_core.rounding`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from gfs_core.differences import ROUGH, Differences
 from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
 from gfs_core.precision import PrecisionChoice
+from gfs_core.rounding import rounds
 from gfs_core.vectors import Vector, axpy, clone, dense, dots, norm, owned, scale, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
@@ -41,6 +44,14 @@ NOT_SYMMETRIC = (
     "the loss holds something back from its gradient (`detach`, a target inside the loss, gradient reversal, weights "
     "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own "
     "Jacobian, by differences of gradients, which decides whether steps are stable; complex eigenvalues are not seen"
+)
+ROUNDED = (
+    "the loss rounds its weights or activations and takes the gradient straight through: the sharpness is that at the "
+    "rounded values, which decides whether steps are stable; there is no gradient flow to follow"
+)
+ONLY_ROUNDED = (
+    "the loss rounds its weights or activations (quantised training), so that its gradient jumps from step to step of "
+    "the rounding, and differences of gradients tell nothing; only exact products would, and {why}; nothing is measured"
 )
 AT_KINK = (
     "the loss has a kink at the present weights (the norm of a zero row, a ReLU of exactly 0): its curvature is "
@@ -57,12 +68,14 @@ class Learnt(NamedTuple):
         plain_kernels: whether exact products need attention's plain kernel, and compiled code run eagerly.
         symmetric: whether the curvature is symmetric, as far as is known.
         reach: the longest step of a difference that kinks of the loss leave certain.
+        rounded: whether the loss rounds its weights or activations.
     """
 
     trusted: bool = False
     plain_kernels: bool = False
     symmetric: bool = True
     reach: float = math.inf
+    rounded: bool = False
 
 
 NOTHING = Learnt()
@@ -109,6 +122,7 @@ class Hessian:
         plain_kernels: whether attention is known to need its plain kernel, and compiled code to run eagerly.
         symmetric: ``False`` where the curvature is known not to be symmetric.
         reach: the longest step of a difference, in the norm of the weights.
+        rounded: whether the loss is known to round its weights or activations.
 
     Attributes:
         hvps: products computed so far.
@@ -116,12 +130,13 @@ class Hessian:
         plain_kernels: whether exact products take attention's plain kernel, and run compiled code eagerly.
         symmetric: whether the curvature is symmetric, as far as is known. Where it is not, products are those of the
             gradient's own Jacobian J, by differences. A double backward takes what is detached as constant.
-        reason: why the products are not exact; empty where they are.
+        rounded: whether the loss rounds its weights or activations: products are those at the rounded ones.
+        reason: what is to be known about the products; empty where they are exact, and those of the loss itself.
         loss: the loss at the last product.
 
     Raises:
         MeasurementError: from a product, where ``method="exact"`` and there is no second derivative, or where products
-            come from gradients and the gradient jumps at the present weights.
+            come from gradients and the gradient jumps at the present weights, or everywhere, as by rounding.
     """
 
     def __init__(
@@ -132,6 +147,7 @@ class Hessian:
         plain_kernels: bool = False,
         symmetric: bool = True,
         reach: float = math.inf,
+        rounded: bool = False,
     ) -> None:
         if method not in ("auto", "exact", "gradients"):
             raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
@@ -142,7 +158,7 @@ class Hessian:
         self.loss = 0.0
         self.reason = ""
         self._graph: _Graph | None = None
-        self.plain_kernels, self.symmetric = plain_kernels, symmetric
+        self.plain_kernels, self.symmetric, self.rounded = plain_kernels, symmetric, rounded
         self._differences = Differences(objective, reach)
         self._missed: Vector | None = None  # what an exact product leaves out of the first difference
         self._may_fall_back = method == "auto"
@@ -155,7 +171,9 @@ class Hessian:
     def __call__(self, vector: Vector) -> Vector:
         """H·v, a new vector of the same shapes."""
         self.hvps += 1
-        check = None if self.trusted else self._from_gradients(vector)
+        if not self.trusted:
+            self._look_for_rounding()
+        check = None if self.trusted or self.rounded else self._from_gradients(vector)
         while self.method != "gradients":
             try:
                 if check is None:
@@ -169,6 +187,8 @@ class Hessian:
                     raise _NotFinite("it is not finite at these weights, as that of the norm of a zero vector")
                 if check is not None:
                     self._compare(product, check)
+                elif not self.trusted:
+                    self._check_symmetry(vector, product)
             except RuntimeError as error:
                 self._next_method(error)
             else:
@@ -185,6 +205,21 @@ class Hessian:
                 self.symmetric, self.reason = False, NOT_SYMMETRIC
         return product
 
+    def _look_for_rounding(self) -> None:
+        self.rounded = not self.objective.on_all(not rounds(self.objective))
+        if not self.rounded:
+            return
+        self.reason = ROUNDED
+        if self.method != "gradients":
+            self.objective.gradient()  # shows whether some weights hide from all but `.backward()`
+            if self.objective.needs_backward:
+                self.method = "gradients"
+        if self.method == "gradients":
+            asked = not self._may_fall_back
+            raise MeasurementError(
+                ONLY_ROUNDED.format(why="hvp='gradients' was asked for" if asked else "this model has none")
+            )
+
     def _is_symmetric(self, vector: Vector, product: Vector) -> bool:
         """Whether uᵀJv = vᵀJu, by one more difference; taken for true where differences are too rough to tell.
 
@@ -197,6 +232,18 @@ class Hessian:
             return True
         there, back = dots([(other, product), (vector, self._from_gradients(other))])
         return abs(there - back) <= max(_ASYMMETRIC, 3 * self.error) * square
+
+    def _check_symmetry(self, vector: Vector, product: Vector) -> None:
+        """Where differences cannot tell whether a double backward is complete: one that leaves out a part is lopsided.
+
+        Of a loss that is linear in some weight it may not be known; that is taken for a part that is left out.
+        """
+        back = self._exact_on_all(product)
+        square, there = dots([(product, product), (vector, back)])
+        graph = self._graph
+        cut = graph is not None and any(g is not None and not g.requires_grad for g in graph.gradient)
+        if not self.objective.on_all(not cut and abs(square - there) <= _ASYMMETRIC * square):
+            raise _SilentlyWrong("a double backward leaves out part of the model without an error")
 
     def _compare(self, product: Vector, check: Vector) -> None:
         missed = clone(check)
@@ -216,7 +263,7 @@ class Hessian:
     @property
     def learnt(self) -> Learnt:
         """What the Hessian of the next measurement may start from."""
-        return Learnt(self.trusted, self.plain_kernels, self.symmetric, self._differences.reach)
+        return Learnt(self.trusted, self.plain_kernels, self.symmetric, self._differences.reach, self.rounded)
 
     @property
     def precision(self) -> PrecisionChoice:
@@ -271,6 +318,8 @@ class Hessian:
             raise error
         if not self.plain_kernels:
             self.plain_kernels = True
+        elif self.rounded:
+            raise MeasurementError(ONLY_ROUNDED.format(why=f"this model has none ({text})")) from error
         elif self._may_fall_back:
             self.method = "gradients"
             self.reason = f"products come from differences of gradients: no second derivative ({text})"

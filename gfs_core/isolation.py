@@ -52,11 +52,14 @@ class Isolation:
         self._hooks = SilencedHooks(self.model, self.parameters)
         self._weights = [local(p).clone() for p in self.parameters]
         self._grads = [p.grad for p in self.parameters]
+        self._bindable = [t for t in [*self.parameters, *self.model.buffers()] if _has_place(t)]
         self._requires_grad = [p.requires_grad for p in self.parameters]
         roots: list[tuple[str, Any]] = [(name or "model", m) for name, m in self.model.named_modules()]
         self._state = PythonState(roots, self.parameters, [("loss_fn", self.loss_fn)])
         self._rng = RandomState(self.parameters)
         self._evaluated = False
+        self._bound: list[Tensor] = []  # the data of weights and buffers before an evaluation, …
+        self._rebound: list[tuple[Tensor, Tensor, int]] = []  # … of those to which it gave other data, and where
         self._driven: list[int] | None = None  # parameters that the loss itself moves; not known yet
         self._eager = contextlib.ExitStack()
         if "torch._dynamo" in sys.modules:
@@ -78,6 +81,7 @@ class Isolation:
             measured: the parameters that stay where they are; ``None``: all of them do.
         """
         if self._evaluated:
+            self._rebind()
             self._state.restore()
             self._state.guard()
             self._rng.restore()
@@ -85,6 +89,25 @@ class Isolation:
             if measured is not None:
                 self._restore_driven({id(p) for p in measured})
         self._evaluated = True
+        self._bound = [t.data for t in self._bindable]
+
+    def evaluated(self) -> None:
+        """The loss was evaluated: what it has given other data (``weight.data = …``) is noted, and bound back later.
+
+        Not here: a backward pass is to see what the loss has made of its weights.
+        """
+        for t, data in zip(self._bindable, self._bound, strict=True):
+            if t.data_ptr() != data.data_ptr() and t.shape == data.shape and t.dtype == data.dtype:
+                self._rebound.append((t, data, t.data_ptr()))
+        self._bound = []
+
+    def _rebind(self) -> None:
+        held, self._rebound = self._rebound, []
+        for t, data, place in held:
+            if t.data_ptr() == place:
+                t.data = data
+            else:  # a float32 copy for now
+                self._rebound.append((t, data, place))
 
     def shift(self, count: int) -> None:
         """Go on from another random state, another for each ``count`` > 0: the next evaluation draws other numbers."""
@@ -114,9 +137,12 @@ class Isolation:
             raise
         finally:
             self._eager.close()
-            del self._weights, self._grads, self._state
+            del self._weights, self._grads, self._state, self._bindable, self._rebound
 
     def _put_back(self) -> None:
+        if self._bound:  # broken off within the loss
+            self.evaluated()
+        self._rebind()
         self._state.restore()
         self.restore_weights()
         for p, grad, requires_grad in zip(self.parameters, self._grads, self._requires_grad, strict=True):
@@ -134,3 +160,8 @@ class Isolation:
     def leaks(self) -> list[str]:
         """Attributes too large to copy that the evaluation has changed in place, by name."""
         return self._state.leaks()
+
+
+def _has_place(tensor: Tensor) -> bool:
+    """Whether its data can be told from others by their address; sharded weights are moved about by FSDP itself."""
+    return tensor.layout is torch.strided and not hasattr(tensor, "to_local") and tensor.numel() > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.config import Tier
-from gfs_core.curvature import NOT_SYMMETRIC, NOTHING, Hessian, HvpMethod, Learnt
+from gfs_core.curvature import NOT_SYMMETRIC, NOTHING, ROUNDED, Hessian, HvpMethod, Learnt
 from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, Reason
@@ -93,6 +93,8 @@ def sharpness(
         )
         if not probe.hessian.symmetric:
             warnings.warn(f"gfs: {NOT_SYMMETRIC}", GFSWarning, stacklevel=2)
+        if probe.hessian.rounded:
+            warnings.warn(f"gfs: {ROUNDED}", GFSWarning, stacklevel=2)
         return found
 
 
@@ -148,6 +150,8 @@ def gfs_sharpness(
                 top = probe.top()
                 if not probe.hessian.symmetric:
                     raise MeasurementError(f"there is no gradient flow to follow: {NOT_SYMMETRIC}")
+                if probe.hessian.rounded:
+                    raise MeasurementError(ROUNDED)
                 flowing = probe.flow(top, None, tolerance, max_grads)
                 if math.isinf(horizon):
                     results.append(flow_to_the_end(flowing, 64 * learning_rate, loss_cutoff))
@@ -296,6 +300,7 @@ def measure(
         reasons += [r for r in (probe.hessian.reason, computed.reason) if r]
         if not probe.hessian.symmetric:  # no bound holds, and the field is the gradient of no loss that could flow down
             values.pop("residual", None)
+        if not probe.hessian.symmetric or probe.hessian.rounded:
             tiers = [tier for tier in tiers if tier not in ("gfs", "gfs_full")]
         dear = "gfs" in tiers or "gfs_full" in tiers
         if usable and dear and stability.threshold is not None and stability.learning_rate is not None:

@@ -684,8 +684,8 @@ class StabilityMonitor:
             self._sizes = Sizes(state.get("sizes", ()))
         if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
             self._method = state["method"]
-        trusted, plain, symmetric, reach = state.get("learnt", Learnt())
-        self._learnt = Learnt(bool(trusted), bool(plain), bool(symmetric), float(reach))
+        trusted, plain, symmetric, reach, rounded = state.get("learnt", Learnt())
+        self._learnt = Learnt(bool(trusted), bool(plain), bool(symmetric), float(reach), bool(rounded))
         if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
             self._precision = state["precision"]
         params = parameters_of(self.optimizer)

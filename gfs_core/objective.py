@@ -158,6 +158,8 @@ class Objective:
         own = self.precision.of(copied(batch, self._not_copied))  # the loss may do with its batch what it likes
         with torch.enable_grad(), self.allowance.counted():
             loss = self.loss_fn(self.model, own)
+        if self.isolation is not None:
+            self.isolation.evaluated()
         if loss is None:
             raise NoLoss("the loss is None, as of a batch that training skips: nothing is measured on such a batch")
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import random
 import threading
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -449,3 +450,67 @@ def test_a_teacher_and_a_queue_are_the_same_at_each_evaluation(hvp: str) -> None
     for product in products if hvp == "exact" else ():
         for a, b in zip(product, true, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _clipped(p: Tensor) -> Tensor:
+    return p.data.clamp(-0.2, 0.2)
+
+
+def _of_length_1(p: Tensor) -> Tensor:
+    return p.data / p.data.norm()
+
+
+@pytest.mark.parametrize("hvp", ["auto", "gradients"])
+@pytest.mark.parametrize("change", [_clipped, _of_length_1, lambda p: p.data.clone()])
+def test_a_loss_that_gives_its_weights_other_data_is_that_which_changes_them_in_place(change: Any, hvp: str) -> None:
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def in_place(m: nn.Module, x: Tensor) -> Tensor:
+        for p in m.parameters():
+            p.data.copy_(change(p))
+        return m(x).square().mean()
+
+    def bound_anew(m: nn.Module, x: Tensor) -> Tensor:
+        for p in m.parameters():
+            p.data = change(p)
+        return m(x).square().mean()
+
+    found = []
+    for loss in (in_place, bound_anew):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        loss(model, x)  # as training has done before it is measured
+        places = [p.data_ptr() for p in model.parameters()]
+        before = copy.deepcopy(model.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gfs.GFSWarning)
+            found.append(gfs.sharpness(model, loss, x, hvp=hvp, tol=1e-3, max_hvps=30).value)
+        assert_same(before, model.state_dict())
+        assert [p.data_ptr() for p in model.parameters()] == places
+    assert found[0] == pytest.approx(found[1], rel=1e-6) != pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+@pytest.mark.parametrize("hvp", ["auto", "gradients"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_the_loss_ties_together_are_two_again(dtype: torch.dtype, hvp: str, precision: str) -> None:
+    """A target network that is given the data of the other one: what is put back must not be written into both."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"online": nn.Linear(3, 3), "target": nn.Linear(3, 3).requires_grad_(False)})
+    model.register_buffer("scale", torch.ones(3))
+    model.to(dtype)
+    shared = torch.full((3,), 2.0, dtype=dtype)
+
+    def loss(m: Any, x: Tensor) -> Tensor:
+        for t, o in zip(m["target"].parameters(), m["online"].parameters(), strict=True):
+            t.data = o.data
+        m.scale.data = shared.to(m.scale.dtype)
+        return (m["online"](x.to(m.scale.dtype)) * m.scale - m["target"](x.to(m.scale.dtype))).square().mean()
+
+    before = copy.deepcopy(model.state_dict())
+    places = [t.data_ptr() for t in model.state_dict().values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gfs.GFSWarning)
+        gfs.sharpness(model, loss, torch.randn(4, 3).to(dtype), hvp=hvp, precision=precision, max_hvps=10)
+    assert_same(before, model.state_dict())
+    assert [t.data_ptr() for t in model.state_dict().values()] == places

@@ -53,6 +53,10 @@ ONLY_ROUNDED = (
     "the loss rounds its weights or activations (quantised training), so that its gradient jumps from step to step of "
     "the rounding, and differences of gradients tell nothing; only exact products would, and {why}; nothing is measured"
 )
+RESTING = (
+    "{} weights are zero at a kink of the loss (the norm of a zero row) and have no gradient: training does not move "
+    "them, and they are left out of the space"
+)
 AT_KINK = (
     "the loss has a kink at the present weights (the norm of a zero row, a ReLU of exactly 0): its curvature is "
     "infinite there, or set by a tiny `eps`, and nothing is measured; measuring goes on where training has left the "
@@ -132,6 +136,7 @@ class Hessian:
             gradient's own Jacobian J, by differences. A double backward takes what is detached as constant.
         rounded: whether the loss rounds its weights or activations: products are those at the rounded ones.
         reason: what is to be known about the products; empty where they are exact, and those of the loss itself.
+        resting: that some weights are left out of the space; empty where none are.
         loss: the loss at the last product.
 
     Raises:
@@ -156,7 +161,7 @@ class Hessian:
         self.trusted = trusted
         self.hvps = 0
         self.loss = 0.0
-        self.reason = ""
+        self.reason = self.resting = ""
         self._graph: _Graph | None = None
         self.plain_kernels, self.symmetric, self.rounded = plain_kernels, symmetric, rounded
         self._differences = Differences(objective, reach)
@@ -199,6 +204,8 @@ class Hessian:
         product = self._from_gradients(vector) if check is None else check
         if self._differences.at_kink:
             raise MeasurementError(AT_KINK)
+        if self._differences.resting:
+            self.resting = RESTING.format(self._differences.resting)
         if check is not None:
             self.trusted = True
             if self.symmetric and not self._is_symmetric(vector, check):
@@ -301,6 +308,11 @@ class Hessian:
     def release(self) -> None:
         """Drop the kept graph; to be called before the weights move."""
         self._graph = None
+
+    def forget_batches(self) -> None:
+        """To be called before products of other batches, which may have kinks of their own."""
+        self.release()
+        self._differences.forget_batches()
 
     def _may_be_met(self, error: RuntimeError) -> bool:
         """Whether another way to the product may get around this error."""

@@ -297,7 +297,7 @@ def measure(
                         top, usable, anew = _solve(probe, stability, warm, reasons, mix)
                         solved |= anew
                 values |= solved
-        reasons += [r for r in (probe.hessian.reason, computed.reason) if r]
+        reasons += [r for r in (probe.hessian.reason, probe.hessian.resting, computed.reason) if r]
         if not probe.hessian.symmetric:  # no bound holds, and the field is the gradient of no loss that could flow down
             values.pop("residual", None)
         if not probe.hessian.symmetric or probe.hessian.rounded:

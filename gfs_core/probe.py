@@ -78,12 +78,12 @@ class Probe:
     def on(self, batches: Sequence[Any]) -> Iterator[None]:
         """Measure on other batches for a while."""
         held, self.objective.batches = self.objective.batches, batches
-        self.hessian.release()
+        self.hessian.forget_batches()
         try:
             yield
         finally:
             self.objective.batches = held
-            self.hessian.release()
+            self.hessian.forget_batches()
 
     def top(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
+from gfs_core.probe import Probe
 from gfs_core.vectors import random_like
 from tests.core.reference import dense_hessian
 from tests.core.test_symmetry import ORDINARY
@@ -87,6 +88,87 @@ def test_it_is_told_once_and_measured_exactly_where_training_has_left_the_kink(h
     assert [m.sharpness for m in found[2:]] == [pytest.approx(t.item(), rel=1e-5) for t in truth]
     [text] = {str(w.message) for w in told if issubclass(w.category, gfs.GFSWarning)}
     assert "the loss has a kink at the present weights" in text
+
+
+class Sparse(Read):
+    """A penalty on how long each row is makes whole rows zero. Id 20 is zero and stays so while it is not seen."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__("norm", dtype)
+        self.read = lambda h: h[..., :1]
+        nn.init.normal_(self.embed.weight.data[7], generator=torch.Generator().manual_seed(1))
+        nn.init.zeros_(self.embed.weight.data[20])
+
+
+def penalised(model: Sparse, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return loss_fn(model, batch) + 0.1 * model.embed.weight.norm(dim=1).mean()
+
+
+def left_out(model: Sparse, batch: tuple[Tensor, Tensor]) -> Tensor:
+    kept = [i for i in range(25) if i != 20]
+    return loss_fn(model, batch) + 0.1 * model.embed.weight[kept].norm(dim=1).sum() / 25
+
+
+def without_20(step: int) -> tuple[Tensor, Tensor]:
+    x, y = ids(step)
+    return torch.where(x == 20, 3, x), y
+
+
+@pytest.mark.parametrize("hvp", ["auto", "gradients"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_a_norm_keeps_at_zero_are_left_out(dtype: torch.dtype, hvp: str) -> None:
+    model = Sparse(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tol = 1e-2 if dtype == torch.float32 else 1e-5
+    monitor = gfs.StabilityMonitor(
+        model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", hvp=hvp, tol=tol, running_parts=1)
+    )
+    found, truth = [], []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(3):
+            optimizer.zero_grad()
+            penalised(model, without_20(step)).backward()
+            hessian = dense_hessian(lambda s=step: left_out(model, without_20(s)), list(model.parameters()))
+            truth.append(torch.linalg.eigvalsh(hessian)[-1].item())
+            found.append(monitor.step(lambda b: penalised(model, b), without_20(step)))
+            optimizer.step()
+    assert not model.embed.weight[20].any()
+    assert [m.sharpness for m in found] == [pytest.approx(t, rel=2 * tol) for t in truth]
+    assert all(m.running_sharpness is not None for m in found)
+    texts = [str(w.message) for w in told if issubclass(w.category, gfs.GFSWarning)]
+    assert sum("4 weights are zero at a kink of the loss" in text for text in texts) == 1
+    x, y = ids(0)
+    x[0, 0] = 20
+    with pytest.raises(gfs.MeasurementError, match="the loss has a kink at the present weights"):
+        gfs.sharpness(model, penalised, (x, y), hvp=hvp)
+
+
+def test_a_kink_in_other_batches_than_the_first_is_noticed() -> None:
+    model = Read("normalize", torch.float64)
+    x, y = ids(0)
+    free = (torch.where(x == 7, 3, x), y)
+    with gfs.Isolation(model) as isolation:
+        probe = Probe(gfs.Objective(model, loss_fn, [(x, y)], isolation=isolation), hvp="gradients")
+        start = random_like(probe.objective.weights, torch.Generator().manual_seed(0))
+        with probe.on([free]):
+            probe.hessian(start)
+        with pytest.raises(gfs.MeasurementError, match="the loss has a kink at the present weights"):
+            probe.hessian(start)
+        with probe.on([free]):  # and it is not taken for one that has it
+            probe.hessian(start)
+
+
+def test_a_kink_beside_the_first_direction_is_noticed() -> None:
+    model = Read("normalize", torch.float64)
+    with gfs.Isolation(model) as isolation:
+        objective = gfs.Objective(model, loss_fn, [ids(0)], isolation=isolation)
+        hessian = gfs.Hessian(objective, "gradients")
+        along = random_like(objective.weights, torch.Generator().manual_seed(0))
+        along[0][7] = 0.0  # as a step that has not moved that row
+        hessian(along)
+        with pytest.raises(gfs.MeasurementError, match="the loss has a kink at the present weights"):
+            hessian(random_like(objective.weights, torch.Generator().manual_seed(1)))
 
 
 class Point(nn.Module):

@@ -280,6 +280,8 @@ def measure(
                 values["loss_probe"] = objective.loss()
                 along = _along_the_step(probe, before, directional)
                 values["directional_sharpness"] = along.sharpness
+                if along.sharpness is None:
+                    reasons.append("nothing along the last step: the weights have not moved, or by less than rounding")
                 if along.critical is not None:
                     if stability.learning_rate is not None:
                         values["critical_lr"] = stability.learning_rate * along.critical

@@ -51,7 +51,8 @@ from gfs_core.weights import Weights, fitted, moved, to_come
 T = TypeVar("T")
 _MIX_EVERY = 10  # measurements between two that mix other directions into the warm start
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
-_PASSING = ("come with its first step", "the learning rate is 0")  # reasons that nobody has to do anything about
+# Reasons that nobody has to do anything about.
+_PASSING = ("come with its first step", "the learning rate is 0", "the weights have not moved, or by less")
 _WAIT = 8  # measurements after which more examples are tried again; doubled by each failure for memory
 _SURE = 3  # steps in a row that pass the control by before it is told
 WHOLE_EVERY = 4  # times the interval of the running estimate where it needs whole batches: the price of one on a CPU

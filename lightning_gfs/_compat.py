@@ -32,6 +32,11 @@ def steps_with_this_batch(trainer: Any, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
 
 
+def takes_no_step(trainer: Any) -> bool:
+    """Whether this epoch only computes losses, as when stochastic weight averaging renews the batch statistics."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
 def logger_step(trainer: Any) -> int:
     """The step under which Lightning's own values of the next optimizer step are logged.
 

@@ -19,6 +19,7 @@ from gfs_core.help import filled_in
 from gfs_core.layout import WandbPanel, add_to_tensorboard
 from gfs_core.measurable import unmeasurable
 from lightning_gfs import _compat
+from lightning_gfs.steps import StepsSeen
 from lightning_gfs.window import Window, opened
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ OnAlarm = Callable[[Event], Any]
 _MANUAL = (
     "this module uses manual optimization, whose `training_step` takes optimizer steps itself and cannot be run again; "
     "pass `GFSCallback(loss_fn=...)` with `loss_fn(module, batch, batch_idx)` returning the loss"
+)
+_RARE = (
+    "the optimizer takes no step with some of the batches: what is measured is the loss of one batch, and where "
+    "gradients of several are added up, the noise of a step, and with it the running and the mean-square ratio, is less"
 )
 
 
@@ -85,6 +90,7 @@ class GFSCallback(_Base):
         self._resumed: dict[str, Any] = {}
         self._panels: list[WandbPanel] | None = None  # not yet set up
         self._window = Window()
+        self._steps: dict[str, StepsSeen] = {}  # under manual optimization, of each optimizer
         self._step = 0  # at the start of the batch
 
     @guarded
@@ -106,11 +112,13 @@ class GFSCallback(_Base):
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
         self._resumed = {}  # not that of a second fit, which begins anew
+        if not pl_module.automatic_optimization:
+            self._steps = {name: StepsSeen(monitor.optimizer) for name, monitor in self.monitors.items()}
 
     @guarded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure before the last micro-batch of an optimizer step: all are known, no graph is alive, no step begun."""
-        if not self.monitors:
+        if not self.monitors or _compat.takes_no_step(trainer):
             return
         last = _compat.steps_with_this_batch(trainer, batch_idx)
         if self._window.over or batch_idx % trainer.accumulate_grad_batches == 0:
@@ -138,8 +146,11 @@ class GFSCallback(_Base):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Hand the monitor the losses that training has computed for an optimizer step."""
-        if not self.monitors:
+        if not self.monitors or _compat.takes_no_step(trainer):
             return
+        for name, steps in self._steps.items():
+            if not steps.taken():
+                self.monitors[name].remarks = (_RARE,)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning's is divided by the micro-batches of a step.
@@ -181,16 +192,21 @@ class GFSCallback(_Base):
         return {name: monitor.state_dict() for name, monitor in self.monitors.items()}
 
     def _close(self) -> None:
-        for monitor in self.monitors.values():
-            monitor.close()
+        self._take_hooks_away()
         for panel in self._panels or ():
             panel.draw()
         self._panels = None
 
     def _give_up(self) -> None:
-        monitors, self.monitors = self.monitors, {}
-        for monitor in monitors.values():
+        self._take_hooks_away()
+        self.monitors = {}
+
+    def _take_hooks_away(self) -> None:
+        for monitor in self.monitors.values():
             monitor.close()
+        for steps in self._steps.values():
+            steps.close()
+        self._steps = {}
 
     def _losses_of(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
         """Loss of each optimizer by name; ``None``: the module's own ``training_step``.
@@ -199,6 +215,11 @@ class GFSCallback(_Base):
             ConfigError: ``loss_fn`` names another number of losses than there are optimizers.
             MeasurementError: it cannot be told what is to be measured.
         """
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise MeasurementError(
+                "`training_step(dataloader_iter)` takes its batches from the loader itself, so that none is known "
+                "before it runs; take `batch` in place of `dataloader_iter`"
+            )
         count = len(trainer.optimizers)
         if isinstance(self.loss_fn, Mapping):
             if len(self.loss_fn) != count:
@@ -214,11 +235,6 @@ class GFSCallback(_Base):
             raise MeasurementError(
                 f"there are {count} optimizers ({names}); pass `GFSCallback(loss_fn={{name: loss_fn, ...}})`, "
                 "one `loss_fn(module, batch, batch_idx)` for each in this order"
-            )
-        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise MeasurementError(
-                "`training_step(dataloader_iter)` takes its batches from the loader itself, so that it cannot be run "
-                "again on one; take `batch` in place of `dataloader_iter`"
             )
         if self.loss_fn is None and not module.automatic_optimization:
             raise MeasurementError(_MANUAL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from statistics import fmean as mean
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from gfs_core.ranks import Ranks
 
 _LOSS_MEMORY = 0.9  # per training step, in the mean loss; with more it lags behind a loss that falls fast
+_APART = 10  # steps between two means that are written down, at most
 _TRANSFER = 5  # steps whose losses an accelerator hands over together: each transfer waits for it
 
 
@@ -50,6 +53,46 @@ class MeanLoss:
         self._mean = None if value is None else float(value)
         self._open = []
         self._new.clear()
+
+
+class MeansOfLosses:
+    """The mean of the losses since it was last taken, to be written down; the first loss by itself."""
+
+    def __init__(self) -> None:
+        self.step = 0  # of the latest loss
+        self._taken: int | None = None  # step at which the mean was taken last
+        self._finite: list[float] = []
+        self._count = 0  # of the losses since then, finite or not
+
+    def add(self, step: int, loss: float) -> None:
+        """Take in the loss of a step."""
+        self.step, self._count = step, self._count + 1
+        if math.isfinite(loss):
+            self._finite.append(loss)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to take the mean, whatever else there is to be written."""
+        return self._count > 0 and (self._taken is None or self.step - self._taken >= _APART)
+
+    def take(self) -> tuple[float, float | None] | None:
+        """Mean and standard deviation of the finite ones; NaN where these are fewer than half; ``None``: no loss."""
+        finite, count = self._finite, self._count
+        if not count:
+            return None
+        self._taken, self._finite, self._count = self.step, [], 0
+        if 2 * len(finite) < count:
+            return math.nan, None
+        return mean(finite), (stdev(finite) if len(finite) > 1 else None)
+
+    def resume(self, step: int | None) -> None:
+        """Go on after ``step``, where there was one: what came before it has been written down."""
+        self.step, self._taken, self._finite, self._count = step or 0, step, [], 0
+
+    @property
+    def seen(self) -> int | None:
+        """The step of the latest loss; ``None`` before the first."""
+        return None if self._taken is None and not self._count else self.step
 
 
 class RecentLosses:

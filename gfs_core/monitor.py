@@ -35,7 +35,7 @@ from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
 from gfs_core.curvature import HvpMethod, Learnt
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss, own_fault
-from gfs_core.losses import MeanLoss, RecentLosses
+from gfs_core.losses import MeanLoss, MeansOfLosses, RecentLosses
 from gfs_core.measurable import unmeasurable
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
@@ -153,7 +153,9 @@ class StabilityMonitor:
         self._events: list[Event] = []  # that it is still to be called with
         self.should_stop = self.wants_checkpoint = False
         self.remarks: tuple[str, ...] = ()
-        self._losses = RecentLosses(self.ranks)
+        self._losses = RecentLosses(None if self.alarm is None else self.ranks)
+        self._means = MeansOfLosses()
+        self._step_seen = 0
         self._scheduler = scheduler_of(optimizer)
         self.control = Control(self.config.control, self.config.margin, stability.adaptive)
         if self._scheduler is not None:
@@ -246,8 +248,7 @@ class StabilityMonitor:
                 raise MeasurementError(f"it has the shape {tuple(loss.shape)}, and is no number")
             if "running" in self._cadence.every:
                 self._mean_loss.add(loss)
-            if self.alarm is not None:
-                self._losses.add(loss, examples)
+            self._losses.add(loss, examples)
 
     def watch(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
         """Let the early warning look at the losses seen and at ``measurement``; :meth:`step` does it by itself.
@@ -255,6 +256,7 @@ class StabilityMonitor:
         Returns:
             What is to be logged: the measurement, with the warning's state; or the state alone, where it changed.
         """
+        self._step_seen = step
         if self._resumed:
             self._resumed, self._resumed_at, self._history_begun = False, step, False
         with self._harmless("it was not looked whether the control acts"):
@@ -262,7 +264,10 @@ class StabilityMonitor:
         events: list[Event] = []
         with self._harmless("the early warning has not seen a step"):
             self._mean_loss.end_step()
-            events = self._warned(step, measurement)
+            now = measurement is not None
+            losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
+            events = self._warned(step, losses, measurement)
+            self._keep_losses(losses)
         if events and measurement is None:
             measurement = Measurement(step, self._label())
         if measurement is not None:
@@ -273,12 +278,28 @@ class StabilityMonitor:
             lost: dict[str, Any] = {name: None for name, value in values.items() if not math.isfinite(value)}
             measurement = replace(measurement, **lost, alarm=state, reasons=reasons)
             with self._harmless("a measurement is not in the history", alone=True):
-                self._write(measurement)
+                known = self._means.step == step  # else it was measured before the loss of its step was known
+                self._write(measurement, self._means.take() if known else None)
+        elif self._means.due:
+            self._write_losses()
         while self._events and self.on_alarm is not None:  # it may end the training by an exception of its own
             self.on_alarm(self._events.pop(0))
         return measurement
 
-    def _warned(self, step: int, measurement: Measurement | None) -> list[Event]:
+    def _keep_losses(self, losses: list[tuple[int, float, int]]) -> None:
+        """Take in losses for the history; an accelerator hands over several steps together."""
+        for step, loss, _ in losses if self.history is not None else ():
+            if self._means.due:
+                self._write_losses()
+            self._means.add(step, loss)
+
+    def _write_losses(self) -> None:
+        """Write a line for the losses alone."""
+        with self._harmless("a loss is not in the history", alone=True):
+            if (loss := self._means.take()) is not None:
+                self._write(None, loss)
+
+    def _warned(self, step: int, losses: list[tuple[int, float, int]], measurement: Measurement | None) -> list[Event]:
         """The changes of the early warning's state at this step."""
         if self.alarm is None:
             return []
@@ -286,8 +307,6 @@ class StabilityMonitor:
         if not self.control.holding and self._rates_on_host():
             rate = self._rate()
             changes.append(self.alarm.saw_rate(step, rate * self._scale(rate)))
-        now = measurement is not None
-        losses: list[tuple[int, float, int]] = self._agreed(lambda: self._losses.up_to(step, now), [])
         changes += [self.alarm.saw_loss(*seen) for seen in losses]
         if measurement is not None:
             for ratio, solved in ((measurement.running_stability_ratio, False), (measurement.stability_ratio, True)):
@@ -300,14 +319,19 @@ class StabilityMonitor:
             self._act_on(event)
         return events
 
-    def _write(self, measurement: Measurement) -> None:
+    def _write(self, measurement: Measurement | None, loss: tuple[float, float | None] | None) -> None:
+        """Write a measurement, or the loss alone."""
         if self.history is None:
             return
         try:
             if not self._history_begun:
                 history.begin(self.history, self._settings(), self._run, self.name, self._resumed_at)
                 self._history_begun = True
-            history.append(self.history, measurement, self._run)
+            if measurement is not None:
+                history.append(self.history, measurement, self._run, loss)
+            elif loss is not None:
+                mean = history.MeanOfLosses(self._means.step, *loss, self._label())
+                history.append_losses(self.history, mean, self._run)
         except (OSError, ValueError) as error:  # a path may be no path at all
             self._tell(f"the history cannot be written ({error}); training goes on without it")
             self.history = None
@@ -323,7 +347,10 @@ class StabilityMonitor:
             return otherwise
 
     def close(self) -> None:
-        """Take the control's hooks off the optimizer, and leave the other processes."""
+        """Take the control's hooks off the optimizer, write the last losses, and leave the other processes."""
+        if self._losses.ranks is None:  # others may have ended already, and would not answer
+            self._keep_losses(self._losses.up_to(self._step_seen, now=True))
+        self._write_losses()
         if self.ranks is not None:
             self.ranks.close()
         if self._overlay is not None:
@@ -647,6 +674,7 @@ class StabilityMonitor:
             "clock": self._cadence.clock.state(),
             "control": self.control.state_dict(),
             "alarm": None if self.alarm is None else [self.alarm.state_dict(), self._losses.state()],
+            "loss_seen": self._means.seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -719,6 +747,8 @@ class StabilityMonitor:
             alarm, losses = state["alarm"]
             self.alarm.load_state_dict(alarm)
             self._losses.load(losses)
+        seen = state.get("loss_seen")  # as in a state of the first release
+        self._means.resume(None if seen is None else int(seen))
 
     def _measure(
         self,

@@ -68,15 +68,20 @@ class Course(NamedTuple):
 
 
 def course_of(run: Run, loss_key: str | None = None) -> Course:
-    """How the training loss went: the one that was logged, or the one on the probe where that tells of worse.
+    """How the training loss went: as the monitor has seen it, as it was logged, and on the probe; the gravest counts.
 
     Raises:
         ConfigError: there is nothing under ``loss_key``.
     """
-    key = run.loss_key(loss_key)
-    curves = [c for c in (run.logged.get(key or ""), run.gfs.get("loss_probe")) if c is not None]
-    calm = _calm(run)
-    judged = [course(c, calm) for c in curves if c is curves[0] or len(c.steps) >= _FEWEST]
+    key, calm, seen = run.loss_key(loss_key), _calm(run), run.training_loss
+    curves = [c for c in (seen, run.logged.get(key or ""), run.gfs.get("loss_probe")) if c is not None]
+    if loss_key is not None:
+        curves.sort(key=lambda c: c is not run.logged[loss_key])  # the one that was asked for first
+    judged = [
+        course(c, calm, run.loss_spread if c is seen else None)
+        for c in curves
+        if c is curves[0] or len(c.steps) >= _FEWEST
+    ]
     found = next((c for c in judged if c.failed), next((c for c in judged if c.fate != "unknown"), Course("unknown")))
     if found.fate == "unknown" and judged:
         found = judged[0]
@@ -88,7 +93,7 @@ def course_of(run: Run, loss_key: str | None = None) -> Course:
     return found
 
 
-def course(loss: Curve, calm: bool = False) -> Course:
+def course(loss: Curve, calm: bool = False, spread: Curve | None = None) -> Course:
     """How one curve went: the end against the start and the best, in units of the progress that was made.
 
     The scatter of mini-batches is no measure of harm, for a run at chance scatters little. It only tells which
@@ -97,6 +102,7 @@ def course(loss: Curve, calm: bool = False) -> Course:
     Args:
         loss: the curve.
         calm: whether it was measured that the run was stable; then a slow rise counts for no harm.
+        spread: scatter of single losses, where the values are means of several; the first value is a single loss.
     """
     finite = np.isfinite(loss.values)
     steps, values = loss.steps[finite], loss.values[finite]
@@ -110,21 +116,25 @@ def course(loss: Curve, calm: bool = False) -> Course:
     if not finite[-1] or finite[-max(1, round(_PART * len(finite))) :].mean() < 0.5:
         broken = loss.steps[~finite][-1] if finite[-1] else loss.steps[np.flatnonzero(finite)[-1] + 1]
         return found._replace(fate="not finite", since=int(broken))
-    reach = max(8, round(_PART * len(values)))
-    noise = _noise(values[: int(at[lowest]) + reach])  # as long as the run went well
+    well = min(int(at[lowest]) + max(8, round(_PART * len(values))), len(values))  # as long as the run went well
+    noise = _noise(values[:well])
     sure = _SURE * noise * math.sqrt(2 / width)
-    progress = max(start - best, _SURE * noise)  # a first loss that is low by chance makes it no smaller
+    single = _single(values[:well], steps[0], steps[well - 1], spread)
+    progress = max(start - best, _SURE * single)  # a first loss that is low by chance makes it no smaller
     lost = (end - best) / progress if end - best > sure and progress > 0 else 0.0
     found = found._replace(lost=lost)
-    if _worse(values, end):
+    late = max(0, len(values) - max(8, len(values) // 3))
+    if _worse(values, end, _single(values[late:], steps[late], steps[-1], spread)):
         found = found._replace(fate="worse", since=int(steps[np.flatnonzero(values > start)[0]]))
     elif len(values) < _FEWEST:
         return found
+    elif lost >= _LOST and best >= start:
+        found = found._replace(fate="worse", since=int(steps[np.flatnonzero(values > start)[0]]))
     elif lost >= _LOST:
         gone = int(at[lowest + np.flatnonzero(smooth[lowest:] > best + max(_LOST * progress, sure))[0]])
         found = found._replace(fate="lost", since=int(steps[gone - (width - 1) // 2]))  # a median is half a window late
     elif end > start - _LITTLE * abs(start):
-        high = _blow_up(values, noise)
+        high = _blow_up(values, single)
         return found._replace(fate="flat") if high is None else found._replace(fate="blown up", since=int(steps[high]))
     else:
         risen = smooth - np.minimum.accumulate(smooth)
@@ -136,13 +146,12 @@ def course(loss: Curve, calm: bool = False) -> Course:
     return found
 
 
-def _worse(values: Values, end: float) -> bool:
+def _worse(values: Values, end: float, scatter: float) -> bool:
     """Whether the end is far above the first loss, and that was no low one by chance: next to none was below it."""
     start = float(values[0])
     if len(values) < 2 or (values[1:] <= start).mean() > _BELOW:
         return False
-    scatter = _FAR * _noise(values[-max(8, len(values) // 3) :]) if len(values) >= _FEWEST else 0.0
-    return end > start + max(scatter, _ABOVE * abs(start))
+    return end > start + max(_FAR * scatter, _ABOVE * abs(start))
 
 
 def _blow_up(values: Values, noise: float) -> int | None:
@@ -169,6 +178,15 @@ def _noise(values: Values) -> float:
     return 1.4826 * float(np.median(np.abs(changes))) / math.sqrt(6) if len(changes) else 0.0
 
 
+def _single(values: Values, first: int, last: int, spread: Curve | None) -> float:
+    """How far single losses scatter, of which the values are means where there is a spread."""
+    if spread is not None:
+        there = spread.values[(spread.steps >= first) & (spread.steps <= last)]
+        if len(there):
+            return float(np.median(there))
+    return _noise(values)
+
+
 def _drifts(smooth: Values, lowest: int) -> bool:
     """Whether the rise from the best to the end took its time, or the loss had risen as far before and come back."""
     rise = float(smooth[-1] - smooth[lowest])
@@ -188,17 +206,19 @@ def _calm(run: Run) -> bool:
 
 
 def _past(run: Run) -> bool:
-    """Whether it was measured, lately, that the steps were past the edge."""
+    """Whether the steps were past the edge when that was last measured, be it long ago."""
     found = main_ratio(run)
-    plain = found is not None and found.lately and float(np.median(found.curve.tail(_PART))) > 1
-    return plain or past_in_mean_square(run)
+    return past_in_mean_square(run) or (found is not None and float(np.median(found.curve.tail(_PART))) > 1)
 
 
 def _broken(run: Run, key: str | None) -> int | None:
     """The step from which on the loss was not finite, where its own curve does not show it; ``None``: it was finite."""
     told = [m for m in run.marks if m.reason in _INFINITE]
-    if key is None and told:  # a history holds finite values only
-        later = [c.steps[-1] for name, c in run.gfs.items() if name != "alarm"]
+    if key is None and told:  # a history says when the loss was not finite, or has finite values only
+        held = (
+            [c for name, c in run.gfs.items() if name != "alarm"] if run.training_loss is None else [run.training_loss]
+        )
+        later = [c.steps[-1] for c in held]
         return told[-1].step if max(later, default=-1) <= told[-1].step else None
     norm = run.logged.get("grad_norm", run.logged.get("train/grad_norm"))
     if norm is not None and not math.isfinite(norm.last):  # the Hugging Face Trainer then logs a loss of 0

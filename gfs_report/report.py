@@ -128,7 +128,8 @@ def pictures_of(run: Run, loss_key: str | None = None) -> list[Picture]:
             "loss",
             _lines(
                 (f"training loss ({key})", run.logged.get(key or ""), BLUE, "line"),
-                ("loss on the probe", of("loss_probe"), SKY if key else BLUE, "line"),
+                ("training loss, as measured", run.training_loss, GREEN if key else BLUE, "line"),
+                ("loss on the probe", of("loss_probe"), SKY, "line"),
             ),
             log=True,
             marks=run.marks,

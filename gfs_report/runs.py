@@ -72,6 +72,9 @@ class Run:
         optimizer: the optimizer's name; empty where the log does not say.
         gfs: what this package measured, by log key without ``gfs/``; finite values only.
         logged: what the user logged, by its own key; values may be infinite or NaN.
+        training_loss: means of the loss that was trained, over the steps since the value before, as the monitor has
+            seen them; the first is of one step. NaN where the loss was not finite; ``None``: the monitor was not told.
+        loss_spread: standard deviation of the single losses about such a mean; finite values only.
         marks: rises of the early warning.
         reasons: why values could not be had, each with the number of measurements that say so.
         settings: the options and facts that the history begins with.
@@ -85,6 +88,8 @@ class Run:
     optimizer: str = ""
     gfs: dict[str, Curve] = field(default_factory=dict)
     logged: dict[str, Curve] = field(default_factory=dict)
+    training_loss: Curve | None = None
+    loss_spread: Curve | None = None
     marks: list[Mark] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -110,14 +115,16 @@ class Run:
         return next(iter([*curves, *found]), None)
 
     def loss(self, wanted: str | None = None) -> Curve | None:
-        """The training loss as logged; on the probe where it was not logged; ``None`` where there is neither."""
+        """The training loss as logged, else as the monitor has seen it, else on the probe; ``None``: there is none."""
         key = self.loss_key(wanted)
-        return self.gfs.get("loss_probe") if key is None else self.logged[key]
+        seen = self.gfs.get("loss_probe") if self.training_loss is None else self.training_loss
+        return seen if key is None else self.logged[key]
 
     @property
     def steps(self) -> tuple[int, int]:
         """First and last step at which anything was logged."""
-        ends = [(int(c.steps[0]), int(c.steps[-1])) for c in (*self.gfs.values(), *self.logged.values())]
+        curves = [*self.gfs.values(), *self.logged.values(), *([self.training_loss] if self.training_loss else [])]
+        ends = [(int(c.steps[0]), int(c.steps[-1])) for c in curves]
         return min(a for a, _ in ends), max(b for _, b in ends)
 
 
@@ -148,7 +155,7 @@ def read_run(path: str | Path, optimizer: str | None = None, part: int | None = 
             run.notes.append(f"{source.name} was left out: {error}")
     if part is not None and not any(s.suffix == ".jsonl" for s in run.sources):
         raise ConfigError(f"{path} holds no history, and only a history has parts; leave --part out")
-    if not run.gfs and not run.logged:
+    if not run.gfs and not run.logged and run.training_loss is None:
         why = f" ({'; '.join(run.notes)})" if run.notes else ""
         raise ConfigError(f"{path} holds no logged value{why}")
     return run
@@ -191,7 +198,7 @@ def _add(run: Run, source: Path, optimizer: str | None, part: int | None) -> Non
     if run.part < run.parts:
         return
     if source.suffix == ".jsonl":
-        if run.gfs and source.name.startswith("history"):
+        if run.sources and source.name.startswith("history"):
             raise _Several("there are several histories here; give the path of one of them")
         _add_history(run, source, optimizer, part)
     elif "tfevents" in source.name:
@@ -218,13 +225,16 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
         run.notes.append(
             f"{source.name} holds {run.parts} trainings; this is part {run.part}{began}. --part N shows another one."
         )
-    names = sorted({m.optimizer_name for m in measurements})
+    names = sorted({m.optimizer_name for m in measurements} | {m.optimizer_name for m in training.losses})
     if optimizer is not None and optimizer not in names:
         raise _Several(f"there is no optimizer {optimizer!r}; there are {', '.join(map(repr, names))}")
     if optimizer is None and len(names) > 1:
         raise _Several(f"it holds several optimizers, {', '.join(map(repr, names))}; name one of them")
     held = [m for m in measurements if optimizer in (None, m.optimizer_name)]
-    run.optimizer = held[0].optimizer_name
+    run.optimizer = names[0] if optimizer is None else optimizer
+    losses = [loss for loss in training.losses if loss.optimizer_name == run.optimizer]
+    run.training_loss = _curve(((loss.step, loss.value) for loss in losses), finite=False)
+    run.loss_spread = _curve(((x.step, x.spread) for x in losses if x.spread is not None), finite=True)
     run.settings = training.settings
     points: dict[str, list[tuple[int, float]]] = {}
     state = 0

@@ -82,7 +82,7 @@ def _destroyed(c: Course) -> str:
         return f"This run is destroyed: its loss blew up at step {c.since} and ended at {c.end:.3g}, where {begun}."
     if c.fate == "stuck":
         ended = f"its loss ended at {c.end:.3g}, near where {begun}"
-        return f"This run is destroyed: {ended}, and its steps are past the edge."
+        return f"This run is destroyed: {ended}, and its steps were past the edge when that was last measured."
     if c.fate == "worse":
         return f"This run is destroyed: its loss ended at {c.end:.3g}, far above its start: {begun}."
     lost = "all that it had gained" if c.lost >= 1 else f"{c.lost:.0%} of what it had gained"

@@ -249,3 +249,19 @@ def test_the_batch_index_of_each_micro_batch_is_its_own(tmp_path: Path) -> None:
     trainer.fit(Module(), DataLoader(TensorDataset(*digits()), 16))
     assert set(asked) == {0, 1, 2, 6, 7, 8}
     assert asked[:3] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_history_holds_the_same_training_losses(tmp_path: Path, count: int) -> None:
+    found = {}
+    for name, run in {"plain": plain, **ADAPTERS}.items():
+        folder = tmp_path / name.replace(" ", "-")
+        run(folder, 16, count)
+        [part] = gfs.history_parts(folder / "history.jsonl")
+        steps = [-1, *(m.step for m in part.losses)]
+        assert (steps[1], steps[-1]) == (0, STEPS - 1)
+        means = [m.value for m in part.losses]
+        found[name] = [means[0], sum(m * (b - a) for m, a, b in zip(means, steps, steps[1:], strict=False))]
+    assert all(values == pytest.approx(found["plain"], rel=1e-5) for values in found.values()), found
+    assert found["plain"][0] == pytest.approx(2.3, abs=0.1)
+    assert 0 < found["plain"][1] < STEPS * found["plain"][0]

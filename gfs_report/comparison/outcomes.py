@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gfs_core import ConfigError
+from gfs_core.history import TRAINING_LOSS
 from gfs_report.comparison.sets import RunSet
 from gfs_report.losses import Values, count_spikes, course_of
 from gfs_report.runs import Curve, Run
@@ -72,7 +73,8 @@ def metric_of(sets: Sequence[RunSet]) -> str:
     keys: dict[str, str] = {}
     for one in sets:
         for name, run in one.runs.items():
-            key = run.loss_key() or ("gfs/loss_probe" if "loss_probe" in run.gfs else None)
+            own = [f"gfs/{name}" for name in (TRAINING_LOSS, "loss_probe") if curve_of(run, f"gfs/{name}") is not None]
+            key = run.loss_key() or next(iter(own), None)
             if key is not None:
                 keys.setdefault(key, f"{one.name}: {name}")
     if not keys:
@@ -85,6 +87,8 @@ def metric_of(sets: Sequence[RunSet]) -> str:
 
 def curve_of(run: Run, key: str) -> Curve | None:
     """What was logged under a key, the user's own or this package's."""
+    if key == f"gfs/{TRAINING_LOSS}":
+        return run.training_loss
     return run.logged[key] if key in run.logged else run.gfs.get(key.removeprefix("gfs/"))
 
 

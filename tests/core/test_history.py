@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,3 +128,88 @@ def test_the_settings_are_those_of_the_part(tmp_path: Path) -> None:
     assert history.read_settings(path, 0) == {"of": "a"}
     assert history.read_settings(path, 2) == {}
     assert [json.loads(line).get("run") for line in path.read_text().splitlines()] == ["a", "a", "b", "b", "c"]
+
+
+def trained_with_losses(path: Path, losses: list[float], every: int = 1000) -> gfs.StabilityMonitor:
+    training = Training(path)
+    config = gfs.GFSConfig(tier="sharpness", every=every, running_every=None, max_overhead=None, history=str(path))
+    monitor = gfs.StabilityMonitor(training.model, training.optimizer, config)
+    for step, loss in enumerate(losses):
+        monitor.step(lambda b: training.model(b).square().mean(), torch.ones(4, 3), step, loss=loss)
+    return monitor
+
+
+def test_the_history_holds_the_training_loss_of_every_step(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    given = [5.0, *np.linspace(4, 1, 26)]
+    monitor = trained_with_losses(path, given)
+    [before] = gfs.history_parts(path)
+    assert [m.step for m in before.losses] == [0, 10, 20]
+    monitor.close()
+    [part] = gfs.history_parts(path)
+    assert [m.step for m in part.losses] == [0, 10, 20, 26]
+    assert [m.value for m in part.losses] == pytest.approx(
+        [5.0, np.mean(given[1:11]), np.mean(given[11:21]), np.mean(given[21:])]
+    )
+    assert part.losses[0].spread is None
+    assert part.losses[1].spread == pytest.approx(np.std(given[1:11], ddof=1))
+    assert [m.step for m in part.measurements] == [0]  # a line for the loss alone is no measurement
+    monitor.close()
+    assert gfs.history_parts(path) == [part]
+
+
+def test_a_measurement_has_the_mean_since_the_line_before(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    trained_with_losses(path, [4.0, 3.0, 2.0, 1.0, 0.0], every=2).close()
+    [part] = gfs.history_parts(path)
+    assert [(m.step, m.value) for m in part.losses] == [(0, 4.0), (2, 2.5), (4, 0.5)]
+    assert [m.step for m in part.measurements] == [0, 2, 4]
+
+
+def test_losses_that_are_not_finite_are_null_once_most_of_them_are(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    losses = [2.0] * 21
+    losses[5] = math.inf  # one of ten
+    trained_with_losses(path, losses + [math.nan] * 10).close()
+    held = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["training_loss"] for row in held if "training_loss" in row][-1] is None
+    [part] = gfs.history_parts(path)
+    assert {m.value for m in part.losses if m.step <= 20} == {2.0}
+    assert math.isnan(part.losses[-1].value)
+    assert part.losses[-1].step == 30
+
+
+def test_a_resumed_training_goes_on_with_its_losses(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    monitor = trained_with_losses(path, [9.0] + [1.0] * 14)
+    state = monitor.state_dict()
+    monitor.close()
+    assert [m.step for m in gfs.history_parts(path)[-1].losses] == [0, 10, 14]
+    training = Training(path)
+    resumed = gfs.StabilityMonitor(training.model, training.optimizer, gfs.GFSConfig(history=str(path), every=1000))
+    resumed.load_state_dict(torch.load(saved(state, tmp_path), weights_only=True))
+    for step in range(15, 25):
+        resumed.saw(3.0)
+        resumed.watch(step)
+    [part] = gfs.history_parts(path)
+    assert [(m.step, m.value) for m in part.losses] == [(0, 9.0), (10, 1.0), (14, 1.0), (24, 1.0)]
+
+
+def saved(state: dict[str, object], folder: Path) -> Path:
+    torch.save(state, folder / "state.pt")
+    return folder / "state.pt"
+
+
+def test_a_training_that_was_not_measured_has_its_losses(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.append(path, gfs.Measurement(3, "SGD"), "a", (0.5, None))
+    [part] = gfs.history_parts(path)
+    assert part.losses == [history.MeanOfLosses(3, 0.5, None, "SGD")]
+    assert part.measurements == []
+
+
+def test_a_history_without_losses_is_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"settings": {"every": 10}}\n{"step": 0, "sharpness": 2.0}\n')
+    [part] = gfs.history_parts(path)
+    assert (part.losses, part.measurements) == ([], [gfs.Measurement(0, sharpness=2.0)])

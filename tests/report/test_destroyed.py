@@ -80,6 +80,8 @@ def test_a_destroyed_run_is_called_that_first(name: str, tmp_path: Path) -> None
     assert found.do.startswith("Start again")
     assert "may be lower than it need be" not in found.do
     assert "Nothing has to be done" not in found.do
+    alone = judge(read_run(tmp_path / "history.jsonl"))  # nothing was logged
+    assert alone.failed, alone.summary
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -89,6 +91,9 @@ def test_a_healthy_run_is_not_called_destroyed(name: str, tmp_path: Path) -> Non
     assert found.fate in HEALTHY[name][3]
     assert "destroyed" not in " ".join(found.sentences)
     assert "Start again" not in found.do
+    alone = judge(read_run(tmp_path / "history.jsonl"))
+    assert alone.fate == found.fate
+    assert alone.course.start == pytest.approx(read_run(tmp_path / "history.jsonl").training_loss.values[0])
 
 
 def test_every_format_says_it_first(tmp_path: Path) -> None:

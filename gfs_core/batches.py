@@ -59,13 +59,16 @@ def rotating_part(batch: Any, parts: int, turn: int) -> Any:
 
 
 def all_parts(batches: Sequence[Any], parts: int) -> list[tuple[Any, float]]:
-    """All that :func:`rotating_part` gives of each batch, each with its share of the mean over the batches."""
+    """All that :func:`rotating_part` gives of each batch, each with its share of the mean over the batches.
+
+    Where it would cut none of them, as none has four examples, each example is a part.
+    """
     out: list[tuple[Any, float]] = []
     for batch in batches:
         size = batch_size(batch) or 1
         found = [rotating_part(batch, parts, turn) for turn in range(max(min(parts, size // 2), 1))]
         out += [(part, (batch_size(part) or 1) / size / len(batches)) for part in found]
-    return out
+    return out if len(out) > len(batches) else pieces(batches, 1)
 
 
 def pieces(batches: Sequence[Any], count: int | None) -> list[tuple[Any, float]]:

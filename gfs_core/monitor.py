@@ -40,7 +40,7 @@ from gfs_core.measurable import unmeasurable
 from gfs_core.measure import SOLVED, Running, WarmStart, measure
 from gfs_core.measurement import Measurement
 from gfs_core.memory import GIB, OverLimit, vector_bytes
-from gfs_core.parts import normalises_over_batch, why_whole
+from gfs_core.parts import UNTRIED, normalises_over_batch, why_whole
 from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
 from gfs_core.running import RunningSharpness
@@ -532,6 +532,7 @@ class StabilityMonitor:
                         precision=self._precision,
                         seed=self.config.seed,
                         ranks=self._global,
+                        max_memory=self.config.max_memory,
                     )
                 whole = bool(why) if self.ranks is None else self.ranks.any(bool(why))
         except Exception as error:
@@ -549,6 +550,12 @@ class StabilityMonitor:
         if splits is False:
             asked = [name for name in ("probe_size", "micro_batch") if getattr(self.config, name) is not None]
             ignored = f", and {' and '.join(asked)} cannot be used" if asked else ""
+            if UNTRIED in why:
+                self._tell(
+                    "it is not known whether the loss of a batch is the mean over its parts, so whole batches are "
+                    f"measured{ignored}: {why}"
+                )
+                return
             self._tell(
                 f"the loss of a batch is not the mean over its parts, so whole batches are measured{ignored}: {why}"
             )

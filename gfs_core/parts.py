@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gfs_core.batches import all_parts, examples_of, first_of_all
 from gfs_core.errors import own_fault
 from gfs_core.isolation import Isolation
+from gfs_core.memory import GIB, OverLimit, bytes_of_check
 from gfs_core.objective import LossFn, Objective
 from gfs_core.precision import Precision, PrecisionChoice
 from gfs_core.ranks import Ranks, alone
@@ -37,6 +38,8 @@ _NOISE = 2.0  # of two differences between independent draws, the one over the o
 _SCATTER = 4.0  # standard errors
 _FEWEST = 8  # parts that are tried, where there are examples enough: the smaller they are, the plainer the difference
 _FAR = 0.1  # of the weights' length: how far the second place is away
+
+UNTRIED = "alone would keep more than `max_memory` allows"
 
 
 class _Seen(NamedTuple):
@@ -65,11 +68,12 @@ def why_whole(
     precision: PrecisionChoice = "auto",
     seed: int = 0,
     ranks: Ranks | None = None,
+    max_memory: float | None = None,
 ) -> str:
-    """Why the loss of these batches is not the mean over their parts; empty where it is.
+    """Why the loss of these batches is not the mean over their parts, or could not be tried; empty where it is.
 
     Costs four gradients of the batches, six where the loss draws random numbers, and up to six copies of the weights.
-    Where the batches do not fit into memory, half of their examples are tried in their place, and so on.
+    Where the batches do not fit into memory, half of their examples are tried in their place, and so on down to two.
 
     Args:
         model: in whose isolation it is tried.
@@ -80,6 +84,8 @@ def why_whole(
         precision: as in :class:`~gfs_core.GFSConfig`.
         seed: of the direction.
         ranks: the processes, which have to act together where they share the weights; otherwise each tries by itself.
+        max_memory: as in :class:`~gfs_core.GFSConfig`; of processes that share the weights none can do with less alone,
+            and they take what they need.
 
     Raises:
         MeasurementError: the loss of the whole is not finite, or no loss.
@@ -87,17 +93,21 @@ def why_whole(
     """
     computed = Precision(precision, model, params)
     ranks = ranks if any(spread(p) for p in params) else None
+    room = None if max_memory is None or ranks is not None else int(max_memory * GIB) - bytes_of_check(params)
     with Isolation(model, params) as isolation, alone(model), computed.governing():
         while True:
             try:
-                objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed)
+                objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, memory=room)
                 with objective.in_float32():
                     return _compared(objective, all_parts(batches, max(parts, _FEWEST)), seed)
-            except torch.OutOfMemoryError:
-                count = (examples_of(batches) or 0) // 2
-                if count < 2 or ranks is not None:
+            except torch.OutOfMemoryError as error:
+                count = examples_of(batches) or 0
+                if count > 2 and ranks is None:
+                    batches = first_of_all(batches, max(count // 2, 2))
+                elif isinstance(error, OverLimit):
+                    return f"{'two examples' if count else 'a batch'} {UNTRIED}"
+                else:
                     raise
-                batches = first_of_all(batches, count)
 
 
 def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> str:

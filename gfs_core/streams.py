@@ -11,6 +11,7 @@ import itertools
 import random
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -44,8 +45,8 @@ class RandomState:
             torch.cuda.set_rng_state(state, device)
 
     def shift(self, count: int) -> None:
-        """Go over to other random states, which follow from these and ``count``."""
-        chosen = random.Random(f"{hash(self.python)} {count}")
+        """Go over to other random states, which follow from these and ``count``: the same in every process."""
+        chosen = random.Random(f"{zlib.crc32(repr(self.python).encode())} {count}")
         random.seed(chosen.getrandbits(32))
         if self.numpy is not None:
             sys.modules["numpy"].random.seed(chosen.getrandbits(32))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 import gfs_core as gfs
 from gfs_core.batches import all_parts, rotating_part
+from gfs_core.memory import GIB
 from gfs_core.parts import why_whole
 
 B, WIDTH = 48, 8
@@ -394,3 +397,74 @@ def test_it_is_tried_again_after_a_failure() -> None:
         later = [monitor.step(loss_of, PAIR) for _ in range(6)]
     assert any(m is not None and m.running_sharpness > 0 for m in later)
     assert [text_ for w in caught if (text_ := str(w.message)) and "fails on a part (ValueError: whole" in text_]
+
+
+SUM = KINDS["sum"][1]
+WEIGHTS = sum(p.numel() for p in dense(nn.Tanh()).parameters()) * 4  # bytes of the weights
+MOST = {"a dozen": (6 * WEIGHTS + 14 * (64 + 42) * 4) / GIB, "two": (6 * WEIGHTS + 2.5 * (64 + 42) * 4) / GIB}
+
+
+@pytest.mark.parametrize("room", MOST)
+@pytest.mark.parametrize(("loss", "found"), [(entropy, ""), (SUM, "it is a sum over the batch")])
+def test_the_check_keeps_within_the_limit_on_memory(loss: Any, found: str, room: str) -> None:
+    torch.manual_seed(0)
+    model, done = dense(nn.Tanh()), []
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        out = loss(model, batch)
+        done.append(len(batch[0]))
+        return out
+
+    assert why_whole(model, counted, [PAIR], list(model.parameters()), 16, max_memory=MOST[room])[: len(found)] == found
+    assert max(done) == (12 if room == "a dozen" else 2)  # of 48, 24, 12 or, in the end, of 3 and 2
+
+
+def test_three_examples_do_not_fit_and_two_do() -> None:
+    def narrow(loss: Any) -> Any:
+        def of_two(model: nn.Module, batch: Any) -> Tensor:
+            if len(batch[0]) > 2:
+                raise torch.OutOfMemoryError("no room")
+            return loss(model, batch)
+
+        return of_two
+
+    torch.manual_seed(0)
+    model = dense(nn.Tanh())
+    three = (DIGITS[:3], LABELS[:3])
+    assert why_whole(model, narrow(entropy), [three], list(model.parameters()), 16) == ""
+    assert "it is a sum" in why_whole(model, narrow(SUM), [three], list(model.parameters()), 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        why_whole(model, lambda m, b: narrow(entropy)(m, (DIGITS[:3], 0)), [three], list(model.parameters()), 16)
+
+
+def test_what_could_not_be_tried_for_memory_is_told_as_that() -> None:
+    torch.manual_seed(0)
+    model = dense(nn.Tanh())
+    config = gfs.GFSConfig(tier="running", every=1, max_overhead=None, max_memory=(7.1 * WEIGHTS) / GIB)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 1e-3), config)
+    wide = DIGITS.repeat(1, 60).unflatten(1, (60, 64))
+
+    def loss_of(batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert monitor.step(loss_of, (wide, LABELS)) is None
+    texts = [str(w.message) for w in caught]
+    assert any("it is not known whether the loss of a batch is the mean over its parts" in text for text in texts)
+    assert any("two examples alone would keep more than `max_memory` allows" in text for text in texts)
+
+
+DRAWS = """
+import random, numpy, torch
+from gfs_core.streams import RandomState
+random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+RandomState([]).shift(3)
+print(random.random(), numpy.random.rand(), torch.rand(1).item())
+"""
+
+
+def test_every_process_draws_the_same_numbers() -> None:
+    runs = [subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True) for _ in range(3)]
+    assert len({run.stdout for run in runs}) == 1
+    assert len(runs[0].stdout.split()) == 3

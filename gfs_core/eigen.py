@@ -282,8 +282,9 @@ class _Lanczos:
 
     def _restart(self, theta: Tensor, s: Tensor) -> None:
         """Keep some Ritz vectors at both ends, and the vectors that wait for their turn."""
-        low, high = _kept(theta.tolist(), self.k)
         m = len(theta)
+        widths = (self.coefficients[m:] @ s).square().sum(0).sqrt()
+        low, high = _kept(theta.tolist(), widths.tolist(), self.k)
         kept, given_up = [*range(low), *range(m - high, m)], [*range(low, m - high)]
         wait = self.basis[m:]
         del self.basis[m:]
@@ -319,22 +320,25 @@ class _Lanczos:
                 return total, math.sqrt(left)
 
 
-def _kept(theta: list[float], k: int) -> tuple[int, int]:
+def _kept(theta: list[float], widths: list[float], k: int) -> tuple[int, int]:
     """How many Ritz vectors a restart keeps at the low and at the high end.
 
     The rate at which Lanczos converges until the next restart is about (products until then)·√γ, with γ the gap to the
-    largest value given up, relative to the spread of all that are given up (Wu & Simon 2000, section 4).
+    largest value given up, relative to the spread of all that are given up (Wu & Simon 2000, section 4). A Ritz vector
+    with a residual stands for eigenvalues about that far apart, so that what is given up spreads by as much more; one
+    vector that is given up alone would have no spread otherwise.
 
     Args:
         theta: Ritz values, ascending.
+        widths: their residuals.
         k: eigenvalues wanted.
     """
     m = len(theta)
     best, choice = -1.0, (0, k)
     for low in range(m - k):
-        for high in range(k, m - k - low):
+        for high in range(k, m - low):
             top, bottom = theta[m - 1 - high], theta[low]
-            gap, spread = theta[m - k] - top, top - bottom
+            gap, spread = theta[m - k] - top, top - bottom + max(widths[low : m - high])
             rate = (m - low - high) * math.sqrt(gap / spread) if spread > 0 else math.inf
             if rate > best:
                 best, choice = rate, (low, high)

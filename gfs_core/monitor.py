@@ -49,7 +49,7 @@ from gfs_core.vectors import Vector, clone, sharded
 from gfs_core.weights import Weights, fitted, moved, to_come
 
 T = TypeVar("T")
-_MIX_EVERY = 10  # measurements between two that mix other directions into the warm start
+_MIX_FIRST, _MIX_EVERY = 3, 10  # measurements that mix other directions into the warm start: 3, 13, 23 …
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 # Reasons that nobody has to do anything about.
 _PASSING = ("come with its first step", "the learning rate is 0", "the weights have not moved, or by less")
@@ -799,7 +799,7 @@ class StabilityMonitor:
                 seed=seed,
                 step=step,
                 warm=self._warm,
-                mix=self._solved % _MIX_EVERY == 0,
+                mix=self._solved % _MIX_EVERY == _MIX_FIRST,
                 ranks=self._global,
             )
         self._learnt, self._precision = hessian.learnt, hessian.precision

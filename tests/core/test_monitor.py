@@ -341,6 +341,25 @@ def test_an_eigenvalue_that_overtakes_is_found() -> None:
     assert all(values[i] == pytest.approx(0.2 * i, rel=1e-3) for i in late)
 
 
+def test_the_third_measurement_leaves_a_vector_that_the_first_was_wrong_with() -> None:
+    """A cold start that leads to the second eigenvalue: the third start takes in the gradient and a random vector."""
+    model = nn.Linear(6, 1, bias=False).double()
+    h = torch.tensor([3.0, 0.1, 0.2, 0.0, -0.1, 0.0], dtype=torch.float64)
+    config = gfs.GFSConfig(every=1, tier="sharpness", max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+
+    def measured() -> float | None:
+        return monitor.step(lambda b: 0.5 * (h * model.weight.square()).sum(), None).sharpness
+
+    assert measured() == pytest.approx(3.0, rel=1e-3)
+    state = monitor.state_dict()
+    state["warm"][0] = [torch.eye(6, dtype=torch.float64)[:1].clone()]  # exactly
+    monitor.load_state_dict(state)
+    h[5] = 5.0
+    assert measured() == pytest.approx(3.0, rel=1e-3)
+    assert measured() == pytest.approx(5.0, rel=1e-3)
+
+
 def test_nothing_is_kept_but_the_warm_start() -> None:
     model, optimizer, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None))
     run(model, optimizer, monitor, batches(2))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gfs_core.stability import parameters_of
+from gfs_core.stability import parameters_of, unwrap
 
 
 def unmeasurable(model: Any, optimizer: Any) -> str:
@@ -33,12 +33,16 @@ def unmeasurable(model: Any, optimizer: Any) -> str:
     if params:
         return ""
     why = "nothing to measure: the optimizer holds no parameter with `requires_grad=True`"
-    if any(p.requires_grad for p in model.parameters()):
-        why += (
-            f", though the model does: {_named(optimizer)} was made before they were unfrozen, or it is layer-wise and "
-            "steps inside of the backward pass, where the weights of a step are gone before they can be measured"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return why
+    name = _named(unwrap(optimizer))
+    if any(p._post_accumulate_grad_hooks for p in trained):
+        return (
+            f"{why}: {name} is layer-wise, steps inside of the backward pass by hooks on the weights, and the weights "
+            "of a step are gone before they can be measured. Choose an optimizer that is not layer-wise"
         )
-    return why
+    return f"{why}, though the model does: {name} was made before they were unfrozen, or from another model's"
 
 
 def _named(thing: Any) -> str:

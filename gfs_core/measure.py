@@ -439,7 +439,8 @@ def _usable(top: EigenResult, reasons: list[str], symmetric: bool) -> bool:
     if top.converged:
         return True
     usable = symmetric and top.error_bound <= WORST_RESIDUAL
-    reasons.append(f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {top.reason}")
+    why = top.reason if symmetric else "no eigenvalue of a curvature that is not symmetric was found"
+    reasons.append(f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {why}")
     return usable
 
 

@@ -52,7 +52,12 @@ T = TypeVar("T")
 _MIX_FIRST, _MIX_EVERY = 3, 10  # measurements that mix other directions into the warm start: 3, 13, 23 …
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 # Reasons that nobody has to do anything about.
-_PASSING = ("come with its first step", "the learning rate is 0", "the weights have not moved, or by less")
+_PASSING = (
+    "come with its first step",
+    "the learning rate is 0",
+    "the weights have not moved, or by less",
+    "no eigenvalue of a curvature that is not symmetric",
+)
 _WAIT = 8  # measurements after which more examples are tried again; doubled by each failure for memory
 _SURE = 3  # steps in a row that pass the control by before it is told
 WHOLE_EVERY = 4  # times the interval of the running estimate where it needs whole batches: the price of one on a CPU

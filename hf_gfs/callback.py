@@ -113,9 +113,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         model = kwargs.get("model") if trainer is None else trainer.model
         optimizer = kwargs.get("optimizer")
         if problem := unmeasurable(model, optimizer):
-            raise MeasurementError(
-                problem if trainer is not None else f"{problem}. If the trainer holds one: {_SET_TRAINER}"
-            )
+            held = trainer is None and not isinstance(model, nn.Module)  # by a trainer that hands over another class
+            raise MeasurementError(f"{problem}. If the trainer holds one: {_SET_TRAINER}" if held else problem)
         assert isinstance(model, nn.Module)
         step, other = _measured.get(model, (0, None))
         if other is not None and other() not in (None, self) and step == id(state):

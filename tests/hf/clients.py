@@ -131,7 +131,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     own = [
         {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k and "step_time" not in k}
         for row in trainer.state.log_history
-        if "gfs/sharpness" not in row
+        if not any(key.startswith("gfs/") for key in row)
     ]
     optimizer = [v for s in trainer.optimizer.state_dict()["state"].values() for v in s.values()]
     return {

@@ -447,7 +447,7 @@ class StabilityMonitor:
         if filling:
             missing = self.config.probe_batches - len(self._probe)
             try:
-                self._probe += [copied(changed(b, torch.detach)) for b in batches[:missing]]  # plain: it is saved
+                self._probe += [copied(b) for b in batches[:missing]]
             except MeasurementError as error:
                 if self.config.strict:
                     raise

@@ -6,8 +6,11 @@ where it cannot be copied, a :class:`Guard`, so that the iterator itself is neve
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
+import json
 import random
 import sys
 import warnings
@@ -20,20 +23,21 @@ from torch import Tensor
 
 from gfs_core.errors import MeasurementError
 
+_ACCELERATORS = ("cuda", "xpu", "mps")
 # Their copies share nothing that advances. A copy of a `zip` or `map` would advance the iterators inside.
 _COPIED: tuple[type[Any], ...] = (itertools.count, type(iter([])), type(iter(())), type(iter(range(0))))
 
 
 class RandomState:
-    """The random states of Python, NumPy (if it is loaded) and torch on the devices of ``tensors``."""
+    """The random states of Python, NumPy (if it is loaded) and torch, on the CPU and on accelerators of ``tensors``."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.python = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy: Any = numpy.random.get_state() if numpy is not None else None
         self.cpu = torch.get_rng_state()
-        devices = {t.device for t in tensors if t.device.type == "cuda"}
-        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+        devices = {t.device for t in tensors if t.device.type in _ACCELERATORS}
+        self.devices = {d: _module(d).get_rng_state(*_where(d)) for d in devices}
 
     def restore(self) -> None:
         """Put the random states back."""
@@ -41,8 +45,8 @@ class RandomState:
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
+        for device, state in self.devices.items():
+            _module(device).set_rng_state(state, *_where(device))
 
     def shift(self, count: int) -> None:
         """Go over to other random states, which follow from these and ``count``: the same in every process."""
@@ -51,9 +55,39 @@ class RandomState:
         if self.numpy is not None:
             sys.modules["numpy"].random.seed(chosen.getrandbits(32))
         torch.default_generator.manual_seed(chosen.getrandbits(32))
-        for device in self.cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(chosen.getrandbits(32))
+        for device in self.devices:
+            with _module(device).device(device) if _where(device) else contextlib.nullcontext():
+                _module(device).manual_seed(chosen.getrandbits(32))
+
+    def as_text(self) -> str:
+        """All of it, to be saved; :meth:`from_text` reads it."""
+        numpy = None if self.numpy is None else [self.numpy[0], self.numpy[1].tolist(), *self.numpy[2:]]
+        devices = {str(device): bytes(state.tolist()).hex() for device, state in self.devices.items()}
+        return json.dumps([self.python, numpy, bytes(self.cpu.tolist()).hex(), devices])
+
+    @staticmethod
+    @functools.lru_cache(maxsize=32)
+    def from_text(text: str) -> RandomState:
+        """What :meth:`as_text` has written."""
+        python, numpy, cpu, devices = json.loads(text)
+        state = RandomState(())
+        state.python = (python[0], tuple(python[1]), python[2])
+        state.numpy = None if numpy is None else tuple(numpy)
+        state.cpu = _bytes(cpu)
+        state.devices = {torch.device(device): _bytes(held) for device, held in devices.items()}
+        return state
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _module(device: torch.device) -> Any:
+    return getattr(torch, device.type)
+
+
+def _where(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is only one
 
 
 def rewinder(stream: Any) -> Callable[[], object] | None:

@@ -20,6 +20,14 @@ NO_GRADIENT = (
     "no gradient is left when the optimizer is called, as where the steps are taken inside of the backward pass: the "
     "loss cannot be compared with the trainer's"
 )
+SOME_GRADIENT = (
+    "no gradient is left for {} when the optimizer is called, as where some steps are taken inside of the backward "
+    "pass: the loss cannot be compared with the trainer's"
+)
+
+
+class GradientMissing(MeasurementError):
+    """Weights that the loss depends on have no gradient when the optimizer is called."""
 
 
 def disagreement(
@@ -32,18 +40,22 @@ def disagreement(
     With several processes, ``ranks``, the ``.grad`` fields hold the mean over them, and the reference does not.
 
     Raises:
-        MeasurementError: the replayed loss has no gradient, or one of the two is not finite; or no ``.grad`` is left.
+        GradientMissing: no ``.grad`` is left, or none for some weight that the loss depends on.
+        MeasurementError: the replayed loss has no gradient, or one of the two is not finite.
     """
-    pairs = [(p, p.grad) for p in params if p.grad is not None]
-    if not pairs:
-        raise MeasurementError(NO_GRADIENT)
-    true = [dense(local(g)) for _, g in pairs]
-    params = [p for p, _ in pairs]
+    if all(p.grad is None for p in params):
+        raise GradientMissing(NO_GRADIENT)
+    grads = [p.grad for p in params]
+    true = [dense(local(g)) for g in grads if g is not None]
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with Isolation(model, params, replay.again()) as isolation:
         sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
         objective = Objective(model, loss_fn, replay.inputs, params, isolation, ranks if sharded else None)
-        loss, own = objective.gradient()
+        loss, all_of_it = objective.gradient()
+        used = [p for p, g, own in zip(params, grads, all_of_it, strict=True) if g is None and bool(own.any())]
+        if bool(used) if ranks is None else ranks.any(bool(used)):
+            raise GradientMissing(SOME_GRADIENT.format(_name(model, used)))
+        own = _where_some(grads, all_of_it)
         again = own
         if ranks is not None and not sharded:
             again = clone(own)
@@ -53,15 +65,28 @@ def disagreement(
             raise MeasurementError("the gradient of the training step is not finite")
         noise = 0.0
         if apart > _COSINE:  # the same on all processes
-            noise = _apart(objective.gradient()[1], own)
+            noise = _apart(_where_some(grads, objective.gradient()[1]), own)
             noise = noise if ranks is None else ranks.mean(noise)
     if apart > _COSINE + 10 * noise:
         return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
     if reference is not None and (length := reference.length()):
-        for g, p in zip(own, params, strict=True):
+        for g, p in zip(all_of_it, params, strict=True):
             if p is reference.param and abs(float(g.norm()) / length - 1) > _LENGTH + 10 * noise**0.5:
                 return f"its gradient is {float(g.norm()) / length:.4g} times as long; replayed loss {loss:.6g}"
     return ""
+
+
+def _where_some(grads: Sequence[Tensor | None], vector: Vector) -> Vector:
+    """The tensors of ``vector`` in the places of which there is a gradient."""
+    return [v for g, v in zip(grads, vector, strict=True) if g is not None]
+
+
+def _name(model: nn.Module, params: Sequence[Tensor]) -> str:
+    names = {id(p): name for name, p in model.named_parameters()}
+    if not params:
+        return "some weights on another rank"
+    first = f"`{names.get(id(params[0]), 'a weight')}`"
+    return first if len(params) == 1 else f"{first} and {len(params) - 1} more"
 
 
 def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

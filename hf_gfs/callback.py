@@ -19,7 +19,7 @@ from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
 from gfs_core.measurable import unmeasurable
 from gfs_core.stability import parameters_of
-from hf_gfs.agreement import NO_GRADIENT, Reference, disagreement
+from hf_gfs.agreement import GradientMissing, Reference, disagreement
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import GivenLoss, ModelReplay, Replay, StepReplay, TrainerReplay
 
@@ -27,7 +27,6 @@ STATE_FILE = "gfs_state.pt"
 _SET_TRAINER = "use `GFSCallback(...).set_trainer(trainer)` in place of `trainer.add_callback(GFSCallback(...))`"
 _GIVE_LOSS = "give a loss that can be evaluated beside training, `GFSCallback(loss_fn=...)`"
 _TRIES = 3  # due steps at which the loss may fail before it is given up: one bad batch is no reason
-_UNCHECKED = f"{NO_GRADIENT}; the values belong to the weights after the step"
 _measured: weakref.WeakKeyDictionary[nn.Module, tuple[int, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -208,18 +207,22 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     def _verify(self, monitor: StabilityMonitor, replay: Replay) -> bool:
         """Whether the replayed loss can be measured. Where it is not the trainer's, measuring ends."""
-        ranks, problem = monitor.ranks, ""
+        ranks, problem, unchecked = monitor.ranks, "", ""
         monitor.remarks = ()
         params = parameters_of(monitor.optimizer)
         try:
             with monitor.together():
                 if not replay.inputs:
                     raise MeasurementError(replay.unseen)
-                checkable = any(p.grad is not None for p in params)
-                if checkable or (isinstance(replay, ModelReplay) and self.loss_fn is None):
+                try:
                     problem = disagreement(replay, monitor.model, params, self._reference, ranks)
-                    if ranks is not None and ranks.any(bool(problem)) and not problem:
-                        problem = "on another rank"
+                except GradientMissing as error:
+                    if isinstance(replay, ModelReplay) and self.loss_fn is None:
+                        raise  # the model's loss may be another than the trainer's
+                    which = "some" if any(p.grad is not None for p in params) else "all"
+                    unchecked = f"{error}; the values belong to the weights after the step, which {which} have taken"
+                if ranks is not None and ranks.any(bool(problem)) and not problem:
+                    problem = "on another rank"
         except Exception as error:
             if self.config.strict:
                 raise
@@ -229,9 +232,9 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             if self._reference is not None:
                 self._reference.close()
                 self._reference = None
-        self._failures, self._verified = 0, checkable
-        if not checkable:
-            monitor.remarks = (_UNCHECKED,)
+        self._failures, self._verified = 0, not unchecked
+        if unchecked:
+            monitor.remarks = (unchecked,)
         elif problem and self.loss_fn is not None:
             monitor.remarks = (f"`loss_fn` is not the loss that is trained here ({problem}); the values belong to it",)
         elif problem:

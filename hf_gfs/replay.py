@@ -10,12 +10,10 @@ model's back, which :func:`~hf_gfs.agreement.disagreement` finds out from the gr
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,39 +24,11 @@ from gfs_core.batches import batch_size, copied
 from gfs_core.python_state import PythonState
 from gfs_core.ranks import alone
 from gfs_core.streams import RandomState, rewinder
+from hf_gfs.kept import end_step, keep, opened
 
 GivenLoss = Callable[[Any, Any], Any]  # loss_fn(model, inputs)
 _ARGS = "__positional__"
 _WHOLE = "__inputs__"  # of a training_step whose inputs are no mapping
-
-
-@dataclass
-class _Seen:
-    """What belongs to one micro-batch beside its inputs."""
-
-    random: RandomState
-    items: Any  # num_items_in_batch
-    weight: float  # of this micro-batch's loss, so that the mean over micro-batches is the trainer's objective
-
-
-class Kept(dict[str, Any]):
-    """The inputs of one micro-batch with what belongs to them, which goes along into every deep copy.
-
-    A part of it is a plain dictionary: its loss is that of the part with its share of the items of the step.
-    """
-
-    def __init__(self, inputs: Mapping[str, Any], seen: _Seen) -> None:
-        super().__init__(inputs)
-        self.seen = seen
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept(copy.deepcopy(dict(self), memo), self.seen)
-
-
-def _labels(inputs: Mapping[str, Any]) -> int:
-    """How many labels are not masked; 0 where there are none to count."""
-    labels = inputs.get("labels")
-    return int((labels != -100).sum()) if isinstance(labels, Tensor) else 0
 
 
 class Replay:
@@ -73,17 +43,17 @@ class Replay:
         losses: what training has computed on each micro-batch of the step so far, scaled as :meth:`loss` scales it,
             with the number of its examples, if known.
         unseen: in words, that there was no micro-batch to be kept.
+        sums: whether losses that know the items of a step are shares of a sum, to be added and not averaged.
     """
 
     unseen = ""
+    sums = False
 
     def __init__(self, model: nn.Module, loss_fn: GivenLoss | None = None) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.inputs: list[Kept] = []
+        self.inputs: list[dict[str, Any]] = []
         self.losses: list[tuple[Tensor, int | None]] = []
         self.keeping = False
-        self._labels = 0  # in the micro-batches kept
-        self._per_label: Any = None  # items of the step for each of them; None: it has no items
 
     def start(self, keeping: bool) -> None:
         """A step begins; its micro-batches are kept, or not."""
@@ -93,6 +63,7 @@ class Replay:
     def end(self) -> None:
         """All micro-batches of the step are known."""
         self.keeping = False
+        end_step(self.inputs, self.sums)
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -111,23 +82,12 @@ class Replay:
         return functools.partial(_loss_of, self, self.loss_fn)
 
     def _remember(self, inputs: Mapping[str, Any], items: Any = None, weight: float = 1.0) -> None:
-        seen = _Seen(RandomState([next(self.model.parameters())]), items, weight)
-        self._labels = _labels(inputs) + (self._labels if self.inputs else 0)
-        self._per_label = items / self._labels if items is not None and self._labels else None
+        random = RandomState([next(self.model.parameters())])
         try:
             own = copied(dict(inputs))  # training may do with its own what it likes
         except (MeasurementError, torch.OutOfMemoryError):  # the measurement will say so
             own = dict(inputs)
-        self.inputs.append(Kept(own, seen))
-
-    def _share(self, part: Mapping[str, Any]) -> Any:
-        """Items of a part, by its labels; ``None``: its loss is a mean over the part.
-
-        That mean is another loss where the trainer counts more items than there are targets: of a causal model it may
-        count the first label of each row, which is none.
-        """
-        labels = 0 if self._per_label is None else _labels(part)
-        return self._per_label * labels if labels else None
+        self.inputs.append(keep(own, random, items, weight))
 
 
 class TrainerReplay(Replay):
@@ -175,13 +135,12 @@ class TrainerReplay(Replay):
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch as the trainer computes it; of a part of one, with the part's share."""
-        seen = _rewound(inputs)
-        items = self._share(inputs) if seen is None else seen.items
+        own, beside = opened(inputs)
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
-            loss = self._compute_loss(self._module, dict(inputs), num_items_in_batch=items)
+            loss = self._compute_loss(self._module, own, num_items_in_batch=beside.items)
         if isinstance(loss, Tensor) and loss.ndim:
             loss = loss.mean()
-        return loss if seen is None or seen.weight == 1.0 else loss * seen.weight  # type: ignore[no-any-return]
+        return loss if beside.weight == 1.0 else loss * beside.weight  # type: ignore[no-any-return]
 
 
 class StepReplay(Replay):
@@ -221,8 +180,8 @@ class StepReplay(Replay):
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The user's loss of one micro-batch."""
-        _rewound(inputs)
-        given = inputs[_WHOLE] if inputs.keys() == {_WHOLE} else dict(inputs)
+        own, _ = opened(inputs)
+        given = own[_WHOLE] if own.keys() == {_WHOLE} else own
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
             return self.loss_fn(self._module, given)  # type: ignore[misc, no-any-return]
 
@@ -236,6 +195,7 @@ class ModelReplay(Replay):
     """
 
     unseen = "no forward pass of the model was seen during the step"
+    sums = True
 
     def __init__(self, model: nn.Module, loss_fn: GivenLoss | None = None) -> None:
         super().__init__(model, loss_fn)
@@ -249,9 +209,6 @@ class ModelReplay(Replay):
     def end(self) -> None:
         """All micro-batches of the step are known: where the loss of each is its share of a sum, how many there are."""
         super().end()
-        for kept in self.inputs:
-            if kept.seen.items is not None:
-                kept.seen.weight = float(len(self.inputs))
         count = len(self.losses)
         self.losses = [
             (loss * count if share else loss, examples)
@@ -292,21 +249,19 @@ class ModelReplay(Replay):
         Raises:
             MeasurementError: the model returns none.
         """
-        seen = _rewound(inputs)
-        keywords = dict(inputs)
+        keywords, beside = opened(inputs)
         self._again = True
         try:
             if self.loss_fn is not None:
                 return self.loss_fn(self.model, keywords)  # type: ignore[no-any-return]
-            items = self._share(inputs) if seen is None else seen.items
-            if items is not None:
-                keywords["num_items_in_batch"] = items
+            if beside.items is not None:
+                keywords["num_items_in_batch"] = beside.items
             loss = _loss_in(self.model(*keywords.pop(_ARGS, []), **keywords))
         finally:
             self._again = False
         if loss is None:
             raise MeasurementError("the model returns no loss")
-        return loss if seen is None or seen.weight == 1.0 else loss * seen.weight
+        return loss if beside.weight == 1.0 else loss * beside.weight
 
 
 def _loss_of(replay: Replay, _given: GivenLoss | None, inputs: dict[str, Any]) -> Tensor:
@@ -320,14 +275,6 @@ def _named(module: nn.Module, args: Any, kept: dict[str, Any]) -> dict[str, Any]
     if not args or len(names) < len(args):
         return kept
     return {**dict(zip(names, args, strict=False)), **{k: v for k, v in kept.items() if k != _ARGS}}
-
-
-def _rewound(inputs: dict[str, Any]) -> _Seen | None:
-    """What belongs to a whole micro-batch, whose random state is set; ``None`` for a part of one."""
-    seen = inputs.seen if isinstance(inputs, Kept) else None
-    if seen is not None:
-        seen.random.restore()
-    return seen
 
 
 def _micro_batches(trainer: Any) -> float:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
-from gfs_core.batches import copied
+from gfs_core.batches import batch_size, copied
 from gfs_core.streams import RandomState
 
-_BATCH = "batch of a step"
+_BATCH, _BESIDE = "batch of a step", "beside the batch"
 
 
-class MicroBatch(dict[str, Any]):
+def _kept(batch: Any, index: int, random: RandomState) -> dict[str, Any]:
     """One micro-batch with its index and the random state that training computes its loss with.
 
-    Both go along into every deep copy. A part of it is a plain dictionary.
-
-    Args:
-        batch: the micro-batch.
-        index: its ``batch_idx``.
-        random: the random state at its start.
+    Plain data, which goes along into copies, parts and checkpoints.
     """
-
-    def __init__(self, batch: Any, index: int, random: RandomState) -> None:
-        super().__init__({_BATCH: batch})
-        self.index, self.random = index, random
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MicroBatch:
-        return MicroBatch(copy.deepcopy(self[_BATCH], memo), self.index, self.random)
+    beside = {"index": index, "examples": batch_size(batch), "random": random.as_text()}
+    return {_BATCH: batch, _BESIDE: beside}
 
 
 def opened(held: Any, index: int) -> tuple[Any, int]:
@@ -37,12 +26,12 @@ def opened(held: Any, index: int) -> tuple[Any, int]:
 
     The random state is set to that of a whole micro-batch.
     """
-    if isinstance(held, MicroBatch):
-        held.random.restore()
-        return held[_BATCH], held.index
-    if type(held) is dict and held.keys() == {_BATCH}:  # a part of one, or from a checkpoint
-        return held[_BATCH], index
-    return held, index
+    if type(held) is not dict or held.keys() != {_BATCH, _BESIDE}:
+        return held, index
+    batch, beside = held[_BATCH], held[_BESIDE]
+    if batch_size(batch) == beside["examples"]:
+        RandomState.from_text(beside["random"]).restore()
+    return batch, beside["index"]
 
 
 class Window:
@@ -72,7 +61,7 @@ class Window:
             self.batches.append(batch)
         else:
             own = batch if last else copied(batch)
-            self.batches.append(MicroBatch(own, index, RandomState(module.parameters())))
+            self.batches.append(_kept(own, index, RandomState(module.parameters())))
 
     def forget(self) -> None:
         """Let the micro-batches go."""

@@ -346,6 +346,37 @@ def test_steps_inside_of_the_backward_pass(tmp_path: Path, mode: str, after: boo
     assert all("the values belong to the weights after the step" in m.reasons[-1] for m in history(tmp_path))
 
 
+class SomeInBackward(torch.optim.SGD):
+    """Steps one weight inside of the backward pass, and leaves the others to ``step``."""
+
+    def __init__(self, model: nn.Module, lr: float, name: str) -> None:
+        super().__init__(model.parameters(), lr)
+        model.get_parameter(name).register_post_accumulate_grad_hook(self.update)
+
+    def update(self, p: Tensor) -> None:
+        p.data.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+        p.grad = None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rate", [1e-6, 0.5])  # the gradient that is left is the trainer's, or is not
+@pytest.mark.parametrize("name", ["embed.weight", "head.bias"])
+def test_steps_of_some_weights_inside_of_the_backward_pass(tmp_path: Path, name: str, rate: float, mode: str) -> None:
+    def make(folder: Path) -> Trainer:
+        model = Small()
+        return Trainer(
+            model=model, args=arguments(folder, max_grad_norm=0.0), train_dataset=Characters(),
+            optimizers=(SomeInBackward(model, rate, name), None),
+        )  # fmt: skip
+
+    without = outcome(train(lambda: make(tmp_path / "plain")))
+    trainer, told = run(lambda: make(tmp_path), GFSCallback(**OPTIONS), mode)
+    assert_same(without, outcome(trainer))
+    assert any(f"no gradient is left for `{name}` when the optimizer is called" in text for text in told)
+    assert steps(trainer) == ([] if mode == "add_callback" else [0, 2, 4])
+    assert all("after the step, which some have taken" in m.reasons[-1] for m in history(tmp_path) if m.sharpness)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_losses_of_the_rest_of_an_epoch(tmp_path: Path, mode: str) -> None:
     """8 batches in windows of 3: the last window has two, and each micro-batch's loss is its share of the window's."""

@@ -1,13 +1,14 @@
 """Measuring leaves no trace.
 
-:class:`Isolation` is a context manager around one measurement. On exit (also through an exception) it puts
-back, bitwise: parameters and buffers, the ``.grad`` fields (the same tensor objects), ``requires_grad`` and
-train/eval flags, the random states of Python, NumPy and torch, and the state of the Python objects that the model leads
-to: counters, lists, metric states, generators (:mod:`gfs_core.python_state`). Hooks of the backward pass do not fire
-meanwhile (:mod:`gfs_core.hooks`). Compiled code runs eagerly: a probe of another shape would have it compiled again,
-and a CUDA graph that it has captured is left to training. :meth:`Isolation.rewind` puts back everything but the
-measured weights before each evaluation of the loss, so that every evaluation is the same function: same dropout mask,
-same buffers, same teacher.
+:class:`Isolation` is a context manager around one measurement. On exit (also through an exception) it puts back,
+bitwise: parameters and buffers, the ``.grad`` fields (the same tensor objects), ``requires_grad`` and train/eval
+flags, the random states of Python, NumPy and torch, and the state of the Python objects that the model leads to:
+counters, lists, metric states, generators (:mod:`gfs_core.python_state`). Hooks of the backward pass do not fire
+meanwhile (:mod:`gfs_core.hooks`). cuDNN is off where a recurrent layer has dropout: it draws from a stream of its own,
+which nothing can put back, and torch's kernel from one that can. Compiled code runs eagerly: a probe of another shape
+would have it compiled again, and a CUDA graph that it has captured is left to training. :meth:`Isolation.rewind` puts
+back everything but the measured weights before each evaluation of the loss, so that every evaluation is the same
+function: same dropout mask, same buffers, same teacher.
 
 What it cannot put back: files written, output printed, class attributes, objects that the model does not lead to.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,9 +62,11 @@ class Isolation:
         self._bound: list[Tensor] = []  # the data of weights and buffers before an evaluation, …
         self._rebound: list[tuple[Tensor, Tensor, int]] = []  # … of those to which it gave other data, and where
         self._driven: list[int] | None = None  # parameters that the loss itself moves; not known yet
-        self._eager = contextlib.ExitStack()
+        self._modes = contextlib.ExitStack()
         if "torch._dynamo" in sys.modules:
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self._modes.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in self.model.modules()):
+            self._modes.enter_context(_no_cudnn())
         try:
             self._hooks.silence()
             for p in self.parameters:
@@ -136,7 +139,7 @@ class Isolation:
             self._put_back()
             raise
         finally:
-            self._eager.close()
+            self._modes.close()
             del self._weights, self._grads, self._state, self._bindable, self._rebound
 
     def _put_back(self) -> None:
@@ -160,6 +163,15 @@ class Isolation:
     def leaks(self) -> list[str]:
         """Attributes too large to copy that the evaluation has changed in place, by name."""
         return self._state.leaks()
+
+
+@contextlib.contextmanager
+def _no_cudnn() -> Iterator[None]:
+    held, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = held
 
 
 def _has_place(tensor: Tensor) -> bool:

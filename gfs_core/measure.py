@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfs_core.blocks import RunningBlocks
 from gfs_core.config import Tier
 from gfs_core.curvature import NOT_SYMMETRIC, NOTHING, ROUNDED, Hessian, HvpMethod, Learnt
 from gfs_core.directional import Directional, along_by_losses, along_by_product, along_the_gradient
@@ -25,7 +26,6 @@ from gfs_core.objective import LossFn, Objective
 from gfs_core.precision import Precision, PrecisionChoice
 from gfs_core.probe import FlowResult, Probe, flow_for
 from gfs_core.ranks import Ranks, alone
-from gfs_core.running import RunningSharpness
 from gfs_core.solution import flow_to_the_end
 from gfs_core.stability import Stability, parameters_of, stability_of
 from gfs_core.vectors import Vector, axpy, clone, is_half, norm, scale
@@ -185,7 +185,7 @@ class Running:
         stands_for: measurements at the usual interval that this one is taken for.
     """
 
-    estimate: RunningSharpness
+    estimate: RunningBlocks
     batches: Sequence[Any]
     others: Sequence[Any] = ()
     fraction: float = 1.0
@@ -378,16 +378,16 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
             return operator(vector)
 
     pairs = estimate.wants_pair and len(running.others) > 0
-    quotient = estimate.update(operator, probe.objective.weights, other if pairs else None, operator.gradient)
+    quotients = estimate.update(operator, probe.objective.weights, other if pairs else None, operator.gradient)
     if first and estimate.vector is not None and probe.in_half_precision():
-        error = probe.precision_error(stability, estimate.vector, quotient)
+        error = probe.precision_error(stability, estimate.vector, quotients[0])
         if not probe.in_half_precision():
-            estimate.vector = None
-            quotient = estimate.update(operator, probe.objective.weights)
+            estimate.restart()
+            quotients = estimate.update(operator, probe.objective.weights)
     losses.append(probe.hessian.loss)
     loss, mean = sum(losses) / len(losses), running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
-    value = estimate.average(quotient, relative, running.stands_for)
+    value = estimate.average(quotients, relative, running.stands_for)
     if value is None or stability.threshold is None:
         return {"running_sharpness": value, "precision_error": error}
     weight = stability.noise_factor * running.fraction

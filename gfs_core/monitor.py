@@ -30,6 +30,7 @@ from gfs_core.batches import (
     is_plain,
     rotating_part,
 )
+from gfs_core.blocks import RunningBlocks
 from gfs_core.cadence import Cadence
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.control import FIRST, PATIENCE, Control, Overlay, at_scale, rate_of, scheduler_of
@@ -43,7 +44,6 @@ from gfs_core.memory import GIB, OverLimit, vector_bytes
 from gfs_core.parts import UNTRIED, normalises_over_batch, why_whole
 from gfs_core.precision import PrecisionChoice
 from gfs_core.ranks import OtherRankFailed, Ranks, RanksLost
-from gfs_core.running import RunningSharpness
 from gfs_core.stability import parameters_of, stability_of, unwrap
 from gfs_core.vectors import Vector, clone, sharded
 from gfs_core.weights import Weights, fitted, moved, to_come
@@ -130,7 +130,7 @@ class StabilityMonitor:
         self._probe: list[Any] = []
         self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
         self._told: set[str] = set()
-        self._running = RunningSharpness()
+        self._running = RunningBlocks()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
         self._parts = self.config.running_parts
         self._splits: bool | None = None  # whether the loss of a batch is the mean over its parts; not known: None
@@ -416,7 +416,7 @@ class StabilityMonitor:
             return False
         device = self._weights.device
         if self._weights.changed(params):
-            self._warm, self._running, self._before = WarmStart(), RunningSharpness(), None
+            self._warm, self._running, self._before = WarmStart(), RunningBlocks(), None
             self._method, self._learnt, self._precision = self.config.hvp, Learnt(), self.config.precision
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
@@ -701,7 +701,7 @@ class StabilityMonitor:
         try:
             self._load(state)
         except Exception as error:  # a checkpoint may hold anything
-            self._running = RunningSharpness()
+            self._running = RunningBlocks()
             self._load(held)
             text = f"the saved state is damaged ({type(error).__name__}: {error}); measuring starts without it"
             if self.config.strict:
@@ -827,7 +827,7 @@ class StabilityMonitor:
     def _failed(self, error: Exception) -> None:
         self._why = str(error)
         if not isinstance(error, NoLoss) or self.ranks is not None:  # of several processes each drops the same
-            self._warm, self._running = WarmStart(), RunningSharpness()  # may have been in use when it broke off
+            self._warm, self._running = WarmStart(), RunningBlocks()  # may have been in use when it broke off
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             why = str(error) if isinstance(error, OverLimit) else "a measurement ran out of memory"

@@ -79,9 +79,9 @@ class RunningSharpness:
 
         Returns:
             The value, ≥ the present estimate: σ²/λ² is that of the latest pairs. ``None`` before the first pair, and
-            where the curvature along the direction has not been positive.
+            where the estimate is not positive.
         """
-        if not self._moments or self._moments[1] <= 0 or self.value is None or self.value <= 0:
+        if not self._moments or self.value is None or self.value <= 0:
             return None
         # (vᵀp)(vᵀq) of few pairs may be near 0 by chance; the value, an average of many, is then the better known.
         spread, square = self._moments
@@ -137,11 +137,13 @@ class RunningSharpness:
         self._since += 1
         if other is None:
             one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
+            one = one or 1.0
             quotient, square = quotient / one, square / one
             self._lag_over(quotient, square)
         else:
             v, p, q = self.vector, product, other(self.vector)
             one, *rest = dots([(v, v), (v, p), (v, q), (p, p), (q, q), (p, q)])
+            one = one or 1.0
             vp, vq, pp, qq, pq = (x / one for x in rest)
             self._spread_over((pp + qq - 2 * pq) / 2, vp * vq)
             combine(0.5, q, 0.5, p)

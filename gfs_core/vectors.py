@@ -216,6 +216,16 @@ def _dots_of_bunch(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], p
     return [torch.dot(string(x), string(y)) for x, y in pairs]
 
 
+def nonzero(vector: Vector) -> list[bool]:
+    """For each tensor, whether it holds anything but zeros."""
+    return [size != 0.0 for size in _on_host(list(torch._foreach_norm(vector, math.inf)))]
+
+
+def undivided() -> bool:
+    """Whether a vector's tensors are whole on this process: inner products of some of them alone may be taken."""
+    return _sharding.get() is None
+
+
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """Inner product of two vectors."""
     return dots([(x, y)])[0]

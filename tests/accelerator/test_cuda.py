@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +340,55 @@ def test_a_checkpoint_of_a_gpu_run_goes_on_where_it_was() -> None:
     again = go(resumed, range(5, 10))
     assert [m.sharpness for m in again] == [m.sharpness for m in expected]
     assert [m.gfs_sharpness for m in again] == [m.gfs_sharpness for m in expected]
+
+
+_RECURRENT = """
+import sys, torch, gfs_core as gfs
+from torch import nn
+torch.manual_seed(0)
+layers, head = nn.LSTM(3, 16, 2, batch_first=True, dropout=0.3).cuda(), nn.Linear(16, 3).cuda()
+model = nn.ModuleList([layers, head])
+optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+def loss(batch):
+    return nn.functional.cross_entropy(head(layers(batch[0])[0][:, -1]), batch[1])
+options = dict(tier="sharpness", every=2, max_overhead=None)
+monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**options)) if sys.argv[1] == "measured" else None
+found = []
+for step in range(8):
+    x = torch.randn(16, 4, 3, generator=torch.Generator().manual_seed(step)).cuda()
+    batch = x, (x.sum((1, 2)) > 0).long()
+    if monitor is not None and (m := monitor.step(loss, batch, step)):
+        found.append(m.sharpness)
+    optimizer.zero_grad()
+    loss(batch).backward()
+    optimizer.step()
+assert monitor is None or None not in found, found
+print(float(sum(p.double().square().sum() for p in model.parameters())).hex())
+"""
+
+
+def test_the_dropout_of_recurrent_layers_is_left_to_training() -> None:
+    """In processes of their own: cuDNN's stream goes on from one training to the next."""
+    ends = [
+        subprocess.run([sys.executable, "-c", _RECURRENT, kind], capture_output=True, text=True, check=True).stdout
+        for kind in ("plain", "measured")
+    ]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.EFFICIENT_ATTENTION])
+def test_dropout_inside_attention_is_measured_exactly(backend) -> None:
+    """The plain kernel draws other numbers than the fused one; that is no missing derivative."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True).cuda()
+    x = torch.randn(32, 4, 32, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with sdpa_kernel([backend, SDPBackend.MATH]):
+            return model(batch).tanh().sum(-1).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gfs.GFSWarning)
+        found = gfs.sharpness(model, loss, x, tol=1e-3)
+    assert found.converged

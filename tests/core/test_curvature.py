@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -139,3 +140,49 @@ def test_the_next_measurement_begins_with_the_plain_kernel_also_after_a_resume()
     resumed = gfs.StabilityMonitor(model, optimizer, config)
     resumed.load_state_dict(copy.deepcopy(monitor.state_dict()))
     assert measured(resumed) == [True, False]
+
+
+class _FusedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+        return 2 * x * mask * out
+
+    @staticmethod
+    def backward(ctx, out: Tensor) -> None:
+        raise RuntimeError("the derivative for '_fused_backward' is not implemented")
+
+
+class _Fused(torch.autograd.Function):
+    """x²·mask without a second derivative, as fused attention has none."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        return x.square() * mask
+
+    @staticmethod
+    def backward(ctx, out: Tensor) -> tuple[Tensor, None]:
+        return _FusedBackward.apply(*ctx.saved_tensors, out), None
+
+
+def test_dropout_that_other_kernels_draw_otherwise_is_no_incomplete_derivative() -> None:
+    """What the plain kernel gives is held against differences in the plain kernel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 1)).double()
+
+    def loss(batch: Tensor) -> Tensor:
+        hidden = model[0](batch)
+        if torch.backends.cuda.flash_sdp_enabled():
+            hidden = _Fused.apply(hidden, 2.0 * (torch.rand(16, len(batch)).T > 0.5))
+        else:
+            hidden = hidden.square() * 2.0 * (torch.rand(len(batch), 16) > 0.5)
+        return model[1](hidden).square().mean()
+
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    config = gfs.GFSConfig(tier="sharpness", running_every=None, max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gfs.GFSWarning)  # products from differences would be told
+        found = monitor.step(loss, x)
+    assert found is not None
+    assert found.sharpness is not None

@@ -514,3 +514,17 @@ def test_weights_that_the_loss_ties_together_are_two_again(dtype: torch.dtype, h
         gfs.sharpness(model, loss, torch.randn(4, 3).to(dtype), hvp=hvp, precision=precision, max_hvps=10)
     assert_same(before, model.state_dict())
     assert [t.data_ptr() for t in model.state_dict().values()] == places
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_recurrent_layers_dropout_is_drawn_without_cudnn_while_measuring(dropout: float) -> None:
+    """cuDNN's comes from a stream that cannot be put back; tests/accelerator holds the weights of a training."""
+    model, seen = nn.LSTM(3, 4, num_layers=2, dropout=dropout), []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append(torch.backends.cudnn.enabled)
+        return model(batch)[0].square().mean()
+
+    gfs.sharpness(model, loss, torch.randn(2, 5, 3), tol=0.5)
+    assert set(seen) == {dropout == 0}
+    assert torch.backends.cudnn.enabled

@@ -350,9 +350,7 @@ def test_an_eigenvalue_that_overtakes_in_another_block_is_found_within_ten_measu
     if tier == "sharpness":
         assert found[-1].sharpness == pytest.approx(true, rel=1e-2)
     else:
-        assert found[-1].running_sharpness > 0.5 * true  # 0.12 where it stays in the first
-        vector = monitor.state_dict()["running"][0]["vector"]
-        assert sum(float(t.square().sum()) for t in vector[4:]) > 0.8 * sum(float(t.square().sum()) for t in vector)
+        assert found[-1].running_sharpness > 0.6 * true  # from a direction that was zero there; 0.12 where it stays so
 
 
 def test_a_value_starts_again_from_quotients_that_stay_far_above_it() -> None:

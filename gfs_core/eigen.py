@@ -296,7 +296,9 @@ class _Lanczos:
         self.coefficients = c[[*kept, *range(m, len(c))]][:, kept]
 
     def _orthonormalise(self, v: Vector) -> tuple[list[float], float]:
-        """Gram–Schmidt against the basis, again where it took off nearly all.
+        """Gram–Schmidt against the basis, again where it took off half or more of ‖v‖² ("twice is enough").
+
+        Going on with less, errors of the basis grow from product to product, until it is none (Daniel et al. 1976).
 
         Returns:
             The components of ``v`` along the basis, and the length of what was left before it was scaled to 1: 0 where
@@ -315,7 +317,7 @@ class _Lanczos:
                 axpy(-c, b, v)
                 total[i] += c
             left = square - math.fsum(c * c for c in along)
-            if left >= 0.1 * square:  # not much was taken off, and what is left is known well
+            if left >= 0.5 * square:
                 scale(left**-0.5, v)
                 return total, math.sqrt(left)
 

@@ -303,3 +303,22 @@ def test_slow_convergence_is_not_taken_for_the_error_of_the_products(error: floa
         lambda v: [diagonal * v[0]], [diagonal], start=[[start]], tol=1e-7, max_hvps=500, product_error=error
     )
     assert (found.value, found.converged) == (pytest.approx(1.0, abs=1e-9), True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_basis_stays_orthogonal_through_many_restarts(seed: int) -> None:
+    """In float32: errors of the basis that grow from product to product end in vectors of any length, and in nan."""
+    generator = torch.Generator().manual_seed(3)
+    rotation = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+    matrix = (rotation @ torch.logspace(0, -6, 300).double().diag() @ rotation.T).float()
+    true = torch.linalg.eigvalsh(matrix.double()).flip(0)
+    for k, most in ((1, 60), (3, 200)):
+        generator = torch.Generator().manual_seed(seed)
+        result = gfs.largest_eigenvalues(
+            lambda v: [matrix @ v[0]], [matrix[0]], k=k, tol=6e-7, max_hvps=400, generator=generator
+        )
+        assert result.converged
+        assert result.hvps < most
+        assert result.values == pytest.approx(true[:k].tolist(), rel=1e-6)
+        vectors = torch.stack([v[0] for v in result.vectors])
+        assert float((vectors @ vectors.T - torch.eye(k)).abs().max()) < 5e-6

@@ -10,7 +10,8 @@ would have it compiled again, and a CUDA graph that it has captured is left to t
 back everything but the measured weights before each evaluation of the loss, so that every evaluation is the same
 function: same dropout mask, same buffers, same teacher.
 
-What it cannot put back: files written, output printed, class attributes, objects that the model does not lead to.
+What it cannot put back: files written, output printed, plain values in class attributes, large NumPy arrays, objects
+that the model does not lead to.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ class Isolation:
         self._evaluated = True
         self._bound = [t.data for t in self._bindable]
 
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Around an evaluation: large tensors of the model's are copied before it writes to them."""
+        return self._state.watching()
+
     def evaluated(self) -> None:
         """The loss was evaluated: what it has given other data (``weight.data = …``) is noted, and bound back later.
 
@@ -161,7 +166,7 @@ class Isolation:
 
     @property
     def leaks(self) -> list[str]:
-        """Attributes too large to copy that the evaluation has changed in place, by name."""
+        """Large attributes that the evaluation has changed in place unseen, by name."""
         return self._state.leaks()
 
 

@@ -156,7 +156,8 @@ class Objective:
                 self.isolation.shift(self.draw)
                 self.draw += 1
         own = self.precision.of(copied(batch, self._not_copied))  # the loss may do with its batch what it likes
-        with torch.enable_grad(), self.allowance.counted():
+        watching = contextlib.nullcontext() if self.isolation is None else self.isolation.watching()
+        with torch.enable_grad(), self.allowance.counted(), watching:
             loss = self.loss_fn(self.model, own)
         if self.isolation is not None:
             self.isolation.evaluated()

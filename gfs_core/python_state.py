@@ -1,9 +1,9 @@
 """The state of Python objects that a loss can reach: what it holds is put back, bitwise.
 
 Reached are the attributes of modules and of objects of the user's classes, the items of containers, and of the loss
-function, of hooks and of other functions of the user's what they close over and the global variables that they name.
-Not reached are class attributes, objects of libraries that refer to the whole run (trainers, loaders, optimizers), and
-objects that other threads share.
+function, of hooks, of methods and of other functions of the user's what they close over and the global variables that
+they name. Not reached are objects of libraries that refer to the whole run (trainers, loaders, optimizers), and objects
+that other threads share. Of class attributes only random streams, iterators and modules are put back.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.streams import is_iterator, rewinder, stand_in
+from gfs_core.writes import BeforeWrites
 
 # Of nn.Module's own attributes these change when a forward pass adds a submodule, a weight or a hook. Its training flag
 # and its buffers are held with the user's attributes (torchmetrics keeps its states beside them).
@@ -37,7 +38,7 @@ _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, BuiltinFuncti
 _SHARED = (threading.Thread, threading.Event, threading.Condition, type(threading.Lock()), type(threading.RLock()))
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MAX_NODES = 200_000
-_MAX_TENSOR = 1 << 20  # elements; a larger plain tensor attribute (a data set, say) is watched, not copied
+_MAX_TENSOR = 1 << 20  # elements; a larger plain tensor attribute (a data set, say) is copied before it is written to
 _MISSING = object()
 
 _Put = Callable[[Any], object]
@@ -46,9 +47,9 @@ _Put = Callable[[Any], object]
 class PythonState:
     """Shallow copies of every container, attribute, tensor, array and random stream that the roots lead to.
 
-    What only a function leads to, through what it closes over and the global variables that it names, belongs to
-    whoever wrote it, and may record evaluations on purpose: of that, modules, random streams and iterators are put
-    back, and nothing else. A hook is not to be seen to have fired: all that it leads to is put back.
+    What only a function leads to, through what it closes over and the global variables that it names, or only a class,
+    belongs to whoever wrote it, and may record evaluations on purpose: of that, modules, random streams and iterators
+    are put back, and nothing else. A hook is not to be seen to have fired: all that it leads to is put back.
 
     Args:
         roots: names and objects to start from.
@@ -63,6 +64,7 @@ class PythonState:
         self.sequences: list[tuple[Any, list[Any]]] = []
         self.places: list[tuple[_Put, Any]] = []  # cells of closures, global variables, slots
         self.tensors: list[tuple[Tensor, Tensor]] = []
+        self.bindings: list[tuple[Tensor, Tensor]] = []  # tensors with their data, that they may be given other
         self.arrays: list[tuple[Any, Any]] = []
         self.streams: list[Callable[[], object]] = []
         self.iterators: list[tuple[str, Any, _Put]] = []
@@ -136,6 +138,7 @@ class PythonState:
             else:
                 self._todo.append(("a forward hook", hook, True))
         self._follow([(f"{name}.forward", type(node).forward, None)], False)
+        self._add_classes(node)
         self._seen[id(node._buffers)] = True
         self.dicts.append((node._buffers, dict(node._buffers)))
         for buffer in node._buffers.values():  # always copied, however large
@@ -157,7 +160,7 @@ class PythonState:
                 self._add_place(variable, cell.cell_contents, functools.partial(setattr, cell, "cell_contents"), whole)
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         self._follow(((name, value, None) for value in defaults), whole)
-        if _is_users(function):
+        if is_of_the_user(function):
             variables = function.__globals__
             for variable in set(_names(function.__code__)) & variables.keys():
                 put = functools.partial(variables.__setitem__, variable)
@@ -176,9 +179,20 @@ class PythonState:
         if not isinstance(held, dict) or any(isinstance(value, _SHARED) for value in held.values()):
             return
         self._add_dict(name, held, whole)
+        self._add_classes(node)
         for slot in (s for cls in kind.__mro__ for s in _slots(cls) if hasattr(node, s)):
             put = functools.partial(setattr, node, slot)
             self._add_place(f"{name}.{slot}", getattr(node, slot), put, whole)
+
+    def _add_classes(self, node: Any) -> None:
+        """The classes of the user's that an object is of: their attributes, and what their methods lead to."""
+        for cls in type(node).__mro__:
+            if id(cls) in self._seen or not is_of_the_user(cls):
+                continue
+            self._seen[id(cls)] = True
+            for key, value in list(vars(cls).items()):
+                function = getattr(value, "__func__", getattr(value, "fget", value))  # of static methods, of properties
+                self._add_place(f"{cls.__name__}.{key}", function, functools.partial(setattr, cls, key), False)
 
     def _add_place(self, name: str, value: Any, put: _Put, whole: bool) -> None:
         if whole:
@@ -191,6 +205,8 @@ class PythonState:
     def _add_tensor(self, name: str, node: Tensor) -> None:
         if node.requires_grad and not node.is_leaf:
             return  # a stored output of an earlier graph: rebinding the attribute is enough
+        if node.layout is torch.strided and not hasattr(node, "to_local"):
+            self.bindings.append((node, node.data))
         if node.numel() > _MAX_TENSOR:
             if not node.is_inference():  # those have no version, and cannot be changed outside of inference mode
                 self.watched.append((name, node, node._version))
@@ -225,6 +241,9 @@ class PythonState:
         for _, iterator, put in self.iterators:
             with contextlib.suppress(IndexError):  # of a list that is not put back
                 put(iterator)
+        for tensor, data in self.bindings:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
         for tensor, value in self.tensors:
             if tensor.shape == value.shape:
                 tensor.data.copy_(value)  # .data: a kept autograd graph must not see a new version of a buffer
@@ -235,8 +254,21 @@ class PythonState:
         for rewind in self.streams:
             rewind()
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around an evaluation: of the large tensors, those that it writes to are copied first, and put back too."""
+        if not self.watched:
+            yield
+            return
+        with BeforeWrites([tensor for _, tensor, _ in self.watched], self._keep):
+            yield
+
+    def _keep(self, tensor: Tensor) -> None:
+        self.tensors.append((tensor, tensor.detach().clone()))
+        self.watched = [watched for watched in self.watched if watched[1] is not tensor]
+
     def leaks(self) -> list[str]:
-        """Tensors too large to copy that have changed in place, by name."""
+        """Large tensors that have changed in place unseen, as in a backward pass, by name."""
         return [name for name, tensor, version in self.watched if tensor._version != version]
 
 
@@ -244,10 +276,16 @@ def _package(of: Any) -> str:
     return (of.__module__ or "").partition(".")[0]
 
 
-def _is_users(function: FunctionType) -> bool:
-    """Whether a function is of the user's code, not of a library's or of this package."""
-    file = function.__code__.co_filename
-    return _package(function) not in _RUNS and not file.startswith(_LIBRARIES) and "-packages" not in file
+def is_of_the_user(of: FunctionType | type) -> bool:
+    """Whether a function or a class is of the user's code, not of a library's or of this package."""
+    if isinstance(of, FunctionType):
+        file = of.__code__.co_filename
+    else:  # of a script or a notebook there may be no file
+        module = sys.modules.get(of.__module__)
+        file = getattr(module, "__file__", None) or ("" if of.__module__ == "__main__" else sys.prefix)
+        if of.__module__ == "builtins":
+            return False
+    return _package(of) not in _RUNS and not file.startswith(_LIBRARIES) and "-packages" not in file
 
 
 def _names(code: CodeType) -> Iterator[str]:

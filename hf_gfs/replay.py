@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gfs_core import MeasurementError
 from gfs_core.batches import batch_size, copied
-from gfs_core.python_state import PythonState
+from gfs_core.python_state import PythonState, is_of_the_user
 from gfs_core.ranks import alone
 from gfs_core.streams import RandomState, rewinder
 from hf_gfs.kept import end_step, keep, opened
@@ -304,15 +304,25 @@ def _loss_in(out: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def _kept(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Counters, metric lists and loss modules of the trainer are as before when this is left."""
-    entered = (int, float, str, bool, dict, list, deque, set, Tensor, nn.Module, type(None))
-    held = {k for k, v in vars(trainer).items() if isinstance(v, entered) or rewinder(v) is not None}
-    skip = [v for k, v in vars(trainer).items() if "dataset" in k or k not in held]
-    modules = {id(m) for m in model.modules()}
-    skip += [v for v in vars(trainer).values() if isinstance(v, nn.Module) and id(v) in modules]
-    wrapped = getattr(trainer, "model_wrapped", None)
-    state = PythonState([("trainer", vars(trainer))], skip=[*skip, *model.parameters(), wrapped])
+    """Counters, metric lists, loss modules, random streams and iterators of the trainer are as before afterwards.
+
+    Raises:
+        MeasurementError: from the loss, where it takes from an iterator that cannot be put back.
+    """
+    held = {k for k, v in vars(trainer).items() if _is_state(v) and "dataset" not in k and "collator" not in k}
+    skip = [v for k, v in vars(trainer).items() if k not in held]
+    skip += [*model.modules(), *model.parameters(), getattr(trainer, "model_wrapped", None)]
+    classes = [cls for cls in type(trainer).__mro__ if is_of_the_user(cls)]
+    members = [(f"{cls.__name__}.{k}", v) for cls in classes for k, v in vars(cls).items()]
+    state = PythonState([("trainer", vars(trainer))], skip, members)
     try:
+        state.guard()
         yield
     finally:
         state.restore()
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an attribute of a trainer is something that a loss may change, and no part of the run's machinery."""
+    entered = (int, float, str, bool, dict, list, deque, set, tuple, Tensor, nn.Module, type(None))
+    return isinstance(value, entered) or rewinder(value) is not None or is_of_the_user(type(value))

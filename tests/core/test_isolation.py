@@ -108,15 +108,73 @@ def test_every_evaluation_is_the_same_function() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_large_attribute_changed_in_place_is_named() -> None:
+def _add(t: Tensor) -> None:
+    t.add_(1)
+
+
+def _one_row(t: Tensor) -> None:
+    t.view(2, -1)[1, 5] = 7.0
+
+
+def _foreach(t: Tensor) -> None:
+    torch._foreach_mul_([t, torch.ones(2)], 2.0)
+
+
+def _out(t: Tensor) -> None:
+    torch.add(t, 1.0, out=t)
+
+
+def _index(t: Tensor) -> None:
+    t.data[torch.tensor([3])] += 1.0
+
+
+def _anew(t: Tensor) -> None:
+    t.data = t.data + 1.0
+
+
+@pytest.mark.parametrize("hvp", ["auto", "gradients"])
+@pytest.mark.parametrize("change", [_add, _one_row, _foreach, _out, _index, _anew])
+def test_a_large_attribute_that_the_loss_writes_to_is_put_back(change: Any, hvp: str) -> None:
+    model = nn.Linear(3, 1)
+    model.huge, model.data_set = torch.ones(2_000_000), torch.zeros(2_000_000)
+    place = model.huge.data_ptr()
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        change(m.huge)
+        return (m(x) * m.huge[[0, 3, 1_000_005]].sum()).square().mean() + 0.0 * m.data_set.sum()
+
+    before = model.huge.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    measurement = gfs.stability(model, loss_fn, torch.ones(2, 3), optimizer, hvp=hvp, tier="sharpness")
+    assert torch.equal(model.huge, before)
+    assert model.huge.data_ptr() == place
+    assert not any("too large" in reason for reason in measurement.reasons)
+    once = copy.deepcopy(model)
+    change(once.huge)
+    scale = once.huge[[0, 3, 1_000_005]].sum().item() ** 2  # of the first change alone, not of several
+    assert measurement.sharpness == pytest.approx(2 * 4 * scale, rel=1e-2)
+
+
+def test_a_large_attribute_changed_in_the_backward_pass_is_named() -> None:
     model = nn.Linear(3, 1)
     model.huge = torch.zeros(2_000_000)
 
-    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
-        m.huge.add_(1)
-        return m(x).square().mean()
+    class Counts(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
 
-    measurement = gfs.stability(model, loss_fn, torch.ones(2, 3), torch.optim.SGD(model.parameters(), 0.1))
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            model.huge.add_(1)
+            return grad.clone()
+
+    measurement = gfs.stability(
+        model,
+        lambda m, x: Counts.apply(m(x)).square().mean(),
+        torch.ones(2, 3),
+        torch.optim.SGD(model.parameters(), 0.1),
+    )
     assert any("huge" in reason and "too large to be put back" in reason for reason in measurement.reasons)
 
 

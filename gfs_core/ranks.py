@@ -53,6 +53,10 @@ class RanksLost(MeasurementError):
     """A process does not answer."""
 
 
+def _silent(error: RuntimeError) -> str:
+    return f"another process does not answer within {TIMEOUT:g} s ({str(error).splitlines()[0]})"
+
+
 class Ranks:
     """The processes of this training. Made by all of them at the same place.
 
@@ -60,12 +64,18 @@ class Ranks:
         rank: of this process, from 0.
         size: how many there are.
         lost: whether one of them did not answer in time; nothing is exchanged any more.
+
+    Raises:
+        RanksLost: another process does not come here.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.lost = False
-        self._words = distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
+        try:
+            self._words = distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
+        except RuntimeError as error:
+            raise RanksLost(f"{_silent(error)}. Make the callback, or the monitor, on every process") from None
         # One for all exchanges, alive until the group is gone: where gloo's thread drops the last reference to a tensor
         # it waits for the interpreter's lock, and the group that is given back waits for the thread (torch 2.6).
         with torch.inference_mode(False):
@@ -182,8 +192,7 @@ class Ranks:
             distributed.all_reduce(word, group=self._words)
         except RuntimeError as error:
             self.lost = True
-            why = str(error).splitlines()[0]
-            raise RanksLost(f"another process does not answer within {TIMEOUT:g} s ({why})") from None
+            raise RanksLost(_silent(error)) from None
         numbers = [float(v) for v in word.tolist()]
         bad = {rank: said for rank, said in enumerate(numbers[_WORD:]) if said > 0}
         if bad and not any(failed):

@@ -185,3 +185,15 @@ def part(rank: int, size: int) -> float:
         total += ranks.total([1.0])[0]
         ranks.close()
     return total
+
+
+def only_the_first(rank: int, size: int) -> str:
+    """What a monitor says that the other processes do not make."""
+    gfs_core.ranks.TIMEOUT = 2.0
+    model = net()
+    try:
+        if rank == 0:
+            gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1))
+    except gfs.MeasurementError as error:
+        return str(error)
+    return ""

@@ -187,6 +187,13 @@ def test_a_rank_that_does_not_answer_ends_measuring_and_not_training(tmp_path: P
         assert len(rank["losses"]) == 12
 
 
+def test_a_monitor_that_one_process_alone_makes_says_so(tmp_path: Path) -> None:
+    first, second = processes.run(processes.only_the_first, 2, tmp_path)
+    assert first.startswith("another process does not answer within 2 s (")
+    assert first.endswith("Make the callback, or the monitor, on every process")
+    assert second == ""
+
+
 def test_the_budget_is_that_of_one_clock(tmp_path: Path) -> None:
     options = {"tier": "gfs", "every": 1, "directional_every": 2, "max_overhead": 0.3}
     poor = {"poor": 1}  # the other's allows nothing after the first measurement

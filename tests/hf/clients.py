@@ -73,6 +73,14 @@ def gpt2(attention: str = "eager", dropout: float = 0.1) -> GPT2LMHeadModel:
     )
 
 
+def adapted(model: Any, **options: Any) -> Any:
+    """The model with LoRA on its attention."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **options)
+    return get_peft_model(model, config)
+
+
 def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(
         BertConfig(

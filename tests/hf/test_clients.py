@@ -19,6 +19,7 @@ from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.hf.clients import (
     Characters,
+    adapted,
     arguments,
     bert,
     cross_encoder_trainer,
@@ -58,9 +59,20 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
     return summed / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
-def language(folder: Path, attention: str = "eager", kind: type[Trainer] = Trainer, loss: Any = None, **options: Any):
+def language(
+    folder: Path,
+    attention: str = "eager",
+    kind: type[Trainer] = Trainer,
+    loss: Any = None,
+    lora: bool = False,
+    **options: Any,
+):
     extra = {} if loss is None else {"compute_loss_func": loss}
-    model = gpt2(attention, dropout=0.0 if attention == "sdpa" else 0.1)  # with dropout CPUs have no fused attention
+    model: Any = gpt2(
+        attention, dropout=0.0 if attention == "sdpa" else 0.1
+    )  # with dropout CPUs have no fused attention
+    if lora:
+        model = adapted(model)
     return kind(model=model, args=arguments(folder, **options), train_dataset=Characters(), **extra)
 
 
@@ -88,6 +100,9 @@ CASES: dict[str, tuple[Callable[..., Trainer], dict[str, Any], str, str]] = {
     ),
     "GPT-2, clipped hard": (language, {"max_grad_norm": 0.1}, "works", ""),
     "GPT-2, loader workers": (language, {"dataloader_num_workers": 2}, "works", ""),
+    "GPT-2, sorted by length": (language, {"train_sampling_strategy": "group_by_length"}, "works", ""),
+    "GPT-2, noise on the embeddings": (language, {"neftune_noise_alpha": 5.0}, "works", ""),
+    "GPT-2, PEFT LoRA, checkpointing": (language, {"lora": True, **NOT_REENTRANT}, "works", ""),
     "GPT-2, label smoothing": (language, {"label_smoothing_factor": 0.1}, "returns no loss", ""),
     "GPT-2, compute_loss_func": (language, {"loss": own_loss}, "returns no loss", ""),
     "GPT-2, overridden compute_loss": (language, {"kind": Penalty}, "gradients point apart", ""),

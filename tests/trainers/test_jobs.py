@@ -6,16 +6,20 @@ A package that is not installed is passed over; `nox -s trainers` installs all o
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from transformers import Trainer
 
 import gfs_core as gfs
 from hf_gfs import GFSCallback as TrainerGFSCallback
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
-from tests.trainers.jobs import LIGHTNING, Weights, setfit
+from tests.hf.clients import outcome, train_and_hear
+from tests.trainers.jobs import LIGHTNING, OPTIMIZERS, Weights, classifier, setfit
 
 
 class Losses(pl.Callback):
@@ -57,6 +61,42 @@ def test_training_is_the_same_and_the_loss_is_its_own(name: str, monkeypatch: py
     assert len(solved) >= 2
     assert solved == {step: pytest.approx(Losses.by_step[step], rel=1e-6) for step in solved}
     assert sum(m.running_sharpness is not None for m in found) >= 2
+
+
+def optimized(name: str, folder: Path, mode: str) -> tuple[dict[str, object], list[dict[str, Any]], list[str]]:
+    """What a training with an optimizer of :data:`OPTIMIZERS` leaves, what was logged of it, and the warnings."""
+
+    def attach(trainer: Trainer) -> None:
+        callback = TrainerGFSCallback(every=2, running_every=2, max_overhead=None, tier="sharpness")
+        if mode == "add_callback":
+            trainer.add_callback(callback)
+        elif mode == "set_trainer":
+            callback.set_trainer(trainer)
+
+    trainer, told = train_and_hear(lambda: classifier(folder, name), attach)
+    rows = [row for row in trainer.state.log_history if "gfs/sharpness" in row]
+    left = outcome(trainer)
+    left["optimizer"] = [value for value in left["optimizer"] if isinstance(value, torch.Tensor)]  # not the projectors
+    return left, rows, told
+
+
+@pytest.mark.parametrize("mode", ["add_callback", "set_trainer"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_the_trainers_other_optimizers(name: str, mode: str, tmp_path: Path) -> None:
+    pytest.importorskip(OPTIMIZERS[name][0])
+    plain, _, _ = optimized(name, tmp_path / "plain", "without")
+    left, rows, told = optimized(name, tmp_path / "gfs", mode)
+    assert_same(plain, left)
+    if "layer-wise" in name:
+        [text] = told
+        assert "is layer-wise, steps inside of the backward pass" in text
+    elif name == "LOMO" and mode == "add_callback":
+        assert rows == []
+        assert sum("no gradient is left when the optimizer is called" in text for text in told) == 1
+    else:
+        assert [row["step"] for row in rows] == [0, 2, 4]
+        assert sum("is not known; its stability ratio is empirical" in text for text in told) == 1
+        assert len(told) == 1 + (name == "LOMO")
 
 
 def measured_setfit() -> tuple[Weights, list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.rounding import rounds
+from gfs_core.rounding import steps
 from tests.core.reference import dense_hessian
 from tests.core.test_unusual_weights import train
 
@@ -57,6 +57,27 @@ def integers(w: Tensor, bits: int) -> Tensor:
 QUANTISE: dict[str, Quantise] = {"detached": detached, "function": function, "torch": torchs_own, "int8": integers}
 
 
+def mean_size(w: Tensor) -> Tensor:
+    return w.detach().abs().mean()
+
+
+def binary(w: Tensor, bits: int) -> Tensor:
+    return w + (torch.where(w > 0, mean_size(w), -mean_size(w)) - w).detach()
+
+
+def ternary(w: Tensor, bits: int) -> Tensor:
+    half = mean_size(w) / 2
+    return w + (((w > half).to(w.dtype) - (w < -half).to(w.dtype)) * mean_size(w) - w).detach()
+
+
+def codebook(w: Tensor, bits: int) -> Tensor:
+    levels = torch.linspace(-0.3, 0.3, 2**bits, dtype=w.dtype)
+    return w + (levels[(w.detach()[..., None] - levels).abs().argmin(-1)] - w).detach()
+
+
+COMPARE: dict[str, Quantise] = {"binary": binary, "ternary": ternary, "codebook": codebook}
+
+
 class Quantised(nn.Linear):
     def __init__(self, inputs: int, outputs: int, quantise: Quantise, bits: int) -> None:
         super().__init__(inputs, outputs)
@@ -98,6 +119,30 @@ def test_the_sharpness_is_that_at_the_rounded_weights(how: str, bits: int) -> No
         with pytest.warns(gfs.GFSWarning, match="the loss rounds its weights or activations"):
             found = gfs.sharpness(model, loss_fn, (X, Y), hvp=hvp, tol=1e-3)
         assert (found.value, found.converged) == (pytest.approx(at_rounded(model), rel=1e-3), True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", COMPARE)
+def test_weights_that_comparisons_choose_are_rounded_too(how: str, seed: int) -> None:
+    model = network(COMPARE[how], 2)
+    with pytest.warns(gfs.GFSWarning, match="the loss rounds its weights or activations"):
+        found = gfs.sharpness(model, loss_fn, (X, Y), tol=1e-3, seed=seed)
+    assert (found.value, found.converged) == (pytest.approx(at_rounded(model), rel=2e-3), True)
+
+
+def guarded(w: Tensor, bits: int) -> Tensor:
+    """Rows of length 1, but no division by 0."""
+    length = w.norm(dim=1, keepdim=True)
+    return w / torch.where(length > 0, length, torch.ones_like(length))
+
+
+@pytest.mark.filterwarnings("error::gfs_core.GFSWarning")
+@pytest.mark.parametrize("hvp", ["auto", "exact", "gradients"])
+def test_a_comparison_that_guards_a_division_rounds_nothing(hvp: str) -> None:
+    model = network(guarded, 2).double()
+    batch = (X.double(), Y)
+    truth = torch.linalg.eigvalsh(dense_hessian(lambda: loss_fn(model, batch), list(model.parameters())))[-1]
+    assert gfs.sharpness(model, loss_fn, batch, hvp=hvp, tol=1e-3).value == pytest.approx(truth.item(), rel=2e-3)
 
 
 class HiddenStraight(torch.autograd.Function):
@@ -193,4 +238,4 @@ def test_only_what_depends_on_the_weights_and_goes_into_the_loss_counts(
 ) -> None:
     model = network(quantise, 3)
     with gfs.Isolation(model) as isolation:
-        assert rounds(gfs.Objective(model, loss, [(X, Y)], isolation=isolation)) is expected
+        assert steps(gfs.Objective(model, loss, [(X, Y)], isolation=isolation)) == (expected, False)

@@ -78,6 +78,10 @@ class Fault:
     bias: float = 0.0
     fit: int | None = None
 
+    def on(self, step: int, steps: int) -> bool:
+        """Whether the fault is there at a step of so many."""
+        return self.since * steps <= step < self.until * steps
+
 
 def jump(factor: float, since: float = 0.0, until: float = 1.0) -> Fault:
     """The rate is ``factor`` times what it should be."""
@@ -117,14 +121,14 @@ def train(
     monitor = gfs.StabilityMonitor(task.model, task.optimizer, config)
     rates = [group["lr"] for group in task.optimizer.param_groups]
     x, y = (t[: fault.fit] for t in task.data[:2])
-    first = _loss_of_all(task, fault.fit)
+    first = loss_of_all(task, fault.fit)
     held: list[float] = []
     rows: list[tuple[int, float]] = []
     for step in range(task.steps):
-        on = fault.since * task.steps <= step < fault.until * task.steps
+        on = fault.on(step, task.steps)
         begun = step - math.ceil(fault.since * task.steps)
         if begun == 0:
-            _harm(task.model, fault)
+            harm(task.model, fault)
         for group, rate in zip(task.optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (step + 1) / task.warmup) if task.warmup else 1.0
             group["lr"] = rate * warm * (fault.rate(begun) if on else 1.0)
@@ -133,7 +137,7 @@ def train(
             batch = task.draw(step, draws)
         else:
             pick = slice(None) if task.batch is None else torch.randint(len(x), (task.batch,), generator=draws)
-            batch = _changed((x[pick], y[pick]), fault, draws) if on else (x[pick], y[pick])
+            batch = changed((x[pick], y[pick]), fault, draws) if on else (x[pick], y[pick])
         loss = task.loss(batch)
         task.optimizer.zero_grad()
         loss.backward()
@@ -149,17 +153,19 @@ def train(
     if logged:
         with (folder / "metrics.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("step", "train_loss"), *rows])
-    return Ended(first, _loss_of_all(task, fault.fit))
+    return Ended(first, loss_of_all(task, fault.fit))
 
 
-def _changed(batch: Batch, fault: Fault, draws: torch.Generator) -> Batch:
+def changed(batch: Batch, fault: Fault, draws: torch.Generator) -> Batch:
+    """A batch with the fault in it."""
     inputs, targets = batch
     if fault.labels:
         targets = targets[torch.randperm(len(targets), generator=draws)]
     return (inputs * fault.inputs if inputs.is_floating_point() else inputs), targets
 
 
-def _harm(model: nn.Module, fault: Fault) -> None:
+def harm(model: nn.Module, fault: Fault) -> None:
+    """What the fault does to the weights."""
     with torch.no_grad():
         for p in model.parameters():
             p *= fault.weights
@@ -168,7 +174,8 @@ def _harm(model: nn.Module, fault: Fault) -> None:
             layer.bias += fault.bias
 
 
-def _loss_of_all(task: Task, examples: int | None) -> float:
+def loss_of_all(task: Task, examples: int | None) -> float:
+    """The loss on all data and their true targets, or on the first ``examples``."""
     with torch.no_grad():
         parts = list(zip(*(t[:examples].split(256) for t in task.data), strict=True))
         sizes = [len(x) for x, _ in parts]
@@ -178,7 +185,7 @@ def _loss_of_all(task: Task, examples: int | None) -> float:
 # --- the tasks ------------------------------------------------------------------------------------------------------
 
 
-def _task(make: Callable[[], nn.Module], seed: int, optimizer: Callable[..., torch.optim.Optimizer], rate: float,
+def task_of(make: Callable[[], nn.Module], seed: int, optimizer: Callable[..., torch.optim.Optimizer], rate: float,
           loss: Callable[[nn.Module, Batch], Tensor], data: Batch, batch: int | None, steps: int,
           **more: float) -> Task:  # fmt: skip
     torch.manual_seed(seed)
@@ -203,7 +210,7 @@ def momentum(parameters: object, rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, rate, momentum=0.9)  # type: ignore[arg-type]
 
 
-def _dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
+def dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), act()]
@@ -211,11 +218,11 @@ def _dense(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """A GRU over bytes."""
+    """A recurrent network over bytes."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, kind: type[nn.RNNBase] = nn.GRU) -> None:
         super().__init__()
-        self.embed, self.rnn = nn.Embedding(128, 32), nn.GRU(32, width, batch_first=True)
+        self.embed, self.rnn = nn.Embedding(128, 32), kind(32, width, batch_first=True)
         self.head = nn.Linear(width, 128)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +231,7 @@ class Recurrent(nn.Module):
         return out
 
 
-def _bytes(count: int, length: int) -> Batch:
+def bytes_of(count: int, length: int) -> Batch:
     content = "".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")[: count * (length + 1)]
     ids = torch.tensor(list(content)).reshape(count, length + 1)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -256,7 +263,7 @@ def _cnn() -> nn.Module:
 def _characters() -> Task:
     data, alphabet = text(400, 32)
     make = lambda: Characters(alphabet, 32, 32)  # noqa: E731
-    return _task(make, 3, torch.optim.AdamW, 3e-3, classes, data, 16, 300)
+    return task_of(make, 3, torch.optim.AdamW, 3e-3, classes, data, 16, 300)
 
 
 def _reconstruction() -> Batch:
@@ -266,28 +273,28 @@ def _reconstruction() -> Batch:
 
 _SGD, _ADAM = torch.optim.SGD, torch.optim.Adam
 DESIGN: dict[str, Callable[[], Task]] = {
-    "tanh MLP, momentum": lambda: _task(lambda: _dense(64, 64, 64, 10, act=nn.Tanh), 0, momentum, 0.05, classes,
+    "tanh MLP, momentum": lambda: task_of(lambda: dense(64, 64, 64, 10, act=nn.Tanh), 0, momentum, 0.05, classes,
                                         digits(), 64, 500),
-    "ReLU MLP, AdamW": lambda: _task(lambda: _dense(64, 64, 64, 10), 1, torch.optim.AdamW, 3e-3, classes, digits(), 64,
+    "ReLU MLP, AdamW": lambda: task_of(lambda: dense(64, 64, 64, 10), 1, torch.optim.AdamW, 3e-3, classes, digits(), 64,
                                      500),
-    "squared loss, full-batch SGD": lambda: _task(lambda: _dense(64, 32, 10, act=nn.Tanh), 2, _SGD, 0.3, squares,
+    "squared loss, full-batch SGD": lambda: task_of(lambda: dense(64, 32, 10, act=nn.Tanh), 2, _SGD, 0.3, squares,
                                                   digits(200), None, 1000),
     "transformer, AdamW": _characters,
-    "CNN, SGD": lambda: _task(_cnn, 10, _SGD, 0.1, classes, _images(), 32, 600),
+    "CNN, SGD": lambda: task_of(_cnn, 10, _SGD, 0.1, classes, _images(), 32, 600),
 }  # fmt: skip
 EXAM: dict[str, Callable[[], Task]] = {
-    "two hidden layers, Adagrad": lambda: _task(
-        lambda: _dense(64, 48, 48, 10, act=nn.SiLU), 16, torch.optim.Adagrad, 0.02, classes, digits(), 32, 500
+    "two hidden layers, Adagrad": lambda: task_of(
+        lambda: dense(64, 48, 48, 10, act=nn.SiLU), 16, torch.optim.Adagrad, 0.02, classes, digits(), 32, 500
     ),
-    "regression, Adam": lambda: _task(lambda: _dense(10, 64, 64, 1), 11, _ADAM, 2e-3, squares, _diabetes(), 32, 500),
-    "bytes, GRU, RMSprop, clipped": lambda: _task(Recurrent, 12, torch.optim.RMSprop, 3e-3, classes, _bytes(600, 32),
-                                                  16, 300, clip=1.0),
-    "autoencoder, NAdam": lambda: _task(lambda: _dense(64, 32, 8, 32, 64), 13, torch.optim.NAdam, 2e-3, squares,
+    "regression, Adam": lambda: task_of(lambda: dense(10, 64, 64, 1), 11, _ADAM, 2e-3, squares, _diabetes(), 32, 500),
+    "bytes, GRU, RMSprop, clipped": lambda: task_of(Recurrent, 12, torch.optim.RMSprop, 3e-3, classes,
+                                                    bytes_of(600, 32), 16, 300, clip=1.0),
+    "autoencoder, NAdam": lambda: task_of(lambda: dense(64, 32, 8, 32, 64), 13, torch.optim.NAdam, 2e-3, squares,
                                         _reconstruction(), 64, 500),
-    "deep ReLU, batch of 4, Adam, warm-up": lambda: _task(lambda: _dense(64, 48, 48, 48, 48, 10), 14, _ADAM, 1e-3,
+    "deep ReLU, batch of 4, Adam, warm-up": lambda: task_of(lambda: dense(64, 48, 48, 48, 48, 10), 14, _ADAM, 1e-3,
                                                           classes, digits(), 4, 900, warmup=100),
-    "two classes, Nesterov": lambda: _task(
-        lambda: _dense(30, 32, 2), 15, lambda p, r: torch.optim.SGD(p, r, momentum=0.9, nesterov=True), 0.05, classes,
+    "two classes, Nesterov": lambda: task_of(
+        lambda: dense(30, 32, 2), 15, lambda p, r: torch.optim.SGD(p, r, momentum=0.9, nesterov=True), 0.05, classes,
         _cancer(), 32, 500),
 }  # fmt: skip
 
@@ -316,7 +323,7 @@ FAULTS: dict[str, Fault] = {
 def adversary() -> Task:
     """The generator of a small adversarial pair: its loss rises while its adversary learns."""
     torch.manual_seed(20)
-    maker, judge = _dense(16, 64, 64), _dense(64, 64, 1)
+    maker, judge = dense(16, 64, 64), dense(64, 64, 1)
     of_judge, x = _ADAM(judge.parameters(), 1e-3), digits()[0]
     binary = nn.functional.binary_cross_entropy_with_logits
     draws = torch.Generator().manual_seed(1)
@@ -339,7 +346,7 @@ def adversary() -> Task:
 def rewards() -> Task:
     """Which digit it is, learnt from rewards alone: the loss hovers about 0."""
     torch.manual_seed(21)
-    model, (x, y) = _dense(64, 64, 10), digits()
+    model, (x, y) = dense(64, 64, 10), digits()
 
     def draw(step: int, draws: torch.Generator) -> Batch:
         pick = torch.randint(len(x), (64,), generator=draws)
@@ -357,7 +364,7 @@ def rewards() -> Task:
 
 def curriculum() -> Task:
     """Two classes more at a time: the loss jumps, and falls again."""
-    task = _task(lambda: _dense(64, 64, 10), 22, torch.optim.AdamW, 3e-3, classes, digits(), 64, 800)
+    task = task_of(lambda: dense(64, 64, 10), 22, torch.optim.AdamW, 3e-3, classes, digits(), 64, 800)
     x, y = task.data
     held = [torch.nonzero(y < 2 * k)[:, 0] for k in range(1, 6)]
 
@@ -378,7 +385,7 @@ def penalty() -> Task:
         squares_ = sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
         return classes(model, batch) + weight[0] * squares_
 
-    task = _task(lambda: _dense(64, 64, 10, act=nn.Tanh), 23, momentum, 0.05, loss, digits(), 64, 800)
+    task = task_of(lambda: dense(64, 64, 10, act=nn.Tanh), 23, momentum, 0.05, loss, digits(), 64, 800)
 
     def before(step: int) -> None:
         weight[0] = 1e-2 * step / 800
@@ -389,7 +396,7 @@ def penalty() -> Task:
 
 def pretrained() -> Task:
     """A fine-tuning that hardly moves: the network is trained already, on batches of 4."""
-    task = _task(lambda: _dense(64, 64, 10), 24, torch.optim.AdamW, 3e-3, classes, digits(), 256, 0)
+    task = task_of(lambda: dense(64, 64, 10), 24, torch.optim.AdamW, 3e-3, classes, digits(), 256, 0)
     for _ in range(150):
         task.optimizer.zero_grad()
         task.loss(task.data).backward()

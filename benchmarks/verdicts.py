@@ -1,32 +1,36 @@
 """Is the first sentence of the report right? Trainings that go well and that are destroyed, in many ways.
 
-Writes verdicts.md. Run (about six minutes on one core): OMP_NUM_THREADS=1 python -m benchmarks.verdicts
+Writes verdicts.md and verdicts.json. Run (two processes): OMP_NUM_THREADS=1 python -m benchmarks.verdicts [set …]
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import multiprocessing
 import platform
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks import exam
 from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD, Ended, Fault, train
 from gfs_report.runs import read_run
 from gfs_report.verdict import judge
 
 HERE = Path(__file__).parent
 _EVERY = (1, 10, 1, 25)  # steps between logged losses, in turn
-_MISSING = (
-    0.1,
-    0.25,
-)  # of the progress of the same training without the fault: below, healthy; from there on, destroyed
+_MISSING = (0.1, 0.25)  # of the progress of the same training without the fault: below, healthy; above, destroyed
+_SHORT = 0.6  # of the steps in destroyed.py
+_SETS = {"design": DESIGN, "exam": EXAM, "frameworks": exam.TASKS}
 _TRUTHS = ("healthy", "between", "slow", "destroyed")
 _CALLS = ("all clear", "caution", "destroyed")
 
@@ -47,27 +51,56 @@ class Judged:
 
 
 def main() -> None:
-    """Train, judge, write."""
+    """Train, judge, write; sets that are not named are taken from the last time."""
+    began, sets = time.perf_counter(), sys.argv[1:] or list(_SETS)
+    record = HERE / "verdicts.json"
+    held = json.loads(record.read_text()) if record.exists() else {}
+    jobs = [(name, task) for name in sets for task in [*_SETS[name], *ODD.get(name, {})]]
+    found: dict[str, list[Judged]] = {name: [] for name in sets}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for done, ((name, task), judged) in enumerate(zip(jobs, pool.imap(_judged_task, jobs), strict=True), 1):
+            found[name] += judged
+            print(f"{time.perf_counter() - began:4.0f} s  {done}/{len(jobs)}  {name}: {task}", file=sys.stderr)
+    seconds = time.perf_counter() - began
+    held |= {name: {"seconds": seconds * len(found[name]) / sum(map(len, found.values())), "runs":
+             [asdict(f) for f in found[name]]} for name in sets}  # fmt: skip
+    record.write_text(json.dumps(held, indent=0, ensure_ascii=False) + "\n")
+    runs = [Judged(**f) for name in _SETS if name in held for f in held[name]["runs"]]
+    (HERE / "verdicts.md").write_text(_page(runs, sum(h["seconds"] for h in held.values())), encoding="utf-8")
+
+
+def _judged_task(job: tuple[str, str]) -> list[Judged]:
+    """What the report says of a training, without a fault first, and with each."""
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    began = time.perf_counter()
-    found: list[Judged] = []
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as place:
-        for group, tasks in (("design", DESIGN), ("exam", EXAM)):
-            for i, (task, make) in enumerate(tasks.items()):
-                good: Ended | None = None
-                for j, (name, fault) in enumerate(FAULTS.items()):
-                    every, logged = _EVERY[(i + j) % len(_EVERY)], (i + 2 * j) % 9 != 4
-                    folder = Path(place) / group / str(i) / str(j)
-                    ended = train(make(), fault, folder, log_every=every, logged=logged)
-                    good = ended if good is None else good
-                    log = f"every {every}" if logged else "history alone"
-                    found.append(_judged(group, task, name, log, folder, _missing(ended, good, fault), fault))
-                print(group, task, file=sys.stderr)
-            for i, (task, make) in enumerate(ODD[group].items()):
-                folder = Path(place) / group / f"odd-{i}"
-                train(make(), Fault(), folder)
-                found.append(_judged(group, task, "none", "every 1", folder, 0.0, Fault()))
-    (HERE / "verdicts.md").write_text(_page(found, time.perf_counter() - began), encoding="utf-8")
+        return list(_each(*job, Path(place)))
+
+
+def _each(group: str, task: str, place: Path) -> Iterator[Judged]:
+    if task in ODD.get(group, {}):
+        train(ODD[group][task](), Fault(), place)
+        yield _judged(group, task, "none", "every 1", place, 0.0, Fault())
+        return
+    good: Ended | None = None
+    i = list(_SETS[group]).index(task)
+    for j, (name, fault) in enumerate(
+        (FAULTS if group in ("design", "exam") else {"none": Fault(), **exam.WRONG[task]}).items()
+    ):
+        folder = place / str(j)
+        if group == "frameworks":
+            way, logged, make = exam.TASKS[task]
+            ended = way(make(), fault, folder, logged)
+            log = {exam.by_lightning: "Lightning", exam.by_trainer: "Trainer"}[way] + (", logged" if logged else "")
+        else:
+            every, logged = _EVERY[(i + j) % len(_EVERY)], (i + 2 * j) % 9 != 4
+            made = _SETS[group][task]()
+            made.steps = round(_SHORT * made.steps)
+            ended = train(made, fault, folder, log_every=every, logged=logged)
+            log = f"every {every}" if logged else "history alone"
+        good = ended if good is None else good
+        yield _judged(group, task, name, log, folder, _missing(ended, good, fault), fault)
 
 
 def _missing(ended: Ended, good: Ended, fault: Fault) -> float:

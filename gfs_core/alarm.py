@@ -188,7 +188,8 @@ class Alarm:
         self._noisy: deque[float] = deque(maxlen=_NOISY)
         self._noisy_seen = 0
         self._sources = [_Source(patience) for _, patience in _SOURCES]
-        self._before: tuple[float, float] | None = None  # usual loss and spread before the state rose, while it is up
+        # Before the state rose, while it is up: usual loss, spread, and mean, which of skewed losses is no median.
+        self._before: tuple[float, float, float] | None = None
         self._returned = 0  # losses in a row with their mean back at it
 
     def saw_loss(self, step: int, loss: float, examples: int | None = None) -> Event | None:
@@ -212,7 +213,9 @@ class Alarm:
         self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
         verdict, back = self._judge_loss(loss, self._mean), True
         if self._before is not None:
-            by_spike, by_mean = self._above(loss, self._mean, *self._before)
+            usual, spread, usual_mean = self._before
+            by_spike, _ = self._above(loss, self._mean, usual, spread)
+            _, by_mean = self._above(loss, self._mean, max(usual, usual_mean), spread)
             back = by_spike is by_mean is State.QUIET
             self._returned = self._returned + 1 if by_mean is State.QUIET else 0
         event = self._changed(step, _LOSS, verdict, back, rising)
@@ -404,7 +407,8 @@ class Alarm:
         """Keep what the losses were like before a rise; of several rises, the lowest."""
         known = self._usual_loss()
         if known is not None and (self._before is None or known[0] < self._before[0]):
-            self._before = known[:2]
+            count = len(self._losses)
+            self._before = (*known[:2], sum(loss / count for loss in self._losses))
         self._returned = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -440,7 +444,10 @@ class Alarm:
         for source, saved in zip(self._sources, state["sources"], strict=True):
             source.load(*saved)
         before = state.get("before")  # as in a state of the first release
-        self._before = None if before is None else (float(before[0]), _positive(before[1]))
+        self._before = None
+        if before is not None:
+            usual, spread, *mean = before
+            self._before = (float(usual), _positive(spread), float(mean[0] if mean else usual))
         self._returned = int(state.get("returned", 0))
 
 

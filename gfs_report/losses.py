@@ -9,11 +9,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gfs_report.ratios import main_ratio, past_in_mean_square
+from gfs_report.ratios import main_ratio, past
 from gfs_report.runs import Curve, Run
 
 Values = NDArray[np.float64]
-Fate = Literal["not finite", "worse", "lost", "blown up", "stuck", "drifted", "flat", "recovered", "fell", "unknown"]
+Fate = Literal[
+    "not finite", "worse", "lost", "blown up", "stuck", "drifted", "flat", "shaken", "stalled", "recovered", "fell",
+    "unknown",
+]  # fmt: skip
 FAILED: tuple[Fate, ...] = ("not finite", "worse", "lost", "blown up", "stuck")
 
 # Chosen on the first four tasks of benchmarks/verdicts.md, and reported there on the other six.
@@ -28,6 +31,8 @@ _ABOVE = 0.1  # of the start: how far above it an end is worse …
 _BELOW = 0.02  # … where no more than this part of the losses lies below it
 _LITTLE = 0.05  # of the start: a smaller fall is none
 _BLOWN = 1.0  # of the start: two losses in a row that far above it, in the first part, are a blow-up
+_STALLED = 0.05  # of the level after a tenth of the run, and of all progress: one that falls no further has stalled …
+_MANY = 20  # … where there are so many losses
 _SLOW = 0.5  # of a rise: one is slow where no tenth of the run holds more of it …
 _MODEST = 3.0  # … and where it ends no more than this many times the start above it
 
@@ -43,8 +48,9 @@ class Course(NamedTuple):
     Attributes:
         fate: what became of it. *not finite* at the end; *worse* than its start all along; *lost* what it had gained;
             *blown up* and back at its start, without a gain; *flat*; *stuck*, flat with steps past the edge; *drifted*
-            above its best, as some losses do in good runs; *recovered* what it had lost in between; *fell*; *unknown*,
-            of too few losses.
+            above its best, as some losses do in good runs; *shaken*, blown up at first and below its start in the end;
+            *stalled* soon after it had begun to fall; *recovered* what it had lost in between; *fell*; *unknown*, of
+            too few losses.
         start: the first loss; NaN where there is none.
         best: the least running median.
         best_step: where that was.
@@ -85,7 +91,7 @@ def course_of(run: Run, loss_key: str | None = None) -> Course:
     found = next((c for c in judged if c.failed), next((c for c in judged if c.fate != "unknown"), Course("unknown")))
     if found.fate == "unknown" and judged:
         found = judged[0]
-    if found.fate == "flat" and _past(run):
+    if found.fate == "flat" and past(run):
         found = found._replace(fate="stuck")
     broken = _broken(run, key)
     if broken is not None and found.fate != "not finite":
@@ -133,14 +139,21 @@ def course(loss: Curve, calm: bool = False, spread: Curve | None = None) -> Cour
     elif lost >= _LOST:
         gone = int(at[lowest + np.flatnonzero(smooth[lowest:] > best + max(_LOST * progress, sure))[0]])
         found = found._replace(fate="lost", since=int(steps[gone - (width - 1) // 2]))  # a median is half a window late
-    elif end > start - _LITTLE * abs(start):
+    elif end > start - max(_LITTLE * abs(start), _FAR * _noise(values[late:]) / math.sqrt(width)):
         high = _blow_up(values, single)
         return found._replace(fate="flat") if high is None else found._replace(fate="blown up", since=int(steps[high]))
     else:
         risen = smooth - np.minimum.accumulate(smooth)
         top = int(risen.argmax())
-        back = risen[top] > max(_BACK * progress, sure)
-        return found._replace(fate="recovered", since=int(steps[at[top]])) if back else found._replace(fate="fell")
+        if (high := _blow_up(values, single)) is not None:
+            found = found._replace(fate="shaken", since=int(steps[high]))
+        elif risen[top] > max(_BACK * progress, sure):
+            found = found._replace(fate="recovered", since=int(steps[at[top]]))
+        elif _stalls(values, smooth, start):
+            found = found._replace(fate="stalled", since=int(steps[at[0]]))
+        else:
+            found = found._replace(fate="fell")
+        return found
     if calm and end - start < _MODEST * abs(start) and _drifts(smooth, lowest):
         found = found._replace(fate="drifted")
     return found
@@ -161,6 +174,14 @@ def _blow_up(values: Values, noise: float) -> int | None:
     level = start + max(_BLOWN * abs(start), _SURE * noise, 2 * usual)
     high = np.flatnonzero(np.minimum(values[:-1], values[1:]) > level)
     return int(high[0]) if len(high) and high[0] <= _PART * len(values) else None
+
+
+def _stalls(values: Values, smooth: Values, start: float) -> bool:
+    """Whether next to nothing was learnt after the first tenth of the run: at the floor of the loss, or at chance."""
+    if len(values) < _MANY:
+        return False
+    early, best = float(smooth[0]), float(smooth.min())
+    return early - best < _STALLED * min(abs(early), start - best)
 
 
 def _smoothed(values: Values) -> tuple[Values, NDArray[np.int64], int]:
@@ -203,12 +224,6 @@ def _calm(run: Run) -> bool:
     """Whether it was measured, lately, that the run was below the edge."""
     found = main_ratio(run)
     return found is not None and found.lately and float(np.median(found.curve.tail(_PART))) < 1
-
-
-def _past(run: Run) -> bool:
-    """Whether the steps were past the edge when that was last measured, be it long ago."""
-    found = main_ratio(run)
-    return past_in_mean_square(run) or (found is not None and float(np.median(found.curve.tail(_PART))) > 1)
 
 
 def _broken(run: Run, key: str | None) -> int | None:

@@ -19,6 +19,8 @@ _SETTLED = 0.5  # of the steps: what was measured later is taken for the settled
 _ENOUGH = 10  # measurements of the settled state that a number may rest on
 _ALIKE = 2.0  # quotient of the quartiles up to which they agree
 _AIM = 0.5  # stability ratio that a lower rate aims at
+_END = 0.1  # of the steps that were measured: their end
+PAST = 1.15  # of the ratio: with full batches its median at the edge stays within 0.9–1.1 (benchmarks/edge.md)
 _ROOM = 0.3  # a ratio that stays below it leaves room for a higher rate
 
 
@@ -51,6 +53,13 @@ def main_ratio(run: Run) -> Ratio | None:
             return Ratio(name, curve, True)
     name, curve = max(held, key=lambda item: int(item[1].steps[-1]))
     return Ratio(name, curve, False)
+
+
+def past(run: Run) -> bool:
+    """Whether the steps were past the edge when that was last measured, be it long ago."""
+    found = main_ratio(run)
+    plain = found is not None and float(np.median(found.curve.tail(_END))) > PAST
+    return plain or past_in_mean_square(run)
 
 
 def past_in_mean_square(run: Run) -> bool:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from gfs_report.losses import Course, Fate, course_of
-from gfs_report.ratios import has_room, lower_rate, main_ratio, past_in_mean_square
+from gfs_report.ratios import PAST, has_room, lower_rate, main_ratio, past, past_in_mean_square
 from gfs_report.runs import Mark, Run
 from gfs_report.units import in_digits
 
 Standing = Literal["unknown", "far", "near", "edge", "past"]
-_EDGE = (0.85, 1.15)  # of the ratio: with full batches its median stays within 0.9–1.1 (benchmarks/edge.md)
+_EDGE = (0.85, PAST)
 _FAR = 0.3
 _END = 0.1  # the last part of the steps, which counts as now
 _ALARM = 2
@@ -104,7 +104,7 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
             return f"This run is in danger: its early warning is still on; what became of it is not known, for {why}."
         return f"What became of this run is not known: {why}."
     if c.fate == "flat":
-        return f"This run has learnt next to nothing: its loss went {ends}."
+        return f"This run has learnt {'nothing' if c.end > c.start else 'next to nothing'}: its loss went {ends}."
     if c.fate == "drifted":
         return (
             f"The loss of this run drifted: it ended at {c.end:.3g}, after a best of {c.best:.3g} at step "
@@ -112,8 +112,13 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
         )
     if _ringing(run):
         return f"The loss of this run went {ends}, but its early warning is still on."
-    if standing == "past" or past_in_mean_square(run):
-        return f"The loss of this run went {ends}, but its steps are past the edge."
+    if past(run):
+        are = "are" if standing == "past" or past_in_mean_square(run) else "were, when last measured,"
+        return f"The loss of this run went {ends}, but its steps {are} past the edge."
+    if c.fate == "shaken":
+        return f"The loss of this run went {ends}, but it blew up first, about step {c.since}."
+    if c.fate == "stalled":
+        return f"The loss of this run went {ends}, but it has hardly fallen since about step {c.since}."
     if c.fate == "recovered":
         return (
             f"This run recovered: its loss went {ends}, though much of that was lost for a while about step {c.since}."
@@ -189,7 +194,7 @@ def _restart(run: Run, c: Course) -> str:
 
 def _do(run: Run, c: Course, standing: Standing) -> str:
     ringing = _ringing(run)
-    if standing == "past" or past_in_mean_square(run):
+    if past(run):
         found = lower_rate(run)
         less, unknown = "", ""
         if found.rate is None:
@@ -212,6 +217,16 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
         return (
             "A loss that is meant to fall should not rise: look at what changed in the rate, the data or the "
             "regularisation. Of a loss that rises in good runs too, as with adversaries or rewards, this is no fault."
+        )
+    if c.fate == "shaken":
+        return (
+            "Try a lower learning rate, or a warm-up, and compare the ends: what blows up at first may stay behind for "
+            "good (`gfs pilot` trains both)."
+        )
+    if c.fate == "stalled":
+        return (
+            "Hold the end against the loss of the best constant answer: a loss that stops so early is at its floor, or "
+            "the network tells its inputs no longer apart."
         )
     if standing == "unknown":
         if not any("stability_ratio" in key for key in run.gfs):

@@ -449,7 +449,7 @@ def _short_horizon(self: Control, rate: float, measurement: gfs.Measurement) -> 
 
 
 def _larger(self: Control, rate: float, measurement: gfs.Measurement) -> float | None:
-    found = [r for r in (measurement.running_stability_ratio, measurement.mean_square_stability_ratio) if r is not None]
+    found = [r for r in (measurement.running_stability_ratio, measurement.mean_square_bound) if r is not None]
     ratio = max(found, default=0.0)
     return rate / ratio if ratio > 0 and rate > 0 else None
 
@@ -508,7 +508,7 @@ EDGE_OPTIMIZERS: dict[str, tuple[Callable[[nn.Module, float], torch.optim.Optimi
     "AdamW": (adamw, 3e-3),
 }
 EDGE_RATES = (0.3, 1.0, 3.0, 10.0)
-RATIOS = {"plain": "running_stability_ratio", "mean_square": "mean_square_stability_ratio"}
+RATIOS = {"plain": "running_stability_ratio", "mean_square": "mean_square_bound"}
 WINDOWS = {"first": (0.0, 1 / 8), "middle": (1 / 3, 2 / 3), "last": (2 / 3, 1.0)}
 
 
@@ -980,6 +980,8 @@ the mean loss of its last {PLATEAU} steps above {DAMAGED_LOSS} and more than {DA
 The ratios are medians over a part of the run (of the steps taken, where it ended early), and over seeds; where there
 was none (–), it counts as 0. Once such a run has come to the plateau at a loss of log 10 = 2.30, where its network
 gives all inputs the same answer, the ratio is low again, and only the first eighth tells of what happened.
+*Mean square* is `mean_square_bound` here and below, from single products, by which a control goes. It is no
+`mean_square_stability_ratio`: these runs are older than that one's formula, for which there is no such table.
 """
 AREAS = """Area under the ROC curve for *damaged* (½: tells nothing), of the median of the first eighth, of the larger
 one of the middle and the last third, and of the largest of the three:

@@ -346,6 +346,8 @@ COPIES = {"running": 5.3, "directional": 4.0, "sharpness": 8.3, "gfs": 9.3}  # m
 class Passes(TorchDispatchMode):
     """Counts how often tensors are read or written whole, in elements."""
 
+    sees_measurements = True
+
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0

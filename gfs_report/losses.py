@@ -30,8 +30,9 @@ _FAR = 3.0  # scatters of single losses that an end has to lie above the start b
 _ABOVE = 0.1  # of the start: how far above it an end is worse …
 _BELOW = 0.02  # … where no more than this part of the losses lies below it
 _LITTLE = 0.05  # of the start: a smaller fall is none
+SMALL = 0.1  # of the start: a smaller fall may be all there is to learn, or chance level
 _BLOWN = 1.0  # of the start: two losses in a row that far above it, in the first part, are a blow-up
-_STALLED = 0.05  # of the level after a tenth of the run, and of all progress: one that falls no further has stalled …
+_STALLED = 0.05  # of the level in the second tenth, and of all progress: one that falls no further has stalled …
 _MANY = 20  # … where there are so many losses
 _SLOW = 0.5  # of a rise: one is slow where no tenth of the run holds more of it …
 _MODEST = 3.0  # … and where it ends no more than this many times the start above it
@@ -149,8 +150,8 @@ def course(loss: Curve, calm: bool = False, spread: Curve | None = None) -> Cour
             found = found._replace(fate="shaken", since=int(steps[high]))
         elif risen[top] > max(_BACK * progress, sure):
             found = found._replace(fate="recovered", since=int(steps[at[top]]))
-        elif _stalls(values, smooth, start):
-            found = found._replace(fate="stalled", since=int(steps[at[0]]))
+        elif len(values) >= _MANY and _stalls(smooth, start):
+            found = found._replace(fate="stalled", since=int(steps[at[len(smooth) // 9]]))
         else:
             found = found._replace(fate="fell")
         return found
@@ -176,11 +177,9 @@ def _blow_up(values: Values, noise: float) -> int | None:
     return int(high[0]) if len(high) and high[0] <= _PART * len(values) else None
 
 
-def _stalls(values: Values, smooth: Values, start: float) -> bool:
-    """Whether next to nothing was learnt after the first tenth of the run: at the floor of the loss, or at chance."""
-    if len(values) < _MANY:
-        return False
-    early, best = float(smooth[0]), float(smooth.min())
+def _stalls(smooth: Values, start: float) -> bool:
+    """Whether next to nothing was learnt after the second tenth of the run: at the floor of the loss, or at chance."""
+    early, best = float(smooth[len(smooth) // 9]), float(smooth.min())
     return early - best < _STALLED * min(abs(early), start - best)
 
 

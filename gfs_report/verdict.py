@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gfs_report.losses import Course, Fate, course_of
+from gfs_report.losses import SMALL, Course, Fate, course_of
 from gfs_report.ratios import PAST, has_room, lower_rate, main_ratio, past, past_in_mean_square
 from gfs_report.runs import Mark, Run
 from gfs_report.units import in_digits
@@ -81,8 +81,10 @@ def _destroyed(c: Course) -> str:
     if c.fate == "blown up":
         return f"This run is destroyed: its loss blew up at step {c.since} and ended at {c.end:.3g}, where {begun}."
     if c.fate == "stuck":
-        ended = f"its loss ended at {c.end:.3g}, near where {begun}"
-        return f"This run is destroyed: {ended}, and its steps were past the edge when that was last measured."
+        ended = f"its loss ended at {c.end:.3g}, where {begun}, and scatters more than it has fallen"
+        if abs(c.end - c.start) < SMALL * abs(c.start):
+            ended = f"its loss ended at {c.end:.3g}, near where {begun}"
+        return f"This run is destroyed: {ended}; its steps were past the edge when that was last measured."
     if c.fate == "worse":
         return f"This run is destroyed: its loss ended at {c.end:.3g}, far above its start: {begun}."
     lost = "all that it had gained" if c.lost >= 1 else f"{c.lost:.0%} of what it had gained"
@@ -104,7 +106,9 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
             return f"This run is in danger: its early warning is still on; what became of it is not known, for {why}."
         return f"What became of this run is not known: {why}."
     if c.fate == "flat":
-        return f"This run has learnt {'nothing' if c.end > c.start else 'next to nothing'}: its loss went {ends}."
+        learnt = "nothing" if c.end > c.start else "next to nothing"
+        scatters = ", and scatters more than that" if c.start - c.end >= SMALL * abs(c.start) else ""
+        return f"This run has learnt {learnt}: its loss went {ends}{scatters}."
     if c.fate == "drifted":
         return (
             f"The loss of this run drifted: it ended at {c.end:.3g}, after a best of {c.best:.3g} at step "
@@ -123,6 +127,8 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
         return (
             f"This run recovered: its loss went {ends}, though much of that was lost for a while about step {c.since}."
         )
+    if c.start - c.end < SMALL * abs(c.start):
+        return f"The loss of this run fell by {(c.start - c.end) / abs(c.start):.0%}: it went {ends}."
     came_back = ", and it came back from its early warnings" if _alarms(run) else ""
     return f"This run went well: its loss went {ends}{came_back}."
 

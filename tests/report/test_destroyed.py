@@ -198,6 +198,54 @@ def test_the_end_is_held_against_the_best_in_units_of_the_progress() -> None:
         assert found.since is None or abs(found.since - 300) <= 5
 
 
+def test_a_run_that_blew_up_at_first_is_not_called_well() -> None:
+    values = np.concatenate([[4.8, 16, 14, 9.4, 7], np.linspace(6, 3, 55)])
+    found = judge(Run("r", logged={"loss": curve(values)}))
+    assert (found.fate, found.course.since) == ("shaken", 1)
+    assert found.summary == "The loss of this run went from 4.8 to 3.14, but it blew up first, about step 1."
+    assert "lower learning rate" in found.do
+    spike = falling(400)
+    spike[200:202] = 40.0  # in the midst of the run it is a spike
+    assert course(curve(spike)).fate == "fell"
+
+
+def test_a_loss_that_stops_early_is_not_called_well() -> None:
+    noise = 0.02 * np.random.default_rng(0).standard_normal(100)
+    stopped = np.concatenate([[4.96, 3.5, 2.8, 2.5], np.full(96, 2.35)]) + noise
+    found = judge(Run("r", logged={"loss": curve(stopped)}))
+    assert found.fate == "stalled"
+    assert "has hardly fallen since about step" in found.summary
+    assert "best constant answer" in found.do
+    fitted = 2.3 * np.exp(-np.arange(100) / 5)  # most of the fall is early, and yet it goes on
+    assert course(curve(fitted)).fate == "fell"
+
+
+def test_a_fall_within_the_scatter_is_none() -> None:
+    values = 0.7 + 0.5 * np.random.default_rng(0).standard_normal(46)
+    values[0], values[-5:] = 0.73, 0.66
+    found = judge(Run("r", logged={"loss": curve(values)}))
+    assert found.fate == "flat"
+    assert found.summary.startswith("This run has learnt next to nothing: its loss went from 0.73 to 0.66")
+    small = judge(Run("r", logged={"loss": curve(np.linspace(2.5, 2.3, 100))}))
+    assert small.summary == "The loss of this run fell by 8%: it went from 2.5 to 2.31."
+
+
+def test_a_run_that_was_past_the_edge_when_last_measured_is_not_called_well() -> None:
+    long_ago = {"running_stability_ratio": Curve(np.array([10, 25]), np.array([120.0, 100.0]))}
+    found = judge(Run("r", logged={"loss": curve(falling(250))}, gfs=long_ago))
+    assert found.summary.endswith("but its steps were, when last measured, past the edge.")
+    assert found.do.startswith("Lower the learning rate")
+
+
+def test_means_over_all_steps_count_beside_a_median_that_hides_a_few_huge_losses() -> None:
+    means = Curve(np.arange(0, 500, 10), np.concatenate([np.linspace(2.3, 0.5, 25), np.full(25, 3e6)]))
+    single = np.where(np.arange(500) % 10 == 0, 3e7, 0.0)
+    single[:250] = np.linspace(2.3, 0.5, 250)
+    run = Run("r", logged={"loss": curve(single)}, training_loss=means)
+    assert course(run.logged["loss"]).fate == "fell"
+    assert judge(run).fate == "lost"
+
+
 def test_a_nan_that_was_skipped_is_none_at_the_end() -> None:
     values = falling(200)
     values[[20, 150, 195]] = math.nan

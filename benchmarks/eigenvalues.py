@@ -10,7 +10,6 @@ import copy
 import importlib
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -295,7 +294,6 @@ class Row:
     cold: int
     hvps: list[int]
     errors: list[float]
-    milliseconds: list[float]
 
 
 def truth(run: Run, model: nn.Module, batch: Batch) -> float:
@@ -321,18 +319,15 @@ def warm() -> Iterator[Row]:
             steps = [run.first + distance * i for i in range(STATES + 1)]
             for name, method in METHODS.items():
                 memory: dict[str, Any] = {}
-                hvps, errors, seconds = [], [], []
+                hvps, errors = [], []
                 for step in steps:
                     measured = copy.deepcopy(run.model)
                     measured.load_state_dict(states[step])
-                    begin = time.perf_counter()
                     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative of fused attention
                         value, products = method(run, measured, batch, memory)
-                    seconds.append(time.perf_counter() - begin)
                     hvps.append(products)
                     errors.append(abs(value / truths[step] - 1))
-                milliseconds = [1e3 * t for t in seconds[1:]]
-                yield Row(run.name, distance, name, hvps[0], hvps[1:], errors[1:], milliseconds)
+                yield Row(run.name, distance, name, hvps[0], hvps[1:], errors[1:])
 
 
 def main() -> None:
@@ -366,10 +361,9 @@ def table(accurate: list[dict[str, Any]], rows: list[Row]) -> str:
         "",
         "Five trainings on scikit-learn's digits, float32, one thread; in each, sequences of "
         f"{STATES} states after a first one,",
-        "1, 5, 20 and 50 steps apart. Errors of the value are against ARPACK in float64 at tol 1e-9. Milliseconds",
-        "include the gradient's graph, and are for comparison within this table; the machine did other work meanwhile.",
-        "Plain attention kernels are set for all: fused attention has no second derivative, and only gfs_core changes",
-        "the kernel by itself.",
+        "1, 5, 20 and 50 steps apart. Errors of the value are against ARPACK in float64 at tol 1e-9. Plain attention",
+        "kernels are set for all: fused attention has no second derivative, and only gfs_core changes the kernel by",
+        "itself. What a measurement takes in time is in [peers.md](peers.md).",
         "",
         "| run | products at 1, 5, 20, 50 steps: median (largest) | share of errors ≤ 1e-3 | largest error |",
         "|---|---|---|---|",
@@ -394,8 +388,8 @@ def table(accurate: list[dict[str, Any]], rows: list[Row]) -> str:
         "*Lanczos, warm, all vectors kept* is the best a Krylov method can do with the same start and",
         "stop rule; gfs_core keeps at most seven vectors.",
         "",
-        "| run | method | products: median (largest) | cold | error: median (largest) | ms |",
-        "|---|---|---|---|---|---|",
+        "| run | method | products: median (largest) | cold | error: median (largest) |",
+        "|---|---|---|---|---|",
     ]
     for run in dict.fromkeys(r.run for r in rows):
         for method in METHODS:
@@ -403,7 +397,7 @@ def table(accurate: list[dict[str, Any]], rows: list[Row]) -> str:
             hvps, errors = [h for r in some for h in r.hvps], [e for r in some for e in r.errors]
             lines.append(
                 f"| {run} | {method} | {median(hvps):g} ({max(hvps)}) | {some[0].cold} "
-                f"| {median(errors):.0e} ({max(errors):.0e}) | {median(t for r in some for t in r.milliseconds):.1f} |"
+                f"| {median(errors):.0e} ({max(errors):.0e}) |"
             )
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """The noise of the batches: by which measure of it a control loses fewest runs, and what each says of a healthy run.
 
 Writes noise.json (after every run; runs already there are not made again) and noise.md.
-Run (six minutes on one core): OMP_NUM_THREADS=1 python -m benchmarks.noise
+Run (four minutes on one core): OMP_NUM_THREADS=1 python -m benchmarks.noise
 With `render` it only writes the report again.
 """
 

@@ -82,6 +82,8 @@ def _destroyed(c: Course) -> str:
         return f"This run is destroyed: its loss blew up at step {c.since} and ended at {c.end:.3g}, where {begun}."
     if c.fate == "stuck":
         ended = f"its loss ended at {c.end:.3g}, where {begun}, and scatters more than it has fallen"
+        if c.end > c.start:
+            ended = f"its loss ended at {c.end:.3g}, above where {begun}"
         if abs(c.end - c.start) < SMALL * abs(c.start):
             ended = f"its loss ended at {c.end:.3g}, near where {begun}"
         return f"This run is destroyed: {ended}; its steps were past the edge when that was last measured."

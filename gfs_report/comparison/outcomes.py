@@ -65,7 +65,7 @@ class SetResult:
 
 
 def metric_of(sets: Sequence[RunSet]) -> str:
-    """The key of the training loss.
+    """The key of the training loss: the user's own, or that of what the monitors have seen, where it is not the same.
 
     Raises:
         ConfigError: there is none, or not the same in all runs.
@@ -79,6 +79,9 @@ def metric_of(sets: Sequence[RunSet]) -> str:
                 keys.setdefault(key, f"{one.name}: {name}")
     if not keys:
         raise ConfigError("no training loss was found in these runs; name the value to compare with --metric")
+    seen = [run.training_loss is not None for one in sets for run in one.runs.values()]
+    if len(keys) > 1 and all(seen):
+        return f"gfs/{TRAINING_LOSS}"
     if len(keys) > 1:
         where = ", ".join(f"`{key}` ({run})" for key, run in keys.items())
         raise ConfigError(f"the runs hold their training loss under several keys: {where}; name one with --metric")

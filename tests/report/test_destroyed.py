@@ -123,6 +123,16 @@ def test_destroyed_runs_count_as_failed_in_a_comparison(tmp_path: Path) -> None:
     assert made.status == 1
 
 
+def test_runs_that_log_their_loss_differently_are_compared_by_what_the_monitors_saw(tmp_path: Path) -> None:
+    for name, logged in (("plain", True), ("jump", False)):
+        fault = jump(30.0, 0.4, 0.45) if name == "jump" else Fault()
+        train(TANH(), fault, tmp_path / name / "seed-0", logged=logged)
+    made = compare([str(tmp_path / "plain"), str(tmp_path / "jump")])
+    assert made.metric == "gfs/training_loss"
+    assert [s.failed for s in made.sets] == [0, 1]
+    assert made.sets[0].results[0].final == pytest.approx(0.03, abs=0.03)
+
+
 class Digits(L.LightningModule):
     """The rate jumps by a factor half-way."""
 

@@ -24,8 +24,8 @@ from gfs_core.running import RunningSharpness
 from gfs_core.vectors import Vector, clone, nonzero, norm, random_like, undivided, zeros_like
 
 _MOST = 8  # blocks; what is left over from then on counts as one
-_START_TURNS = 8  # of the new directions, where blocks are found; the first direction had a solver
-_AGAIN = 25  # calls between two looks at whether the blocks are still apart
+_START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
+_AGAIN = 50  # calls between two looks at whether the blocks are still apart
 
 
 def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> list[list[int]]:

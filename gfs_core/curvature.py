@@ -30,7 +30,7 @@ from gfs_core.errors import MeasurementError
 from gfs_core.objective import Objective, finite
 from gfs_core.precision import PrecisionChoice
 from gfs_core.rounding import steps
-from gfs_core.vectors import Vector, axpy, clone, dense, dots, norm, owned, scale, zeros_like
+from gfs_core.vectors import Vector, axpy, clone, copy, dense, dots, norm, owned, scale, zeros_like
 
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
@@ -40,6 +40,7 @@ Operator: TypeAlias = Callable[[Vector], Vector]
 # symmetric one were below 0.001 with u = Jv and below 0.04 with u = Jv minus the exact product, those that hold
 # something back mostly above 0.4. tests/core/test_symmetry.py has others.
 _ASYMMETRIC = 0.1
+_NO_SLOPE = 0.2  # of what the gradient says, how far a difference of losses may be off
 NOT_SYMMETRIC = (
     "the loss holds something back from its gradient (`detach`, a target inside the loss, gradient reversal, weights "
     "that it rescales), so the curvature is not symmetric: the sharpness is a real eigenvalue of the gradient's own "
@@ -192,8 +193,10 @@ class Hessian:
                 if not math.isfinite(norm(product)):
                     raise _NotFinite("it is not finite at these weights, as that of the norm of a zero vector")
                 if check is not None:
-                    if not self._compare(product, check):
+                    agrees = self._compare(product, check)
+                    if self._compared:
                         self._check_symmetry(vector, product)
+                    if not agrees:
                         self.rounded, self.reason, check = True, ROUNDED, None
                 elif not self.trusted:
                     self._check_symmetry(vector, product)
@@ -222,6 +225,8 @@ class Hessian:
         found = steps(self.objective)
         self.rounded = not self.objective.on_all(not found.rounded)
         self._compared = not self.objective.on_all(not found.compared)
+        if self._compared and self.method == "gradients":
+            self.rounded = self._is_no_slope()
         if not self.rounded:
             return
         self.reason = ROUNDED
@@ -234,6 +239,27 @@ class Hessian:
             raise MeasurementError(
                 ONLY_ROUNDED.format(why="hvp='gradients' was asked for" if asked else "this model has none")
             )
+
+    def _is_no_slope(self) -> bool:
+        """Whether the loss does not fall along its gradient as that says, as one that goes by steps of the weights."""
+        with self.objective.in_float32():
+            weights = self.objective.weights
+            _, gradient = self.objective.gradient()
+            length, held = norm(gradient), clone(weights)
+            if length == 0.0:
+                return False
+            step = self.objective.eps ** (1 / 3) * max(1.0, norm(weights)) / length
+            try:
+                axpy(step, gradient, weights)
+                ahead = self.objective.loss()
+                copy(held, weights)
+                axpy(-step, gradient, weights)
+                behind = self.objective.loss()
+            finally:
+                copy(held, weights)
+            expected = 2 * step * length**2
+            rounding = 100 * self.objective.eps * (abs(ahead) + abs(behind))
+            return bool(abs(ahead - behind - expected) > _NO_SLOPE * expected + rounding)
 
     def _is_symmetric(self, vector: Vector, product: Vector) -> bool:
         """Whether uᵀJv = vᵀJu, by one more difference; taken for true where differences are too rough to tell.
@@ -255,10 +281,13 @@ class Hessian:
         """
         back = self._exact_on_all(product)
         square, there = dots([(product, product), (vector, back)])
-        graph = self._graph
-        cut = graph is not None and any(g is not None and not g.requires_grad for g in graph.gradient)
-        if not self.objective.on_all(not cut and abs(square - there) <= _ASYMMETRIC * square):
+        if not self.objective.on_all(not self._cut and abs(square - there) <= _ASYMMETRIC * square):
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
+
+    @property
+    def _cut(self) -> bool:
+        """Whether the gradient of some weight has no graph, as where a layer drops out of a double backward."""
+        return self._graph is not None and any(g is not None and not g.requires_grad for g in self._graph.gradient)
 
     def _compare(self, product: Vector, check: Vector) -> bool:
         """Whether an exact product is that of differences; ``False``: it is not, for those go by steps of the weights.
@@ -345,7 +374,7 @@ class Hessian:
             raise error
         if not self.plain_kernels:
             self.plain_kernels = True
-        elif self.rounded:
+        elif self.rounded or (self._compared and self._is_no_slope()):
             raise MeasurementError(ONLY_ROUNDED.format(why=f"this model has none ({text})")) from error
         elif self._may_fall_back:
             self.method = "gradients"

@@ -156,6 +156,17 @@ class HiddenStraight(torch.autograd.Function):
         return grad.clone(), None
 
 
+class HiddenTernary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: Tensor) -> Tensor:
+        return ternary(w, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
 def hidden(w: Tensor, bits: int) -> Tensor:
     return HiddenStraight.apply(w, step_of(w, bits))
 
@@ -170,6 +181,9 @@ def hidden_activations(model: nn.Sequential, batch: tuple[Tensor, Tensor]) -> Te
     [
         ("plain", detached, "gradients", "hvp='gradients' was asked for"),
         ("plain", hidden, "auto", "this model has none"),
+        ("plain", ternary, "gradients", "hvp='gradients' was asked for"),
+        ("plain", codebook, "gradients", "hvp='gradients' was asked for"),
+        ("plain", lambda w, bits: HiddenTernary.apply(w), "auto", "this model has none"),
         ("plain", hidden, "exact", "this model has none"),
         ("activations", lambda w, bits: w, "auto", "this model has none"),
     ],

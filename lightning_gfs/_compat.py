@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
@@ -22,6 +23,23 @@ def callback_bases() -> tuple[type, ...]:
             importlib.import_module(_FLAVOURS[1])
             loaded = [_FLAVOURS[1]]
     return tuple(dict.fromkeys(importlib.import_module(name).Callback for name in loaded))
+
+
+def after_batch_start(trainer: Any, call: Callable[[Any, int], None]) -> Callable[[], None]:
+    """Have ``call(batch, batch_idx)`` called when all callbacks, and the module, have had ``on_train_batch_start``.
+
+    The strategy's own is the last, just before the training step. Returns what undoes it.
+    """
+    strategy = trainer.strategy
+    own = strategy.on_train_batch_start
+
+    @functools.wraps(own)
+    def watched(batch: Any, batch_idx: int) -> None:
+        own(batch, batch_idx)
+        call(batch, batch_idx)
+
+    strategy.on_train_batch_start = watched
+    return lambda: vars(strategy).pop("on_train_batch_start", None)
 
 
 def steps_with_this_batch(trainer: Any, batch_idx: int) -> bool:

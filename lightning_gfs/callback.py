@@ -91,6 +91,7 @@ class GFSCallback(_Base):
         self._panels: list[WandbPanel] | None = None  # not yet set up
         self._window = Window()
         self._steps: dict[str, StepsSeen] = {}  # under manual optimization, of each optimizer
+        self._unhook: Callable[[], None] | None = None
         self._step = 0  # at the start of the batch
 
     @guarded
@@ -112,12 +113,18 @@ class GFSCallback(_Base):
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
         self._resumed = {}  # not that of a second fit, which begins anew
+        self._unhook = _compat.after_batch_start(
+            trainer, functools.partial(self.before_training_step, trainer, pl_module)
+        )
         if not pl_module.automatic_optimization:
             self._steps = {name: StepsSeen(monitor.optimizer) for name, monitor in self.monitors.items()}
 
     @guarded
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure before the last micro-batch of an optimizer step: all are known, no graph is alive, no step begun."""
+    def before_training_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure before the last micro-batch of an optimizer step: all are known, no graph is alive, no step begun.
+
+        All hooks at the start of the batch have run: some mix its examples, or change the weights.
+        """
         if not self.monitors or _compat.takes_no_step(trainer):
             return
         last = _compat.steps_with_this_batch(trainer, batch_idx)
@@ -207,6 +214,9 @@ class GFSCallback(_Base):
         for steps in self._steps.values():
             steps.close()
         self._steps = {}
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
 
     def _losses_of(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
         """Loss of each optimizer by name; ``None``: the module's own ``training_step``.

@@ -306,3 +306,45 @@ def test_an_epoch_that_only_renews_the_batch_statistics_is_not_measured(tmp_path
     assert_same(plain, again)
     assert list(solved(trainer)) == list(range(0, 4 * BATCHES, 2))
     assert kept.most <= 1
+
+
+class Mixed(Callback):
+    """Mixes the examples of a batch, and their weights with noise, at its start."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        share = torch.rand(())
+        batch[0].copy_(share * batch[0] + (1 - share) * batch[0][torch.randperm(len(batch[0]))])
+        with torch.no_grad():
+            pl_module.net[0].weight.add_(0.1 * torch.randn_like(pl_module.net[0].weight))
+
+
+class Scaled(Classifier):
+    """Changes the batch in a hook of its own."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[0].mul_(3.0)
+
+
+class Losses(Callback):
+    """What training computed, by step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize(("make", "others"), [(Classifier, [Mixed]), (Scaled, [])], ids=["callback", "module"])
+def test_what_hooks_at_the_start_of_a_batch_change_is_measured_as_it_is_trained(
+    make: type[Classifier], others: list[type[Callback]], tmp_path: Path
+) -> None:
+    plain, _, _ = train(tmp_path / "plain", make, [kind() for kind in others])
+    losses = Losses()
+    callbacks = [GFSCallback(**OPTIONS), *(kind() for kind in others), losses]
+    again, trainer, _ = train(tmp_path / "gfs", make, callbacks)
+    assert_same(plain, again)
+    found = {m.step: m.loss_probe for m in measured(trainer) if m.sharpness is not None}
+    assert len(found) == 8
+    assert found == pytest.approx({step: losses.seen[step] for step in found}, rel=1e-6)
+    assert "on_train_batch_start" not in vars(trainer.strategy)

@@ -6,8 +6,9 @@ small network lost stability at 0.6 to 1.1 times the rate that it tells with 2 b
 and at 1.8 times without rounding; differences put the limit 10 times too high at 2 bits (``benchmarks/rounding.py``).
 
 Rounding is seen in the operations of one forward pass. What is rounded without any influence on the loss does not
-count, nor does data. Comparisons of weights alone (``w > 0``, the nearest of a codebook) may round them, or only guard
-a division: that is for differences of gradients to tell. Not seen is what leaves torch on the way, for NumPy say.
+count, nor does data. Comparisons and signs of weights alone (``w > 0``, the nearest of a codebook) may round them, or
+only guard a division: that is for differences of gradients to tell. Not seen are signs of activations, and what leaves
+torch on the way, for NumPy say.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.utils._pytree import tree_iter
 
 from gfs_core.objective import Objective
 
-_ROUNDING = ("round", "floor", "ceil", "trunc", "sign", "sgn", "fake_quantize", "_fake_quantize", "quantize_per")
-_COMPARING = frozenset({"gt", "ge", "lt", "le", "argmax", "argmin", "bucketize", "searchsorted", "topk", "heaviside"})
+_ROUNDING = ("round", "floor", "ceil", "trunc", "fake_quantize", "_fake_quantize", "quantize_per")
+_COMPARING = frozenset({"gt", "ge", "lt", "le", "argmax", "argmin", "bucketize", "searchsorted", "topk", "sign", "sgn"})
 _CONSTANTS = ("lift_fresh", "scalar_tensor")
 
 

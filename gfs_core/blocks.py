@@ -40,12 +40,11 @@ def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> 
         At least one block; each place in exactly one, that of the largest tensor with curvature first. Tensors without
         any are in one of them.
     """
-    noise = random_like(like, torch.Generator().manual_seed(0))
 
     def reached(places: set[int]) -> set[int]:
         held = zeros_like(like)
         for i in places:
-            held[i] = noise[i]
+            (held[i],) = random_like([held[i]], torch.Generator().manual_seed(i))
         return {i for i, some in enumerate(nonzero(operator(held))) if some}
 
     left, blocks, still = set(range(len(like))), list[set[int]](), set[int]()

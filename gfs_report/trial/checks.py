@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +41,9 @@ _HARMED = {
     "worse": "rose above its start",
     "lost": "lost what it had gained",
     "blown up": "blew up and ended where it began",
+    "behind": "was left far behind that of a lower rate, as seen",
 }
+_BEHIND = 0.5  # of what a lower rate gained in loss: a rate that gained less is no faster, it is worse
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,28 @@ def rate_of_run(factor: float, ended: str, run: Run | None, facts: dict[str, Any
         problem=problem,
         reasons=tuple(sorted(run.reasons, key=lambda r: -run.reasons[r])),
     )
+
+
+def held_against_lower(rates: Sequence[Rate], runs: Mapping[float, Run]) -> list[Rate]:
+    """The runs, and as a harm where one gained less than half of what a run at a lower rate did.
+
+    Such a loss need not have risen: steps far past the edge can end at chance, or stay near it, from the start.
+
+    Args:
+        rates: by factor, the lowest first.
+        runs: what was logged, by factor.
+    """
+    out: list[Rate] = []
+    for rate in rates:
+        lower = [r.loss[0] - r.loss[1] for r in out if r.harm is None and r.loss is not None]
+        lasted = rate.harm is None and rate.loss is not None and rate.ended in ("steps", "itself")
+        if lasted and lower and rate.loss is not None and rate.loss[0] - rate.loss[1] < _BEHIND * max(lower):
+            last = rate.steps - 1
+            told = next((m.step for m in runs[rate.factor].marks if m.state > 0), None)
+            largest = None if rate.edge is None else rate.edge.largest
+            rate = replace(rate, harm=Harm(last, "behind", None if told is None else last - told, largest))
+        out.append(rate)
+    return out
 
 
 def full_batch(facts: dict[str, Any]) -> bool:

@@ -43,7 +43,7 @@ class Interval(NamedTuple):
     high: float
 
 
-Kind = Literal["not finite", "doubled", "worse", "lost", "blown up"]
+Kind = Literal["not finite", "doubled", "worse", "lost", "blown up", "behind"]
 
 
 class Harm(NamedTuple):

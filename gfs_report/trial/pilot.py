@@ -134,7 +134,7 @@ def pilot(
         if run is not None:
             runs[factor] = run
         found[factor] = rate_of_run(factor, ended, run, facts, problem)
-    ordered = [found[factor] for factor in sorted(found)]
+    ordered = checks.held_against_lower([found[factor] for factor in sorted(found)], runs)
     asked = checks.ask(ordered, facts)
     return Pilot(
         job.name,

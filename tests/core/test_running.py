@@ -350,7 +350,7 @@ def test_an_eigenvalue_that_overtakes_in_another_block_is_found_within_ten_measu
     if tier == "sharpness":
         assert found[-1].sharpness == pytest.approx(true, rel=1e-2)
     else:
-        assert found[-1].running_sharpness > 0.6 * true  # from a direction that was zero there; 0.12 where it stays so
+        assert found[-1].running_sharpness > 0.5 * true  # from a direction that was zero there; 0.12 where it stays so
 
 
 def test_a_value_starts_again_from_quotients_that_stay_far_above_it() -> None:

@@ -262,6 +262,18 @@ def test_a_rate_that_ends_at_chance_is_a_harm() -> None:
     assert evidence.harm(Run("half"), _curve(jumped)) is not None
 
 
+def test_a_rate_that_gains_far_less_than_a_lower_one_is_a_harm() -> None:
+    own = Rate(1.0, "steps", 300, loss=(2.3, 0.1))
+    slower = Rate(3.0, "steps", 300, loss=(2.3, 0.5))
+    behind = Rate(30.0, "steps", 300, loss=(2.3, 1.87), edge=_edge("past", 4.0))
+    found = checks.held_against_lower([own, slower, behind], {30.0: Run("×30", marks=[Mark(120, 1, "grows")])})
+    assert [r.harm for r in found[:2]] == [None, None]
+    assert found[2].harm == (299, "behind", 179, 4.0)
+    assert {c.question: c.answer for c in checks.ask(found, {})}[checks.TOLD] == "yes"
+    too_low = checks.held_against_lower([Rate(0.1, "steps", 300, loss=(2.3, 2.2)), own], {})
+    assert [r.harm for r in too_low] == [None, None]  # a rate that is only slow
+
+
 def test_how_two_signals_agree() -> None:
     random = np.random.default_rng(0)
     dear = np.exp(random.standard_normal(60))

@@ -135,14 +135,19 @@ def test_training_is_bitwise_the_same(tmp_path: Path, options: dict) -> None:
     assert_same(plain, state(model, trainer))
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2, "accumulate_grad_batches": 2}], ids=["", "workers-accumulate"])
+_FAILING = {
+    "raise": "OSError: cannot be run twice",
+    "midway": "OSError: fails while the weights are elsewhere",
+    "nan": "not finite",
+    "memory": "out of memory; the next one is on half",
+}
+
+
 @pytest.mark.parametrize(
-    ("fail", "text"),
+    ("fail", "text", "options"),
     [
-        ("raise", "OSError: cannot be run twice"),
-        ("midway", "OSError: fails while the weights are elsewhere"),
-        ("nan", "not finite"),
-        ("memory", "out of memory; the next one is on half"),
+        *((fail, text, options) for fail, text in _FAILING.items() for options in ({}, {"accumulate_grad_batches": 2})),
+        ("midway", _FAILING["midway"], {"workers": 2, "accumulate_grad_batches": 2}),
     ],
 )
 def test_a_failing_measurement_changes_nothing_and_is_told_once(

@@ -1,4 +1,4 @@
-"""A training by the Hugging Face Trainer. Run: python -m tests.distributed.hf_run FOLDER add_callback|set_trainer"""
+"""Trainings by the Hugging Face Trainer. Run: python -m tests.distributed.hf_run FOLDER add_callback|set_trainer …"""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def main(folder: str, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    for chosen in sys.argv[2:]:
+        main(f"{sys.argv[1]}/{chosen}", chosen)
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A Lightning training, by one process or by several. Run: python -m tests.distributed.lightning_run FOLDER MODE"""
+"""Lightning trainings, by one process or by several. Run: python -m tests.distributed.lightning_run FOLDER MODE …"""
 
 from __future__ import annotations
 
@@ -86,4 +86,5 @@ def main(folder: str, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    for chosen in sys.argv[2:]:
+        main(f"{sys.argv[1]}/{chosen}", chosen)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import platform
 import sys
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
-from benchmarks.tiers import Batch, Characters, Run, adamw, cnn, mlp, sgd, text
+from benchmarks.tiers import Batch, Run, adamw, characters, cnn, of, relu, sgd, tanh
 from gfs_core.blocks import RunningBlocks
 from gfs_core.eigen import largest_eigenvalues
 from gfs_core.running import RunningSharpness
@@ -161,15 +160,6 @@ class Unmixed(RunningBlocks):
 
 
 def trainings() -> dict[str, Callable[[], Run]]:
-    def of(model: Callable[[], nn.Module], optimizer: Any, rate: float, data: Batch, batch: int, *more: bool) -> Run:
-        made = model()
-        return Run(made, optimizer(made, rate), data, batch, *more)
-
-    def characters() -> Run:
-        data, alphabet = text(400)
-        return of(lambda: Characters(alphabet, 48), adamw, 3e-3, data, 32, True)
-
-    tanh, relu = (lambda: mlp(nn.Tanh)), (lambda: mlp(nn.ReLU))
     return {
         "digits, MLP, momentum 0.1": lambda: of(tanh, sgd, 0.1, digits(1437), 256, True),
         "digits, MLP, AdamW 3e-3, constant rate": lambda: of(relu, adamw, 3e-3, digits(1437), 64, False),
@@ -177,7 +167,7 @@ def trainings() -> dict[str, Callable[[], Run]]:
         "digits, MLP, squared loss, momentum 0.05": lambda: of(tanh, sgd, 0.05, digits(1437), 64, True, True),
         "Fashion-MNIST, CNN, momentum 0.03, constant rate": lambda: of(cnn, sgd, 0.03, fashion_mnist(2000), 256, False),
         "Fashion-MNIST, CNN, AdamW 2e-3, batch of 64": lambda: of(cnn, adamw, 2e-3, fashion_mnist(2000), 64, True),
-        "text, transformer, AdamW 3e-3": characters,
+        "text, transformer, AdamW 3e-3": lambda: characters(True),
     }
 
 
@@ -194,19 +184,7 @@ def along(make: Callable[[], Run], seed: int) -> dict[str, list[tuple[float, flo
     monitors["not mixed"]._running = Unmixed()
     pairs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in monitors}
     latest: dict[str, float] = {}
-    rates = [g["lr"] for g in run.optimizer.param_groups]
-    generator, order = torch.Generator().manual_seed(seed + 1), torch.empty(0, dtype=torch.long)
-    for step in range(STEPS):
-        factor = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / STEPS)) if run.schedule else 1.0
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        if len(order) < run.batch:
-            order = torch.randperm(len(run.data[1]), generator=generator)
-        rows, order = order[: run.batch], order[run.batch :]
-        batch = run.data[0][rows], run.data[1][rows]
-        loss = run.loss(batch)
-        run.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+    for step, batch, loss in run.steps(STEPS, seed + 1):
         for kind, each in monitors.items():
             found = each.step(run.loss, batch, step, loss=loss)
             if found is not None and found.running_stability_ratio is not None:
@@ -216,7 +194,6 @@ def along(make: Callable[[], Run], seed: int) -> dict[str, list[tuple[float, flo
             if true is not None and true.stability_ratio is not None:
                 for kind, value in latest.items():
                     pairs[kind].append((value, true.stability_ratio))
-        run.optimizer.step()
     return pairs
 
 

@@ -13,7 +13,7 @@ import pydoc_data.topics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,6 +52,28 @@ class Run:
         if self.squared:
             return 0.5 * (out - nn.functional.one_hot(y, 10)).square().sum(1).mean()
         return nn.functional.cross_entropy(out.flatten(0, -2), y.flatten())
+
+    def steps(self, count: int, seed: int) -> Iterator[tuple[int, Batch, Tensor]]:
+        """Step, batch and loss of each step, its gradient computed; it is taken when the next one is asked for.
+
+        A schedule warms up over an eighth of the steps and follows a cosine.
+        """
+        rates = [g["lr"] for g in self.optimizer.param_groups]
+        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+        for step in range(count):
+            falling = 0.5 * (1 + math.cos(math.pi * step / count))
+            factor = min(1.0, (step + 1) / (count / 8)) * falling if self.schedule else 1.0
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            if len(order) < self.batch:
+                order = torch.randperm(len(self.data[1]), generator=generator)
+            rows, order = order[: self.batch], order[self.batch :]
+            batch = self.data[0][rows], self.data[1][rows]
+            loss = self.loss(batch)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            yield step, batch, loss
+            self.optimizer.step()
 
 
 class Characters(nn.Module):
@@ -97,16 +119,25 @@ def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), rate)
 
 
+def of(model: Callable[[], nn.Module], optimizer: Any, rate: float, data: Batch, batch: int, *more: bool) -> Run:
+    made = model()
+    return Run(made, optimizer(made, rate), data, batch, *more)
+
+
+def characters(schedule: bool) -> Run:
+    data, alphabet = text(400)
+    return of(lambda: Characters(alphabet, 48), adamw, 3e-3, data, 32, schedule)
+
+
+def tanh() -> nn.Module:
+    return mlp(nn.Tanh)
+
+
+def relu() -> nn.Module:
+    return mlp(nn.ReLU)
+
+
 def runs() -> dict[str, Callable[[], Run]]:
-    def of(model: Callable[[], nn.Module], optimizer: Any, rate: float, data: Batch, batch: int, *more: bool) -> Run:
-        made = model()
-        return Run(made, optimizer(made, rate), data, batch, *more)
-
-    def characters(schedule: bool) -> Run:
-        data, alphabet = text(400)
-        return of(lambda: Characters(alphabet, 48), adamw, 3e-3, data, 32, schedule)
-
-    tanh, relu = (lambda: mlp(nn.Tanh)), (lambda: mlp(nn.ReLU))
     return {
         "digits, MLP, momentum 0.1": lambda: of(tanh, sgd, 0.1, digits(1437), 256, True),
         "digits, MLP, squared loss, momentum 0.1": lambda: of(tanh, sgd, 0.1, digits(1437), 256, True, True),
@@ -167,19 +198,7 @@ def follow(name: str, make: Callable[[], Run]) -> list[dict[str, Any]]:
     latest: dict[str, float] = {}
     price = dict.fromkeys(made, 0.0)
     pairs: dict[str, list[tuple[float, float]]] = {k: [] for k in made}
-    rates = [g["lr"] for g in run.optimizer.param_groups]
-    generator, order = torch.Generator().manual_seed(1), torch.empty(0, dtype=torch.long)
-    for step in range(STEPS):
-        factor = min(1.0, (step + 1) / 75) * 0.5 * (1 + math.cos(math.pi * step / STEPS)) if run.schedule else 1.0
-        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        if len(order) < run.batch:
-            order = torch.randperm(len(run.data[1]), generator=generator)
-        rows, order = order[: run.batch], order[run.batch :]
-        batch = run.data[0][rows], run.data[1][rows]
-        loss = run.loss(batch)
-        run.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+    for step, batch, loss in run.steps(STEPS, seed=1):
         for key, monitor in monitors.items():
             measurement = monitor.step(run.loss, batch, step, loss=loss)
             if measurement is not None:
@@ -196,7 +215,6 @@ def follow(name: str, make: Callable[[], Run]) -> list[dict[str, Any]]:
             for key in made:
                 if key in latest:
                     pairs[key].append((latest[key], true.stability_ratio))
-        run.optimizer.step()
     rows_out = []
     for key, held in pairs.items():
         if len(held) < 10:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gfs_core.curvature import Operator
 from gfs_core.running import RunningSharpness
-from gfs_core.vectors import Vector, clone, nonzero, norm, random_like, undivided, zeros_like
+from gfs_core.vectors import Vector, nonzero, norm, random_like, undivided, zeros_like
 
 _MOST = 8  # blocks; what is left over from then on counts as one
 _START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
@@ -45,7 +45,7 @@ def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> 
         held = zeros_like(like)
         for i in places:
             (held[i],) = random_like([held[i]], torch.Generator().manual_seed(i))
-        return {i for i, some in enumerate(nonzero(operator(held))) if some}
+        return _reached(operator, held)
 
     left, blocks, still = set(range(len(like))), list[set[int]](), set[int]()
     while left and len(blocks) < most:
@@ -65,6 +65,19 @@ def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> 
         return [list(range(len(like)))]
     blocks[-1 if left else 0] |= left | still
     return [sorted(block) for block in blocks]
+
+
+def _reached(operator: Operator, vector: Vector) -> set[int]:
+    """The places of the tensors in which the product is not exactly zero."""
+    return {i for i, some in enumerate(nonzero(operator(vector))) if some}
+
+
+def _only(block: Sequence[int], vector: Vector) -> Vector:
+    """The vector in one block, and zero elsewhere."""
+    held = zeros_like(vector)
+    for i in block:
+        held[i] = vector[i]
+    return held
 
 
 class RunningBlocks:
@@ -87,12 +100,16 @@ class RunningBlocks:
     @property
     def vector(self) -> Vector | None:
         """The present directions together, in the order of the weights: the tensors themselves."""
+        return self._joined([e.vector for e in self._estimates])
+
+    def _joined(self, parts: Sequence[Vector | None]) -> Vector | None:
+        """The vector that is made of one for each block."""
         if self.blocks is None or len(self.blocks) == 1:
-            return self._estimates[0].vector
+            return parts[0]
         held: dict[int, Tensor] = {}
-        for block, estimate in zip(self.blocks, self._estimates, strict=True):
-            assert estimate.vector is not None
-            held |= dict(zip(block, estimate.vector, strict=True))
+        for block, part in zip(self.blocks, parts, strict=True):
+            assert part is not None
+            held |= dict(zip(block, part, strict=True))
         return [held[i] for i in range(len(held))]
 
     def restart(self) -> None:
@@ -130,7 +147,7 @@ class RunningBlocks:
         if self._calls == 2 and len(like) > 1 and undivided():
             self._divide(operator, like, gradient)
         elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _AGAIN == 0:
-            self._look_again(operator, like)
+            self._look_again(operator)
         if self.blocks is None or len(self.blocks) == 1:
             return [self._estimates[0].update(operator, like, other, gradient)]
         return self._turn(self.blocks, operator, like, other, gradient)
@@ -202,32 +219,23 @@ class RunningBlocks:
             if estimate is not first:
                 estimate.value = quotient
 
-    def _look_again(self, operator: Operator, like: Sequence[Tensor]) -> None:
+    def _look_again(self, operator: Operator) -> None:
         """One product with the direction of one block, each block in its turn: what it reaches belongs to it."""
         assert self.blocks is not None
         assert self.vector is not None
-        block = self.blocks[self._calls // _AGAIN % len(self.blocks)]
-        held, vector = zeros_like(like), self.vector
-        for i in block:
-            held[i] = vector[i]
-        if {i for i, some in enumerate(nonzero(operator(held))) if some} <= set(block):
+        block, vector = self.blocks[self._calls // _AGAIN % len(self.blocks)], self.vector
+        if _reached(operator, _only(block, vector)) <= set(block):
             return
         largest = max(range(len(self.blocks)), key=lambda k: self._estimates[k].value or 0.0)
-        rest = zeros_like(like)
         estimate = self._estimates[largest]
-        for i in self.blocks[largest]:
-            rest[i] = vector[i]
-        estimate.vector = rest
-        self.blocks, self._estimates = [list(range(len(like)))], [estimate]
+        estimate.vector = _only(self.blocks[largest], vector)
+        self.blocks, self._estimates = [list(range(len(vector)))], [estimate]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, loadable with ``weights_only=True``."""
-        return {
-            "vector": None if (vector := self.vector) is None else clone(vector),
-            "blocks": self.blocks,
-            "calls": self._calls,
-            "estimates": [e.state_dict() | {"vector": None} for e in self._estimates],
-        }
+        states = [e.state_dict() for e in self._estimates]
+        vector = self._joined([s.pop("vector") for s in states])
+        return {"vector": vector, "blocks": self.blocks, "calls": self._calls, "estimates": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off.

@@ -61,6 +61,11 @@ class Products:
         return list(grads)
 
 
+def turn(estimate: RunningBlocks, products: Products, count: int) -> None:
+    for _ in range(count):
+        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+
+
 def places(model: Networks, of: nn.Module) -> list[int]:
     held = {id(p) for p in of.parameters()}
     return [i for i, p in enumerate(model.parameters()) if id(p) in held]
@@ -125,16 +130,13 @@ def test_blocks_that_grow_together_become_one() -> None:
     model = Networks(2)
     products = Products(model)
     estimate = RunningBlocks()
-    for _ in range(20):
-        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+    turn(estimate, products, 20)
     assert len(estimate.blocks) == 2
     model.together = 3.0
-    for _ in range(100):
-        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+    turn(estimate, products, 100)
     assert len(estimate.blocks) == 1
     anew = RunningBlocks()
-    for _ in range(100):
-        anew.average(anew.update(products, products.weights, None, products.gradient))
+    turn(anew, products, 100)
     assert len(anew.blocks) == 1
     assert estimate.value == pytest.approx(anew.value, rel=0.1)  # other random vectors are mixed in
     assert 0.8 * true(model) < estimate.value <= true(model)  # below it by what is mixed into the direction
@@ -153,8 +155,7 @@ def test_saved_and_loaded_it_goes_on_the_same() -> None:
     other = RunningBlocks()
     other.load_state_dict(copy.deepcopy(state))
     for each in (estimate, other):
-        for _ in range(5):
-            each.average(each.update(products, products.weights, None, products.gradient))
+        turn(each, products, 5)
     assert estimate.value == other.value
     assert all(torch.equal(a, b) for a, b in zip(estimate.vector, other.vector, strict=True))
     state["blocks"][0] = state["blocks"][0][1:]
@@ -166,11 +167,9 @@ def test_a_direction_that_is_zero_in_a_block_grows_again() -> None:
     model = Networks(2)
     products = Products(model)
     estimate = RunningBlocks()
-    for _ in range(3):
-        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+    turn(estimate, products, 3)
     for i in places(model, model.members[1]):
         estimate.vector[i].zero_()
     model.scales[1] = 10.0
-    for _ in range(25):
-        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+    turn(estimate, products, 25)
     assert estimate.value == pytest.approx(true(model), rel=0.05)

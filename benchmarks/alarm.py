@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
 from benchmarks.tiers import Characters, adamw, cnn, mlp, sgd, text
-from gfs_core.alarm import Alarm, State, _Verdict
+from gfs_core.detectors.alarm import Alarm, AlertLevel, _Verdict
 
 HERE = Path(__file__).parent
 RUNS = Path(os.environ.get("GFS_ALARM_RUNS", Path(tempfile.gettempdir()) / "gfs-alarm-runs"))
@@ -176,7 +176,7 @@ def record(workload: Workload, optimizer: str, seed: int, overhead: float | None
         training: Training, begin: int, end: int, fault: Fault, schedule: Callable[[int], float] = lambda step: 1.0
     ) -> Stream:
         out: Stream = {"loss": [], "gradient": [], "ratio": []}
-        clock = training.monitor._cadence.clock
+        clock = training.monitor._schedule.clock
         clock.load(times if begin else clock.state())  # a run's budget does not grow while another one runs
         for step in range(begin, end):
             k = step - begin
@@ -198,7 +198,7 @@ def record(workload: Workload, optimizer: str, seed: int, overhead: float | None
     training = made()
     times: dict[str, Any] = {}
     before = run(training, 0, start, Fault())
-    times |= training.monitor._cadence.clock.state()
+    times |= training.monitor._schedule.clock.state()
     tails = {name: run(copy.deepcopy(training), start, start + AFTER, fault) for name, fault in FAULTS.items()}
     rest = run(training, start, LONG, Fault())
     constant = {name: before[name] + rest[name] for name in before}
@@ -337,7 +337,7 @@ class Ours(Rule):
     """The package's alarm, whole or in parts."""
 
     def __init__(
-        self, name: str, parts: tuple[str, ...] = ("ratio", "loss", "rate"), state: State = State.ALARM
+        self, name: str, parts: tuple[str, ...] = ("ratio", "loss", "rate"), state: AlertLevel = AlertLevel.ALARM
     ) -> None:
         super().__init__(name, "strictness", [round(0.5 + 0.05 * i, 2) for i in range(41)], "ours")
         self.parts, self.state = parts, state
@@ -350,7 +350,7 @@ class Ours(Rule):
             if "loss" not in self.parts:  # the losses still tell whether training makes fast progress
 
                 def _judge_loss(self, loss: float, mean: float) -> _Verdict:
-                    return _Verdict(State.QUIET)
+                    return _Verdict(AlertLevel.QUIET)
 
         alarm, out = Scaled(), []
         for i, (loss, ratio, rate) in enumerate(zip(stream["loss"], stream["ratio"], stream["rate"], strict=True)):
@@ -495,7 +495,7 @@ def compare(all_cases: list[Case]) -> dict[str, Any]:
     rules: list[tuple[Rule, float, float]] = [(rule, *tune(rule, healthy)) for rule in all_rules()]
     rows: list[dict[str, Any]] = []
     steps = sum(len(c.stream["loss"]) for c in healthy)
-    for extra in (Ours("alarm, as it comes"), Ours("watch, as it comes", state=State.WATCH)):
+    for extra in (Ours("alarm, as it comes"), Ours("watch, as it comes", state=AlertLevel.WATCH)):
         rules.append((extra, 1.0, 1e4 * false_alarms(extra, 1.0, healthy) / steps))
     for rule, knob, rate in rules:
         delays = [delay(rule, knob, c) for c in faulty]

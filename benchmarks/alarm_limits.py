@@ -87,7 +87,7 @@ def from_the_start() -> list[dict[str, Any]]:
         workloads().items(), OPTIMIZERS, MULTIPLES, SEEDS
     ):
         training = workload.training(optimizer, seed, multiple)
-        events: list[gfs.Event] = []
+        events: list[gfs.Alert] = []
         training.monitor.on_alarm = events.append
         x, y = workload.data()
         generator = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def from_the_start() -> list[dict[str, Any]]:
             stream["gradient"].append(gradient)
             if not math.isfinite(loss):
                 break
-        alarms = [e for e in events if e.state is gfs.State.ALARM]
+        alarms = [e for e in events if e.state is gfs.AlertLevel.ALARM]
         others = [min(r.alarms(stream, held[r.name]), default=None) for r in rules]
         losses = stream["loss"]
         rows.append({

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
 from benchmarks.tiers import Characters, adamw, cnn, mlp, sgd, text
-from gfs_core.control import _FREE, Control
+from gfs_core.actions.rate import _FREE, Control
 
 try:
     import schedulefree  # type: ignore[import-untyped]
@@ -480,7 +480,7 @@ def patched(what: dict[str, Any]) -> Iterator[None]:
     """The control's module with these names replaced."""
     with contextlib.ExitStack() as stack:
         for name, value in what.items():
-            stack.enter_context(mock.patch(f"gfs_core.control.{name}", value))
+            stack.enter_context(mock.patch(f"gfs_core.actions.rate.{name}", value))
         yield
 
 

@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 import gfs_core as gfs
 from benchmarks.memory import LiveBytes
-from gfs_core.batches import rotating_part
-from gfs_core.eigen import largest_eigenvalues
-from gfs_core.vectors import random_like
+from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.linalg.vectors import random_like
+from gfs_core.loss.batches import rotating_part
 
 HERE = Path(__file__).parent
 VOCABULARY, LENGTH, EXAMPLES = 64, 8, 16  # tokens known, in an example; examples in a batch
@@ -120,7 +120,7 @@ def timed(work: Callable[[], Any], clock: Callable[[], float] = time.process_tim
 
 
 def entered(run: Run) -> None:
-    with gfs.Isolation(run.model, run.params):
+    with gfs.StateSnapshot(run.model, run.params):
         pass
 
 
@@ -138,7 +138,7 @@ def cost(width: int, kind: Any, examples: int, repeats: int, tiers: tuple[Any, .
     gradients, fixed, drawn = [], [], []
     for repeat in range(repeats + 1):
         batch = batch_of(examples)
-        with gfs.Isolation(run.model, run.params) as isolation:
+        with gfs.StateSnapshot(run.model, run.params) as isolation:
             seconds = products(run, batch, isolation)
         gradient = [timed(lambda b=batch: run.gradient(b))[0]]
         for tier, monitor in monitors.items():
@@ -169,13 +169,13 @@ def cost(width: int, kind: Any, examples: int, repeats: int, tiers: tuple[Any, .
     return row
 
 
-def products(run: Run, batch: Tensor, isolation: gfs.Isolation) -> dict[str, float]:
+def products(run: Run, batch: Tensor, isolation: gfs.StateSnapshot) -> dict[str, float]:
     """Seconds of one product of each kind; each kind has made one before."""
     objective = gfs.Objective(run.model, lambda _, b: run.loss(b), [batch], isolation=isolation)
     vector = random_like(run.params, torch.Generator().manual_seed(1))
     seconds = {}
     for name, method in (("exact", "exact"), ("difference", "gradients")):
-        hessian = gfs.Hessian(objective, method, trusted=True)  # type: ignore[arg-type]
+        hessian = gfs.Hessian(objective, method, double_backward_verified=True)  # type: ignore[arg-type]
         hessian(vector)
         seconds[name] = timed(lambda h=hessian: h(vector))[0]
     return seconds
@@ -474,7 +474,7 @@ accelerator. Times are processor times, but for several processes. Other work sh
 """
 COST = """Medians of interleaved repeats, in gradients (forward and backward pass on the whole batch). In brackets:
 gradients and products of a warm measurement, then measured / predicted by [the model of cost](../docs/cost.md). A graph
-counts as a gradient. A measurement follows at every step, on a new batch. *Isolation* is entering and leaving it.
+counts as a gradient. A measurement follows at every step, on a new batch. *StateSnapshot* is entering and leaving it.
 """
 MEMORY_TEXT = """Copies of the weights. One example: the peak of a warm measurement with the warm start, as in
 [memory.md](memory.md). A graph is what the loss keeps for its backward pass on the whole batch; for exact products, the

@@ -37,8 +37,8 @@ from benchmarks.control import (
     train,
 )
 from benchmarks.tiers import Characters
-from gfs_core.measure import Running
-from gfs_core.running import RunningSharpness
+from gfs_core.linalg.power import RunningSharpness
+from gfs_core.signals.measure import Running
 
 HERE = Path(__file__).parent
 STEPS, HEALTHY_STEPS = 400, 300
@@ -117,17 +117,17 @@ def _weighted(fraction: float) -> Callable[..., Running]:
     return lambda *args, **kwargs: Running(*args, **{**kwargs, "fraction": fraction})
 
 
-UNBIASED, BOUND = "gfs_core.running.RunningSharpness.bound", "bound (default)"
+UNBIASED, BOUND = "gfs_core.linalg.power.RunningSharpness.bound", "bound (default)"
 VARIANTS: dict[str, tuple[float, dict[str, Any]]] = {  # times the default margin, and what is patched
     BOUND: (1.0, {}),
     "unbiased": (1.0, {UNBIASED: _unbiased}),
     f"unbiased, {LESS} of the margin": (LESS, {UNBIASED: _unbiased}),
-    "scalar variance": (1.0, {"gfs_core.running.RunningSharpness._lag_over": _scalar}),
-    f"bound on whole batches, every {4 * EVERY}": (1.0, {"gfs_core.monitor.why_whole": _whole}),
+    "scalar variance": (1.0, {"gfs_core.linalg.power.RunningSharpness._lag_over": _scalar}),
+    f"bound on whole batches, every {4 * EVERY}": (1.0, {"gfs_core.run.monitor.why_whole": _whole}),
 }
 COUNTED: dict[str, tuple[float, dict[str, Any]]] = {
-    "noise counted": (1.0, {"gfs_core.monitor.Running": _weighted(1.0)}),
-    "noise not counted": (1.0, {"gfs_core.monitor.Running": _weighted(0.0)}),
+    "noise counted": (1.0, {"gfs_core.run.monitor.Running": _weighted(1.0)}),
+    "noise not counted": (1.0, {"gfs_core.run.monitor.Running": _weighted(0.0)}),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import gfs_core as gfs
-from gfs_core.vectors import clone, copy, zeros_like
+from gfs_core.linalg.vectors import clone, copy, zeros_like
 
 _STAGES = ((0.5, 1), (0.5, 2), (1.0, 2), (0.0, 1))  # how far the next stage lies from the start; weight in the step
 

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.differences import Differences
-from gfs_core.eigen import largest_eigenvalues
+from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.loss.differences import Differences
 
 BITS = (2, 3, 4, 8, None)
 SEEDS = 5
@@ -59,7 +59,7 @@ def descend(model: nn.Module, batch: tuple[Tensor, Tensor], rate: float, steps: 
 
 def by_differences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     """The largest eigenvalue by differences of gradients, which the package refuses here."""
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         objective = gfs.Objective(model, loss_fn, [batch], isolation=isolation)
         generator = torch.Generator().manual_seed(0)
         products = Differences(objective)

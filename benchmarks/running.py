@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
 from benchmarks.tiers import Batch, Run, adamw, characters, cnn, of, relu, sgd, tanh
-from gfs_core.blocks import RunningBlocks
-from gfs_core.eigen import largest_eigenvalues
-from gfs_core.running import RunningSharpness
-from gfs_core.vectors import Vector
+from gfs_core.linalg.blocks import RunningBlocks
+from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.linalg.power import RunningSharpness
+from gfs_core.linalg.vectors import Vector
 
 HERE = Path(__file__).parent
 FACTORS = (1.3, 2.0, 4.0, 10.0)
@@ -221,7 +221,8 @@ def mixing(seeds: range) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     lines = [
         "# The running estimate", "", "    OMP_NUM_THREADS=1 python -m benchmarks.running", "",
-        f"torch {found['torch']}, {found['machine']}. The estimator: `gfs_core/running.py`, `gfs_core/blocks.py`.", "",
+        f"torch {found['torch']}, {found['machine']}. The estimator: "
+        "`gfs_core/linalg/power.py`, `gfs_core/linalg/blocks.py`.", "",
         "## An eigenvalue that overtakes in another network", "",
         "Networks that share no weight, on scikit-learn's digits; weights held still, one product on a new part of the",
         f"data in each measurement. After {BEFORE} of them the last network's largest eigenvalue jumps from 0.5 to",

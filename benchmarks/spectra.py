@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from gfs_core.eigen import largest_eigenvalues
-from gfs_core.vectors import random_like
+from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.linalg.vectors import random_like
 
 HERE = Path(__file__).parent
 BEGIN = "<!-- benchmarks/spectra.py -->"

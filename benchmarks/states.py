@@ -22,11 +22,11 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 from benchmarks.spectra import into_page
-from gfs_core.curvature import Hessian
-from gfs_core.eigen import EigenResult, largest_eigenvalues
-from gfs_core.objective import Objective
-from gfs_core.probe import MIX
-from gfs_core.vectors import Vector, clone, mix_in, norm, random_like
+from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
+from gfs_core.linalg.vectors import Vector, clone, mix_in, norm, random_like
+from gfs_core.loss.objective import Objective
+from gfs_core.loss.products import Hessian
+from gfs_core.signals.lab import MIX
 
 HERE = Path(__file__).parent
 BEGIN = "<!-- benchmarks/states.py -->"

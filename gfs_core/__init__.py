@@ -3,30 +3,31 @@
 Only the names listed here are public; modules of this package may change.
 """
 
-from gfs_core.alarm import Alarm, Event, State
 from gfs_core.config import GFSConfig
-from gfs_core.curvature import Hessian
-from gfs_core.eigen import EigenResult, largest_eigenvalues
+from gfs_core.detectors.alarm import Alarm, Alert, AlertLevel
 from gfs_core.errors import ConfigError, GFSError, GFSWarning, MeasurementError, Reason
-from gfs_core.flow import Flow
-from gfs_core.history import HistoryPart
-from gfs_core.history import parts as history_parts
-from gfs_core.history import read as read_history
-from gfs_core.isolation import Isolation
-from gfs_core.measure import gfs_sharpness, sharpness, stability
-from gfs_core.measurement import Measurement, log_keys
-from gfs_core.monitor import StabilityMonitor
-from gfs_core.objective import Objective
-from gfs_core.probe import FlowResult
-from gfs_core.scheduler import EdgeOfStabilityLR
-from gfs_core.stability import Stability, register_optimizer, stability_of
+from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
+from gfs_core.loss.flow import Flow
+from gfs_core.loss.objective import Objective
+from gfs_core.loss.products import Hessian
+from gfs_core.loss.snapshot import StateSnapshot
+from gfs_core.optimizers.thresholds import Stability, register_optimizer, stability_of
+from gfs_core.run.history import HistoryPart
+from gfs_core.run.history import parts as history_parts
+from gfs_core.run.history import read as read_history
+from gfs_core.run.monitor import StabilityMonitor
+from gfs_core.run.record import Measurement, log_keys
+from gfs_core.run.scheduler import EdgeOfStabilityLR
+from gfs_core.signals.lab import FlowResult
+from gfs_core.signals.measure import gfs_sharpness, sharpness, stability
 
 __all__ = [
     "Alarm",
+    "Alert",
+    "AlertLevel",
     "ConfigError",
     "EdgeOfStabilityLR",
     "EigenResult",
-    "Event",
     "Flow",
     "FlowResult",
     "GFSConfig",
@@ -34,14 +35,13 @@ __all__ = [
     "GFSWarning",
     "Hessian",
     "HistoryPart",
-    "Isolation",
     "Measurement",
     "MeasurementError",
     "Objective",
     "Reason",
     "Stability",
     "StabilityMonitor",
-    "State",
+    "StateSnapshot",
     "gfs_sharpness",
     "history_parts",
     "largest_eigenvalues",

@@ -22,7 +22,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class GFSConfig:
-    """Options of a :class:`~gfs_core.monitor.StabilityMonitor`, and so of every adapter.
+    """Options of a :class:`~gfs_core.run.monitor.StabilityMonitor`, and so of every adapter.
 
     The help of each option is in its metadata; ``GFSConfig.help()`` gives it as a dictionary. An option that may be
     ``None`` takes the words none, null and off for it too, in any case, and ``False``, which YAML makes of a bare off.

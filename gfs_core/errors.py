@@ -78,5 +78,7 @@ def own_fault(error: BaseException) -> str:
         isinstance(error, TypeError) and "argument" in str(error)
     ):
         return ""
-    place = f"{package}/{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+    parts = Path(trace.tb_frame.f_code.co_filename).parts
+    file = "/".join(parts[len(parts) - parts[::-1].index(package) - 1 :])
+    place = f"{file}:{trace.tb_lineno}"
     return f"a mistake in gfs itself, please report it: {type(error).__name__} in {place}: {error}"

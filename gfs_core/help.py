@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from gfs_core.config import GFSConfig
-from gfs_core.measurement import log_keys
+from gfs_core.run.record import log_keys
 
 
 def filled_in(docstring: str | None) -> str:

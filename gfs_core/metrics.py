@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gfs_core.batches import copied
 from gfs_core.config import GFSConfig, Tier
 from gfs_core.errors import ConfigError, GFSWarning
-from gfs_core.measurement import Measurement
-from gfs_core.monitor import StabilityMonitor
-from gfs_core.objective import LossFn
-from gfs_core.stability import named_in_full, parameters_of, stability_of
+from gfs_core.loss.batches import copied
+from gfs_core.loss.objective import LossFn
+from gfs_core.optimizers.thresholds import named_in_full, parameters_of, stability_of
+from gfs_core.run.monitor import StabilityMonitor
+from gfs_core.run.record import Measurement
 
 try:
     from torchmetrics import Metric
@@ -227,7 +227,7 @@ class StabilityRatio(_Measured):
 class PreconditionedSharpness(_Measured):
     """Largest eigenvalue in the optimizer's own coordinates, of S·(H + shift)·S; with plain SGD, of H.
 
-    Arguments and errors are those of :class:`StabilityRatio`; ``gfs_core/stability.py`` has S and the shift.
+    Arguments and errors are those of :class:`StabilityRatio`; S and the shift: :mod:`gfs_core.optimizers.thresholds`.
     """
 
     quantity = "preconditioned_sharpness"

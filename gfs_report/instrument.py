@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gfs_core import ConfigError
-from gfs_core.batches import batch_size
+from gfs_core.loss.batches import batch_size
 from gfs_report.jobs import Plan
 from gfs_report.recording import Watched
 

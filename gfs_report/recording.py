@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import ConfigError, StabilityMonitor
+from gfs_core.actions.rate import Control
 from gfs_core.config import TIERS
-from gfs_core.control import Control, Overlay, rate_of, scheduler_of
-from gfs_core.memory import vector_bytes
-from gfs_core.stability import parameters_of, stability_of, unwrap
-from gfs_core.vectors import local
+from gfs_core.linalg.vectors import local
+from gfs_core.loss.memory import vector_bytes
+from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
+from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
+from gfs_core.run.scheduler import scheduler_of
 from gfs_report.jobs import Plan
 
 _FLUSH = 0.5  # seconds between two looks at the losses, each of which waits for an accelerator
@@ -107,7 +109,7 @@ def _scale_rates(monitors: list[StabilityMonitor], factor: float) -> None:
         if scheduler_of(monitor.optimizer) is not None:
             raise ConfigError("the rate of this job is decided by EdgeOfStabilityLR; it can be run with --rates 1 only")
         monitor.control = _Fixed(factor)
-        monitor._overlay = Overlay(monitor.optimizer, monitor.control)
+        monitor._overlay = LearningRateHook(monitor.optimizer, monitor.control)
 
 
 class Watched:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfs_core import ConfigError, history_parts, log_keys
-from gfs_core.alarm import State
+from gfs_core.detectors.alarm import AlertLevel
 
 _KEYS = {key.removeprefix("gfs/") for key in log_keys()}
 _LOSSES = ("train_loss_step", "train_loss", "train/loss_step", "train/loss", "loss", "training_loss")
@@ -60,7 +60,7 @@ class Mark(NamedTuple):
     @property
     def word(self) -> str:
         """The state in a word."""
-        return State(self.state).name.lower()
+        return AlertLevel(self.state).name.lower()
 
 
 @dataclass

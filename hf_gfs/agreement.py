@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gfs_core import Isolation, MeasurementError, Objective
-from gfs_core.objective import LossFn
-from gfs_core.ranks import Ranks
-from gfs_core.vectors import Vector, clone, dense, dots, local
+from gfs_core import MeasurementError, Objective, StateSnapshot
+from gfs_core.linalg.vectors import Vector, clone, dense, dots, local
+from gfs_core.loss.objective import LossFn
+from gfs_core.run.ranks import Ranks
 from hf_gfs.replay import Replay
 
 _COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
@@ -48,7 +48,7 @@ def disagreement(
     grads = [p.grad for p in params]
     true = [dense(local(g)) for g in grads if g is not None]
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
-    with Isolation(model, params, replay.again()) as isolation:
+    with StateSnapshot(model, params, replay.again()) as isolation:
         sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
         objective = Objective(model, loss_fn, replay.inputs, params, isolation, ranks if sharded else None)
         loss, all_of_it = objective.gradient()

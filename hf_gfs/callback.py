@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gfs_core import ConfigError, Event, GFSConfig, GFSWarning, Measurement, MeasurementError, StabilityMonitor
+from gfs_core import Alert, ConfigError, GFSConfig, GFSWarning, Measurement, MeasurementError, StabilityMonitor
 from gfs_core.errors import own_fault
-from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
-from gfs_core.measurable import unmeasurable
-from gfs_core.stability import parameters_of
+from gfs_core.optimizers.thresholds import parameters_of
+from gfs_core.run.guard import Guard, guarded
+from gfs_core.run.measurable import unmeasurable
 from hf_gfs.agreement import GradientMissing, Reference, disagreement
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import GivenLoss, ModelReplay, Replay, StepReplay, TrainerReplay
@@ -46,7 +46,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             trainer's. After ``set_trainer``, ``inputs`` is what ``training_step`` gets; otherwise a dictionary of what
             the model's ``forward`` gets, and the early warning then goes by the stability ratios alone. That its
             gradient is not the trainer's is told once.
-        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Event`.
+        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Alert`.
         **options: those of :class:`~gfs_core.GFSConfig`, by name:
             {options}
 
@@ -69,7 +69,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         config: GFSConfig | None = None,
         *,
         loss_fn: GivenLoss | None = None,
-        on_alarm: Callable[[Event], Any] | None = None,
+        on_alarm: Callable[[Alert], Any] | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -159,7 +159,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
                 return
             if self.loss_fn is None or (self._verified and not monitor.remarks):  # else they are of another loss
                 for loss, examples in replay.losses:
-                    monitor.saw(loss, examples)
+                    monitor.record_loss(loss, examples)
             if usable:
                 measurement = monitor.step(replay.again(), replay.inputs, state.global_step, micro_batches=True)
             else:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gfs_core.batches import batch_size
-from gfs_core.streams import RandomState
+from gfs_core.loss.batches import batch_size
+from gfs_core.loss.streams import RandomState
 
 _BESIDE = "beside the inputs"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gfs_core import GFSWarning
-from gfs_core.layout import WandbPanel, add_to_tensorboard
+from gfs_core.charts import WandbPanel, add_to_tensorboard
 
 _EVENTS = "events.out.tfevents"
 _STEP = "train/global_step"  # the trainer's key for it

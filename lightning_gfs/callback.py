@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
-from gfs_core import ConfigError, Event, GFSConfig, Measurement, MeasurementError, StabilityMonitor
-from gfs_core.batches import batch_size
+from gfs_core import Alert, ConfigError, GFSConfig, Measurement, MeasurementError, StabilityMonitor
+from gfs_core.charts import WandbPanel, add_to_tensorboard
 from gfs_core.config import Off, may_be_off
-from gfs_core.guard import Guard, guarded
 from gfs_core.help import filled_in
-from gfs_core.layout import WandbPanel, add_to_tensorboard
-from gfs_core.measurable import unmeasurable
+from gfs_core.loss.batches import batch_size
+from gfs_core.run.guard import Guard, guarded
+from gfs_core.run.measurable import unmeasurable
 from lightning_gfs import _compat
 from lightning_gfs.steps import StepsSeen
 from lightning_gfs.window import Window, opened
@@ -30,7 +30,7 @@ else:
     _Base = type("_Base", _compat.callback_bases(), {})
 
 LossFn = Callable[[Any, Any, int], Any]  # of a Tensor; Any keeps the command-line help short
-OnAlarm = Callable[[Event], Any]
+OnAlarm = Callable[[Alert], Any]
 
 _MANUAL = (
     "this module uses manual optimization, whose `training_step` takes optimizer steps itself and cannot be run again; "
@@ -55,7 +55,7 @@ class GFSCallback(_Base):
         loss_fn: ``loss_fn(module, batch, batch_idx)``, the loss to measure instead of ``training_step``'s. With
             several optimizers, a dictionary: a name of your choice for each, in the order of ``trainer.optimizers``.
         progress_bar: show the stability ratio in the progress bar.
-        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Event`.
+        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Alert`.
         {options}
 
     Logs, at the step of Lightning's own values (with several optimizers ``gfs/<name>/…``):
@@ -166,7 +166,7 @@ class GFSCallback(_Base):
             return
         for name, monitor in self.monitors.items():
             for seen in self._window.losses:
-                monitor.saw(*seen)
+                monitor.record_loss(*seen)
             warning = monitor.watch(self._step)
             if warning is not None:
                 self._publish(trainer, pl_module, warning, name, self._step)

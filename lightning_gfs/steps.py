@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gfs_core.stability import unwrap
+from gfs_core.optimizers.thresholds import unwrap
 
 
 class StepsSeen:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gfs_core.batches import batch_size, copied
-from gfs_core.streams import RandomState
+from gfs_core.loss.batches import batch_size, copied
+from gfs_core.loss.streams import RandomState
 
 _BATCH, _BESIDE = "batch of a step", "beside the batch"
 

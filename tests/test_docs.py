@@ -84,7 +84,12 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     loaded = Loaded()
     loaded.feed((site / "api.html").read_text())
     names = {f"gfs_core.{name}" for name in gfs_core.__all__} - {"gfs_core.stability"}
-    names |= {"gfs_core.measure.stability", "lightning_gfs.GFSCallback", "hf_gfs.GFSCallback", "hf_gfs.GFSArguments"}
+    names |= {
+        "gfs_core.signals.measure.stability",
+        "lightning_gfs.GFSCallback",
+        "hf_gfs.GFSCallback",
+        "hf_gfs.GFSArguments",
+    }
     names |= {"gfs_core.metrics.StabilityRatio", "gfs_core.StabilityMonitor.step"}
     assert names <= loaded.ids
     text = (site / "api.html").read_text()
@@ -223,7 +228,7 @@ def test_links_lead_somewhere_in_the_repository(page: Path) -> None:
 def texts() -> str:
     """Every string in the packages, one a line; what is filled in is an ellipsis, backticks are left out."""
     found = []
-    for path in (p for package in PACKAGES for p in sorted((ROOT / package).glob("*.py"))):
+    for path in (p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gfs_core import ConfigError
-from gfs_core.history import TRAINING_LOSS
+from gfs_core.run.history import TRAINING_LOSS
 from gfs_report.comparison.sets import RunSet
 from gfs_report.losses import Values, count_spikes, course_of
 from gfs_report.runs import Curve, Run

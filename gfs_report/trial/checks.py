@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gfs_core.control import MARGIN
+from gfs_core.actions.rate import MARGIN
 from gfs_report.advice import Advice, advise
 from gfs_report.losses import count_spikes
 from gfs_report.runs import Run

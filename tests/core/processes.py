@@ -18,8 +18,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import gfs_core as gfs
-import gfs_core.ranks
-from gfs_core.vectors import local
+import gfs_core.run.ranks
+from gfs_core.linalg.vectors import local
 from tests.core import engines
 
 BATCH = 32
@@ -116,7 +116,7 @@ def train(
     with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
     measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are five examples.
     """
-    gfs_core.ranks.TIMEOUT = timeout
+    gfs_core.run.ranks.TIMEOUT = timeout
     model = engines.MADE[made]() if made else net()
     if normed:
         model.insert(1, nn.BatchNorm1d(12).double())
@@ -134,7 +134,7 @@ def train(
         optimizer: Any = ZeroRedundancyOptimizer(trained.parameters(), ZERO[kind], lr=0.02)
     else:
         optimizer = OPTIMIZERS[kind](trained.parameters())
-    events: list[gfs.Event] = []
+    events: list[gfs.Alert] = []
     config = gfs.GFSConfig(**options)
     measured = trained if wrapped else model
     monitor = gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append)
@@ -142,7 +142,7 @@ def train(
     losses, rates = [], []
     sizes: dict[int, int] = {}
     if poor == rank:
-        monitor._cadence.clock.spent["gfs"] = 1e9
+        monitor._schedule.clock.spent["gfs"] = 1e9
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]
@@ -181,7 +181,7 @@ def part(rank: int, size: int) -> float:
     """Talk, and part, many times."""
     total = 0.0
     for _ in range(300):
-        ranks = gfs_core.ranks.Ranks()
+        ranks = gfs_core.run.ranks.Ranks()
         total += ranks.total([1.0])[0]
         ranks.close()
     return total
@@ -189,7 +189,7 @@ def part(rank: int, size: int) -> float:
 
 def only_the_first(rank: int, size: int) -> str:
     """What a monitor says that the other processes do not make."""
-    gfs_core.ranks.TIMEOUT = 2.0
+    gfs_core.run.ranks.TIMEOUT = 2.0
     model = net()
     try:
         if rank == 0:

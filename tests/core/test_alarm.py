@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfs_core.alarm import Alarm, Event, State
+from gfs_core.detectors.alarm import Alarm, Alert, AlertLevel
 
 Seen = tuple[int, float, float | None]  # step, loss, ratio
 
 
-def play(stream: Iterator[Seen] | list[Seen], alarm: Alarm | None = None, solved: bool = False) -> list[Event]:
+def play(stream: Iterator[Seen] | list[Seen], alarm: Alarm | None = None, solved: bool = False) -> list[Alert]:
     alarm = Alarm() if alarm is None else alarm
     events = []
     for step, loss, ratio in stream:
@@ -48,8 +48,8 @@ def settled(ratio: float = 0.2, loss: float = 1.0) -> Alarm:
     return alarm
 
 
-def alarms(events: list[Event]) -> list[Event]:
-    return [e for e in events if e.state == State.ALARM]
+def alarms(events: list[Alert]) -> list[Alert]:
+    return [e for e in events if e.state == AlertLevel.ALARM]
 
 
 # --- each rule ------------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def test_a_jump_of_the_ratio_is_an_alarm_at_once() -> None:
     alarm = settled()
     event = alarm.saw_ratio(300, 0.6, solved=False)
     reason = "the stability ratio rose to 0.6, 3.0 times its usual 0.2"
-    assert event == Event(300, State.ALARM, reason, "rise")
-    assert (alarm.state, alarm.reason) == (State.ALARM, reason)
+    assert event == Alert(300, AlertLevel.ALARM, reason, "rise")
+    assert (alarm.state, alarm.reason) == (AlertLevel.ALARM, reason)
     assert alarm.saw_ratio(305, 0.6, solved=False) is None  # no change, no event
 
 
@@ -68,10 +68,10 @@ def test_a_small_rise_is_watched() -> None:
     alarm = settled()
     event = alarm.saw_ratio(300, 0.37, solved=False)
     assert event is not None
-    assert (event.state, event.rule) == (State.WATCH, "rise")
+    assert (event.state, event.rule) == (AlertLevel.WATCH, "rise")
     event = alarm.saw_ratio(305, 0.5, solved=False)
     assert event is not None
-    assert event.state == State.ALARM
+    assert event.state == AlertLevel.ALARM
     assert event.reason.startswith("the stability ratio rose to 0.5, 2.5 times its usual 0.2")
 
 
@@ -85,7 +85,7 @@ def test_a_rise_far_below_the_edge_is_of_no_interest() -> None:
     assert alarm.saw_ratio(300, 0.04, solved=False) is None
     event = alarm.saw_ratio(305, 0.06, solved=False)
     assert event is not None
-    assert event.state == State.ALARM
+    assert event.state == AlertLevel.ALARM
 
 
 def test_steady_growth_names_the_step_at_which_it_crosses_the_edge() -> None:
@@ -104,7 +104,7 @@ def test_growth_beyond_the_edge_crosses_it_now() -> None:
     alarm = settled(0.9)
     for k in range(8):
         alarm.saw_ratio(300 + 5 * k, 0.9 * 1.1 ** (k + 1), solved=False)
-    assert alarm.state == State.ALARM
+    assert alarm.state == AlertLevel.ALARM
     assert alarm.reason.startswith("the stability ratio rose to 1.")
 
 
@@ -112,7 +112,9 @@ def test_slow_growth_is_not_extrapolated() -> None:
     alarm = settled()
     events = [alarm.saw_ratio(300 + 5 * k, 0.325 * 1.015**k, solved=False) for k in range(6)]
     assert events[:5] == [None] * 5
-    assert events[5] == Event(325, State.WATCH, "the stability ratio rose to 0.35, 1.8 times its usual 0.2", "rise")
+    assert events[5] == Alert(
+        325, AlertLevel.WATCH, "the stability ratio rose to 0.35, 1.8 times its usual 0.2", "rise"
+    )
 
 
 def test_a_loss_spike_is_an_alarm() -> None:
@@ -120,7 +122,7 @@ def test_a_loss_spike_is_an_alarm() -> None:
     assert play(stream(100, lambda step: 0.2, lambda step: 1.0 + 0.01 * (step % 10)), alarm) == []
     event = alarm.saw_loss(100, 2.0)
     assert event is not None
-    assert (event.step, event.state, event.rule) == (100, State.ALARM, "spike")
+    assert (event.step, event.state, event.rule) == (100, AlertLevel.ALARM, "spike")
     assert event.reason == "the loss is 2, 23.7 times as far above its median 1.05 as nine in ten are"
 
 
@@ -134,12 +136,12 @@ def test_a_loss_that_creeps_up_is_seen_in_its_mean() -> None:
 
 
 def test_losses_may_be_negative() -> None:
-    def play_at(offset: float) -> list[tuple[int, State]]:
+    def play_at(offset: float) -> list[tuple[int, AlertLevel]]:
         events = play(stream(120, lambda step: 0.2, lambda step: offset + 0.01 * (step % 10) + (step > 100)))
         return [(e.step, e.state) for e in events]
 
     assert play_at(-0.5) == play_at(2.0)
-    assert play_at(2.0)[0] == (101, State.ALARM)
+    assert play_at(2.0)[0] == (101, AlertLevel.ALARM)
 
 
 def test_the_loss_of_a_short_batch_is_not_held_against_the_others() -> None:
@@ -161,7 +163,7 @@ def test_batches_that_are_smaller_for_good_are_soon_the_usual_ones() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_an_alarm_from_the_first_step(loss: float) -> None:
     alarm = Alarm()
-    assert alarm.saw_loss(0, loss) == Event(0, State.ALARM, f"the loss is {loss}", "not finite")
+    assert alarm.saw_loss(0, loss) == Alert(0, AlertLevel.ALARM, f"the loss is {loss}", "not finite")
     json.dumps(alarm.state_dict(), allow_nan=False)  # it is not kept
 
 
@@ -193,7 +195,7 @@ def test_of_solved_ratios_two_in_a_row_are_believed() -> None:
     assert alarm.saw_ratio(4200, 0.9, solved=True) is None
     event = alarm.saw_ratio(4300, 0.5, solved=True)
     reason = "the stability ratio rose to 0.5, 2.5 times its usual 0.2"
-    assert event == Event(4300, State.ALARM, reason, "rise")
+    assert event == Alert(4300, AlertLevel.ALARM, reason, "rise")
 
 
 def test_a_loss_with_a_heavy_tail_is_healthy() -> None:
@@ -216,11 +218,11 @@ def test_the_way_down_takes_quiet_observations() -> None:
     alarm.saw_ratio(300, 0.6, solved=False)
     events = [alarm.saw_ratio(305 + 5 * k, 0.2, solved=False) for k in range(10)]
     assert [k for k, e in enumerate(events) if e is not None] == [4, 9]
-    assert events[4] == Event(
-        325, State.WATCH, "the last 5 running stability ratios were nearer to their usual values", "calm"
+    assert events[4] == Alert(
+        325, AlertLevel.WATCH, "the last 5 running stability ratios were nearer to their usual values", "calm"
     )
     assert events[9] is not None
-    assert events[9].state == State.QUIET
+    assert events[9].state == AlertLevel.QUIET
 
 
 def test_a_ratio_between_the_thresholds_does_not_make_it_flutter() -> None:
@@ -228,35 +230,35 @@ def test_a_ratio_between_the_thresholds_does_not_make_it_flutter() -> None:
     alarm.saw_ratio(300, 0.6, solved=False)
     events = [alarm.saw_ratio(305 + 5 * k, 0.2 if k % 4 else 0.5, solved=False) for k in range(12)]
     assert events == [None] * 12
-    assert alarm.state == State.ALARM
+    assert alarm.state == AlertLevel.ALARM
 
 
 def test_quiet_losses_do_not_end_an_alarm_of_the_ratio() -> None:
     alarm = settled()
     alarm.saw_ratio(300, 0.6, solved=False)
     assert [alarm.saw_loss(301 + k, 1.0) for k in range(100)] == [None] * 100
-    assert alarm.state == State.ALARM
+    assert alarm.state == AlertLevel.ALARM
 
 
 def test_a_loss_spike_passes() -> None:
     alarm = settled()
     assert alarm.saw_loss(300, 1.05) is not None
-    assert alarm.state == State.ALARM
+    assert alarm.state == AlertLevel.ALARM
     events = [e for k in range(100) if (e := alarm.saw_loss(301 + k, 1.0)) is not None]
-    assert [e.state for e in events] == [State.WATCH, State.QUIET]
+    assert [e.state for e in events] == [AlertLevel.WATCH, AlertLevel.QUIET]
     assert events[0].reason == "the last 20 losses were nearer to their usual values"
 
 
 def test_a_higher_level_that_lasts_becomes_the_usual_one() -> None:
     alarm = settled()
     events = play(((step, 1.0, 0.6 if step % 5 == 0 else None) for step in range(300, 600)), alarm)
-    assert [e.state for e in events] == [State.ALARM, State.WATCH, State.QUIET]
+    assert [e.state for e in events] == [AlertLevel.ALARM, AlertLevel.WATCH, AlertLevel.QUIET]
 
 
 # --- until the run is back ------------------------------------------------------------------------------------------
 
 
-def losses(alarm: Alarm, values: Iterable[float], start: int) -> list[tuple[int, State]]:
+def losses(alarm: Alarm, values: Iterable[float], start: int) -> list[tuple[int, AlertLevel]]:
     events = [alarm.saw_loss(start + k, value) for k, value in enumerate(values)]
     return [(e.step, e.state) for e in events if e is not None]
 
@@ -264,29 +266,32 @@ def losses(alarm: Alarm, values: Iterable[float], start: int) -> list[tuple[int,
 @pytest.mark.parametrize("broken", [3.0, 1.2])
 def test_a_loss_that_does_not_come_back_is_an_alarm_for_good(broken: float) -> None:
     alarm = settled()
-    assert losses(alarm, [broken] * 2000, 300) == [(300, State.ALARM)]
+    assert losses(alarm, [broken] * 2000, 300) == [(300, AlertLevel.ALARM)]
     back = losses(alarm, [1.0] * 200, 2300)
-    assert [state for _, state in back] == [State.WATCH, State.QUIET]
+    assert [state for _, state in back] == [AlertLevel.WATCH, AlertLevel.QUIET]
     assert back[1][0] < 2300 + 20 + 20 + 100  # the mean needs its time
-    assert losses(alarm, [broken], 2500) == [(2500, State.ALARM)]  # and it is as it was
+    assert losses(alarm, [broken], 2500) == [(2500, AlertLevel.ALARM)]  # and it is as it was
 
 
 def test_nearly_back_is_not_back() -> None:
     alarm = Alarm()
     noisy = [1.0 + 0.1 * (k % 10) for k in range(100)]  # median 1.5, nine in ten below 1.9
     assert losses(alarm, noisy, 0) == []
-    assert losses(alarm, [v + 3.0 for v in noisy], 100) == [(100, State.ALARM)]
+    assert losses(alarm, [v + 3.0 for v in noisy], 100) == [(100, AlertLevel.ALARM)]
     assert losses(alarm, [v + 0.3 for v in noisy * 10], 200) == []  # their mean is 1.75: more than half a spread above
-    assert [state for _, state in losses(alarm, [v + 0.1 for v in noisy * 2], 1200)] == [State.WATCH, State.QUIET]
+    assert [state for _, state in losses(alarm, [v + 0.1 for v in noisy * 2], 1200)] == [
+        AlertLevel.WATCH,
+        AlertLevel.QUIET,
+    ]
 
 
 def test_after_losses_that_were_no_numbers_they_have_to_be_back_too() -> None:
     alarm = settled()
-    assert losses(alarm, [math.nan] * 5 + [5.0] * 500, 300) == [(300, State.ALARM)]
-    assert [state for _, state in losses(alarm, [1.0] * 200, 805)] == [State.WATCH, State.QUIET]
+    assert losses(alarm, [math.nan] * 5 + [5.0] * 500, 300) == [(300, AlertLevel.ALARM)]
+    assert [state for _, state in losses(alarm, [1.0] * 200, 805)] == [AlertLevel.WATCH, AlertLevel.QUIET]
 
 
-def rates(alarm: Alarm, value: float, steps: range, loss: float = 1.0) -> list[tuple[int, State, str]]:
+def rates(alarm: Alarm, value: float, steps: range, loss: float = 1.0) -> list[tuple[int, AlertLevel, str]]:
     events = [e for step in steps for e in (alarm.saw_rate(step, value), alarm.saw_loss(step, loss)) if e is not None]
     return [(e.step, e.state, e.rule) for e in events]
 
@@ -295,10 +300,10 @@ def test_a_rate_that_stays_high_is_an_alarm_until_the_losses_have_long_been_well
     alarm = Alarm()
     assert rates(alarm, 0.1, range(100)) == []
     told = rates(alarm, 1.0, range(100, 400))
-    assert told == [(100, State.ALARM, "rate"), (219, State.WATCH, "calm"), (239, State.QUIET, "calm")]
+    assert told == [(100, AlertLevel.ALARM, "rate"), (219, AlertLevel.WATCH, "calm"), (239, AlertLevel.QUIET, "calm")]
     broken = Alarm()
     rates(broken, 0.1, range(100))
-    assert rates(broken, 1.0, range(100, 600), loss=2.0) == [(100, State.ALARM, "rate")]
+    assert rates(broken, 1.0, range(100, 600), loss=2.0) == [(100, AlertLevel.ALARM, "rate")]
     assert rates(broken, 0.1, range(600, 900), loss=2.0) == []  # the rate is back, the losses are not
 
 
@@ -307,7 +312,7 @@ def test_a_rate_that_the_run_has_stood_before_ends_as_restarts_do() -> None:
     assert rates(alarm, 1.0, range(100)) == []
     assert rates(alarm, 0.1, range(100, 200)) == []
     told = rates(alarm, 1.0, range(200, 300))
-    assert [state for _, state, _ in told] == [State.ALARM, State.WATCH, State.QUIET]
+    assert [state for _, state, _ in told] == [AlertLevel.ALARM, AlertLevel.WATCH, AlertLevel.QUIET]
     assert told[2][0] < 200 + 25 + 20 + 20 + 2  # the usual rate is up again after 25 steps
 
 
@@ -316,17 +321,17 @@ def test_a_ratio_without_losses_has_to_come_back_itself() -> None:
     for step in range(0, 300, 5):
         assert alarm.saw_ratio(step, 0.2, solved=False) is None
     held = [alarm.saw_ratio(step, 0.6, solved=False) for step in range(300, 2000, 5)]
-    assert [e.state for e in held if e is not None] == [State.ALARM]
+    assert [e.state for e in held if e is not None] == [AlertLevel.ALARM]
     back = [alarm.saw_ratio(step, 0.3, solved=False) for step in range(2000, 2100, 5)]
     assert [k for k, e in enumerate(back) if e is not None] == [4, 9]
 
 
 def test_a_second_rise_is_told_of_while_the_first_lasts() -> None:
     alarm = settled()
-    assert losses(alarm, [2.0] * 300, 300) == [(300, State.ALARM)]
-    assert losses(alarm, [8.0] * 300, 600) == [(600, State.ALARM)]
+    assert losses(alarm, [2.0] * 300, 300) == [(300, AlertLevel.ALARM)]
+    assert losses(alarm, [8.0] * 300, 600) == [(600, AlertLevel.ALARM)]
     assert losses(alarm, [2.0] * 300, 900) == []  # where it was between the two is not back
-    assert [state for _, state in losses(alarm, [1.0] * 200, 1200)] == [State.WATCH, State.QUIET]
+    assert [state for _, state in losses(alarm, [1.0] * 200, 1200)] == [AlertLevel.WATCH, AlertLevel.QUIET]
 
 
 def test_ratios_of_other_weights_begin_anew() -> None:
@@ -334,11 +339,11 @@ def test_ratios_of_other_weights_begin_anew() -> None:
     alarm.saw_ratio(300, 0.6, solved=False)
     event = alarm.forget_ratios(301)
     assert event is not None
-    assert (event.step, event.state, event.rule) == (301, State.QUIET, "calm")
+    assert (event.step, event.state, event.rule) == (301, AlertLevel.QUIET, "calm")
     assert [alarm.saw_ratio(305 + 5 * k, 5.0, solved=False) for k in range(40)] == [None] * 40
     losses(alarm, [9.0], 600)
     assert alarm.forget_ratios(601) is None  # what the losses say stays
-    assert alarm.state is State.ALARM
+    assert alarm.state is AlertLevel.ALARM
 
 
 def test_a_state_of_the_first_release_is_taken_in() -> None:
@@ -349,8 +354,8 @@ def test_a_state_of_the_first_release_is_taken_in() -> None:
     del state["before"], state["returned"]
     resumed = Alarm()
     resumed.load_state_dict(state)
-    assert resumed.state is State.ALARM
-    assert [state for _, state in losses(resumed, [1.0] * 200, 301)] == [State.WATCH, State.QUIET]
+    assert resumed.state is AlertLevel.ALARM
+    assert [state for _, state in losses(resumed, [1.0] * 200, 301)] == [AlertLevel.WATCH, AlertLevel.QUIET]
 
 
 # --- healthy runs ---------------------------------------------------------------------------------------------------
@@ -385,10 +390,10 @@ def test_a_ratio_that_has_long_been_rising_is_only_watched_unless_it_jumps() -> 
     alarm = Alarm()
     for k in range(32):
         alarm.saw_ratio(5 * k, 0.02 * 1.12**k, solved=False)
-    assert alarm.state == State.WATCH  # 2.5 times its usual value
+    assert alarm.state == AlertLevel.WATCH  # 2.5 times its usual value
     event = alarm.saw_ratio(160, 5.0, solved=False)
     assert event is not None
-    assert event.state == State.ALARM
+    assert event.state == AlertLevel.ALARM
 
 
 def test_sharpening_while_the_loss_falls_fast_is_healthy() -> None:
@@ -438,7 +443,7 @@ def test_any_numbers_are_taken(values: list[tuple[float, float, bool]]) -> None:
     for step, (loss, ratio, solved) in enumerate(values):
         alarm.saw_loss(step, loss)
         alarm.saw_ratio(step, ratio, solved)
-        assert alarm.state in State
+        assert alarm.state in AlertLevel
     json.dumps(alarm.state_dict(), allow_nan=False)
 
 
@@ -462,12 +467,12 @@ def test_a_jump_of_the_rate_is_seen_before_the_step() -> None:
     assert [alarm.saw_rate(step, 0.1) for step in range(60)] == [None] * 60
     assert alarm.saw_rate(60, 0.21) is None
     event = alarm.saw_rate(61, 0.23)
-    assert (event.state, event.rule) == (State.WATCH, "rate")
+    assert (event.state, event.rule) == (AlertLevel.WATCH, "rate")
     assert alarm.saw_rate(61, 10.0) is None  # the same step again
     event = alarm.saw_rate(62, 0.26)
-    assert event == Event(62, State.ALARM, "the learning rate rose to 0.26, 2.6 times its usual 0.1", "rate")
+    assert event == Alert(62, AlertLevel.ALARM, "the learning rate rose to 0.26, 2.6 times its usual 0.1", "rate")
     events = [alarm.saw_rate(step, 0.1) for step in range(63, 103)]
-    assert [e.state for e in events if e is not None] == [State.WATCH, State.QUIET]
+    assert [e.state for e in events if e is not None] == [AlertLevel.WATCH, AlertLevel.QUIET]
     assert "the last 20 learning rates" in alarm.reason
 
 
@@ -476,7 +481,7 @@ def test_a_rate_that_matters_little_may_jump() -> None:
     for step in range(60):
         alarm.saw_rate(step, 0.1)
     assert alarm.saw_rate(60, 1.0) is None  # ten times as near to the edge as next to nothing
-    assert alarm.saw_rate(61, 10.0).state is State.ALARM
+    assert alarm.saw_rate(61, 10.0).state is AlertLevel.ALARM
 
 
 @pytest.mark.parametrize("warmup", [5, 30, 200, 2000])
@@ -491,19 +496,19 @@ def test_past_the_edge_in_the_mean_square() -> None:
     alarm = Alarm()
     assert [alarm.saw_mean_square(5 * i, 3.0) for i in range(10)] == [None] * 10  # still settling
     event = alarm.saw_mean_square(50, 3.0)
-    assert (event.state, event.rule) == (State.ALARM, "edge")
+    assert (event.state, event.rule) == (AlertLevel.ALARM, "edge")
     assert "the stability ratio in the mean square is 3, not < 1" in event.reason
     healthy = Alarm()
     values = [0.9, 0.5, 3.0] * 20  # single ones above; 1.1 in the mean
     assert all(
-        e is None or e.state is State.WATCH for e in (healthy.saw_mean_square(i, v) for i, v in enumerate(values))
+        e is None or e.state is AlertLevel.WATCH for e in (healthy.saw_mean_square(i, v) for i, v in enumerate(values))
     )
     assert healthy.saw_mean_square(70, math.nan) is None
 
 
 def test_rates_and_mean_squares_survive_a_resume() -> None:
-    def told(alarm: Alarm, steps: range) -> list[Event | None]:
-        out: list[Event | None] = []
+    def told(alarm: Alarm, steps: range) -> list[Alert | None]:
+        out: list[Alert | None] = []
         for step in steps:
             out.append(alarm.saw_rate(step, 0.1 if step < 70 else 0.4))
             out.append(alarm.saw_mean_square(step, 0.5 if step < 80 else 2.0))
@@ -514,4 +519,4 @@ def test_rates_and_mean_squares_survive_a_resume() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + told(second, range(66, 120)) == told(whole, range(120))
     assert whole.state_dict() == second.state_dict()
-    assert whole.state is State.ALARM
+    assert whole.state is AlertLevel.ALARM

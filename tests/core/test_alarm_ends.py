@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.alarm import Alarm, State
+from gfs_core.detectors.alarm import Alarm, AlertLevel
 
 HARM, STEPS = 300, 700
 
@@ -31,7 +31,7 @@ class Training:
     """A classifier of digits with what its monitor says."""
 
     model: nn.Sequential = field(init=False)
-    states: list[State] = field(default_factory=list)
+    states: list[AlertLevel] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Training:
 def well() -> Training:
     training = Training()
     training.train(0, HARM)
-    assert State.ALARM not in training.states
+    assert AlertLevel.ALARM not in training.states
     return training
 
 
@@ -91,33 +91,33 @@ def halve(layer: nn.Linear) -> None:
 def test_a_run_that_is_back_soon(well: Training) -> None:
     well.train(HARM, HARM + 1, inputs=-8.0)
     well.train(HARM + 1, STEPS)
-    assert well.states[HARM] is State.ALARM
-    assert State.ALARM not in well.states[HARM + 150 :]
+    assert well.states[HARM] is AlertLevel.ALARM
+    assert AlertLevel.ALARM not in well.states[HARM + 150 :]
 
 
 def test_a_run_that_takes_its_time(well: Training) -> None:
     before = well.late(HARM - 50)
     well.change(halve)
     well.train(HARM, STEPS)
-    assert well.states[HARM + 2] is State.ALARM
-    ends = next(i for i in range(HARM + 2, STEPS) if well.states[i] is not State.ALARM)
+    assert well.states[HARM + 2] is AlertLevel.ALARM
+    ends = next(i for i in range(HARM + 2, STEPS) if well.states[i] is not AlertLevel.ALARM)
     assert well.late(HARM) > 4 * before
     assert well.late(ends - 50) < 2 * before  # not earlier …
     assert well.late(ends - 25) < 1.5 * before
-    assert State.ALARM not in well.states[ends:]  # … and it does end
+    assert AlertLevel.ALARM not in well.states[ends:]  # … and it does end
 
 
 def test_a_run_that_never_comes_back(well: Training) -> None:
     well.change(kill)
     well.train(HARM, STEPS)
-    assert set(well.states[HARM + 2 :]) == {State.ALARM}
+    assert set(well.states[HARM + 2 :]) == {AlertLevel.ALARM}
 
 
 def test_a_run_that_comes_back_in_part(well: Training) -> None:
     before = well.late(HARM - 50)
     well.train(HARM, STEPS, shuffled=0.3)
     assert 2 * before < well.late(STEPS - 50) < 0.7 * 2.3
-    assert set(well.states[HARM + 2 :]) == {State.ALARM}
+    assert set(well.states[HARM + 2 :]) == {AlertLevel.ALARM}
 
 
 def test_a_run_that_goes_on_from_its_checkpoint(well: Training) -> None:
@@ -127,12 +127,12 @@ def test_a_run_that_goes_on_from_its_checkpoint(well: Training) -> None:
     moments = torch.optim.AdamW(well.model.parameters()).state_dict()  # begun anew
     well.change(kill)
     well.train(HARM, HARM + 100)
-    assert well.states[-1] is State.ALARM
+    assert well.states[-1] is AlertLevel.ALARM
     well.model.load_state_dict(weights)
     well.optimizer.load_state_dict({**moments, "param_groups": state["optimizer"]["param_groups"]})
     well.monitor.load_state_dict(state["monitor"])
     well.train(HARM, HARM + 200)
-    assert State.ALARM not in well.states[-100:]
+    assert AlertLevel.ALARM not in well.states[-100:]
 
 
 def test_losses_with_a_heavy_tail_end_an_alarm_when_they_are_as_before() -> None:
@@ -143,10 +143,10 @@ def test_losses_with_a_heavy_tail_end_an_alarm_when_they_are_as_before() -> None
         losses = (0.01 * torch.empty(900).log_normal_(0, 1.5, generator=draws)).clamp(max=0.2).tolist()
         for step, loss in enumerate([*losses[:200], 5.0]):
             alarm.saw_loss(step, loss)
-        assert alarm.state is State.ALARM
+        assert alarm.state is AlertLevel.ALARM
         for step, loss in enumerate(losses[200:], 1):
             alarm.saw_loss(200 + step, loss)
-            if alarm.state is not State.ALARM:
+            if alarm.state is not AlertLevel.ALARM:
                 break
         lasted.append(step)
     assert 40 < statistics.median(lasted) < 80

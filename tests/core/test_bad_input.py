@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.history import read_settings
+from gfs_core.run.history import read_settings
 from gfs_report.runs import read_run
 
 OPTIONS = {f.name: f.default for f in fields(gfs.GFSConfig)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.blocks import RunningBlocks, uncoupled
+from gfs_core.linalg.blocks import RunningBlocks, uncoupled
 
 Batch = tuple[Tensor, Tensor]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.control import Control, Overlay, at_scale
+from gfs_core.actions.rate import Control, at_scale
+from gfs_core.optimizers.learning_rate import LearningRateHook
 
 RATE = 0.1
 
@@ -330,7 +331,7 @@ def test_scaled_steps_are_those_of_the_smaller_rate_to_the_bit(kind: str, closur
     halved, plain = net(), net()
     optimizer = OPTIMIZERS[kind](halved.parameters(), 0.01)
     held = optimizer.param_groups[0]["lr"]
-    overlay = Overlay(optimizer, Fixed())
+    overlay = LearningRateHook(optimizer, Fixed())
     steps(halved, optimizer, closure=closure)
     steps(plain, OPTIMIZERS[kind](plain.parameters(), 0.005), closure=closure)
     assert all(torch.equal(a, b) for a, b in zip(halved.parameters(), plain.parameters(), strict=True))
@@ -346,7 +347,7 @@ def test_scaled_steps_are_those_of_the_smaller_rate_to_the_bit(kind: str, closur
 def test_a_compiled_step_follows_a_scale_that_changes() -> None:
     models = net(), net()
     optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in models]
-    Overlay(optimizers[0], started("cap"))
+    LearningRateHook(optimizers[0], started("cap"))
     compiled = [torch.compile(o.step, backend="eager") for o in optimizers]
     control = started("cap")
     for _ in range(12):
@@ -366,7 +367,7 @@ def test_groups_keep_their_proportions() -> None:
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters(), "lr": torch.tensor(0.4)}]
     optimizer = torch.optim.SGD(groups, 1.0)
     seen = []
-    Overlay(optimizer, Fixed())
+    LearningRateHook(optimizer, Fixed())
     optimizer.register_step_pre_hook(lambda o, a, k: seen.append([float(g["lr"]) for g in o.param_groups]))
     steps(model, optimizer, 1)
     assert seen == [pytest.approx([0.1, 0.2])]
@@ -376,7 +377,7 @@ def test_groups_keep_their_proportions() -> None:
 def test_a_closure_and_a_checkpoint_see_the_users_rate() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    overlay = Overlay(optimizer, Fixed())
+    overlay = LearningRateHook(optimizer, Fixed())
     seen = []
 
     def closure() -> torch.Tensor:
@@ -393,7 +394,7 @@ def test_a_closure_and_a_checkpoint_see_the_users_rate() -> None:
 
     seen.clear()
     twice = Twice(model.parameters(), {"lr": 0.1})
-    Overlay(twice, Fixed())
+    LearningRateHook(twice, Fixed())
     twice.step(lambda: [seen.append(twice.param_groups[0]["lr"]), model(X).sum()][1])
     assert seen == [0.1, 0.1]
     with overlay.scaled(0.5):
@@ -404,7 +405,7 @@ def test_a_closure_and_a_checkpoint_see_the_users_rate() -> None:
 def test_a_step_that_breaks_off_leaves_the_users_rate() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    Overlay(optimizer, Fixed())
+    LearningRateHook(optimizer, Fixed())
 
     def fails() -> torch.Tensor:
         raise KeyboardInterrupt
@@ -424,7 +425,7 @@ def test_a_step_that_gradient_scaling_skips_is_no_step() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     control = Fixed()
-    Overlay(optimizer, control)
+    LearningRateHook(optimizer, control)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for factor in (1.0, math.inf, 1.0):
         optimizer.zero_grad()
@@ -514,7 +515,7 @@ def test_a_rate_that_the_control_lets_rise_is_no_alarm() -> None:
     fit = Fit("sgd", 10.0)  # held far below that
     assert fit.monitor.alarm is not None
     fit.monitor.alarm.saw_ratio(0, 0.5, solved=True)  # far from the edge the rule for the rate says nothing
-    events: list[gfs.Event] = []
+    events: list[gfs.Alert] = []
     fit.monitor.on_alarm = events.append
     fit.run(0, 41)
     control = fit.monitor.control
@@ -624,7 +625,7 @@ class Spiking(Fit):
 
 
 def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any) -> None:
-    events: list[gfs.Event] = []
+    events: list[gfs.Alert] = []
     fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", alarm_checkpoint=True, history=f"{tmp_path}/h.jsonl")
     fit.monitor.on_alarm = events.append
     assert fit.monitor.alarm is not None
@@ -633,7 +634,7 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     assert not fit.monitor.should_stop
     with pytest.warns(gfs.GFSWarning, match="alarm at step 100: the loss is .* times as far above its median"):
         fit.run(100, 101)
-    assert [e.state for e in events][-1] is gfs.State.ALARM
+    assert [e.state for e in events][-1] is gfs.AlertLevel.ALARM
     assert fit.monitor.should_stop
     assert fit.monitor.wants_checkpoint
     last = gfs.read_history(tmp_path / "h.jsonl")[-1]
@@ -653,11 +654,11 @@ def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
     monitor = Fit("sgd", 0.05, control="step_down").monitor
     scales = []
     for step in range(600):
-        monitor.saw((1.0 if step < 100 else 3.0) + 0.01 * (step % 7))
+        monitor.record_loss((1.0 if step < 100 else 3.0) + 0.01 * (step % 7))
         monitor.watch(step)
         scales.append(monitor.control.step(0.05))
     assert monitor.alarm is not None
-    assert monitor.alarm.state is gfs.State.ALARM
+    assert monitor.alarm.state is gfs.AlertLevel.ALARM
     assert scales[:200] == [1.0] * 100 + [0.5] * 100
     assert scales[200:] == sorted(scales[200:])
     assert scales[-1] == 1.0

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gfs_core as gfs
-from gfs_core.curvature import Preconditioned
-from gfs_core.vectors import random_like
+from gfs_core.linalg.vectors import random_like
+from gfs_core.loss.products import Preconditioned
 from tests.core.reference import MODELS, cross_entropy, data, dense_hessian, make, trainable
 
 
 def product_and_truth(model: nn.Module, method: str, loss_fn=cross_entropy) -> tuple[gfs.Hessian, Tensor, Tensor]:
     params = trainable(model)
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         hessian = gfs.Hessian(gfs.Objective(model, loss_fn, [data()], isolation=isolation), method)
         vector = random_like(params, torch.Generator().manual_seed(3))
         product = torch.cat([t.reshape(-1) for t in hessian(vector)])
@@ -68,7 +68,7 @@ class Reentrant(OnceDifferentiable):
 
 @pytest.mark.parametrize("kind", [OnceDifferentiable, Reentrant])
 def test_without_a_second_derivative_the_products_come_from_gradients(kind) -> None:
-    with gfs.Isolation(model := kind(True)) as isolation:
+    with gfs.StateSnapshot(model := kind(True)) as isolation:
         hessian = gfs.Hessian(gfs.Objective(model, cross_entropy, [data()], isolation=isolation))
         vector = random_like(trainable(model), torch.Generator().manual_seed(3))
         product = torch.cat([t.reshape(-1) for t in hessian(vector)])

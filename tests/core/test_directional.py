@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.directional import along_by_losses, along_by_product
-from gfs_core.objective import Objective
+from gfs_core.loss.objective import Objective
+from gfs_core.signals.directional import along_by_losses, along_by_product
 
 SPECTRUM = torch.tensor([0.3, 1.0, 2.0, 5.0], dtype=torch.float64)
 

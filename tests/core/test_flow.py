@@ -9,8 +9,8 @@ from numpy.polynomial import Chebyshev
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.flow import _MAX_STAGES, stability_interval, stages_needed
-from gfs_core.vectors import clone
+from gfs_core.linalg.vectors import clone
+from gfs_core.loss.flow import _MAX_STAGES, stability_interval, stages_needed
 from tests.core.reference import cross_entropy, data, make
 
 
@@ -72,7 +72,7 @@ def test_a_stiff_linear_flow_against_its_exact_solution(rtol: float) -> None:
 
 def test_the_loss_never_rises_along_the_flow() -> None:
     model = make("mlp")
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         objective = gfs.Objective(model, cross_entropy, [data()], isolation=isolation)
         rho = lambda: gfs.largest_eigenvalues(gfs.Hessian(objective), objective.params).value  # noqa: E731
         flow = gfs.Flow(objective, rho)

@@ -11,7 +11,7 @@ from torch import nn
 
 import gfs_core as gfs
 from gfs_core.errors import own_fault
-from gfs_core.guard import Guard, guarded
+from gfs_core.run.guard import Guard, guarded
 
 
 def broken(*args: Any, **kwargs: Any) -> Any:
@@ -30,9 +30,9 @@ def told_of(loss_fn: Any) -> list[str]:
 
 
 def test_an_error_of_the_package_is_called_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gfs_core.monitor.measure", broken)
+    monkeypatch.setattr("gfs_core.run.monitor.measure", broken)
     [text] = told_of(lambda model, x: model(x).square().mean())
-    assert "a mistake in gfs itself, please report it: ValueError in gfs_core/monitor.py:" in text
+    assert "a mistake in gfs itself, please report it: ValueError in gfs_core/run/monitor.py:" in text
 
 
 def test_an_error_of_the_loss_is_called_the_losss() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core import history
+from gfs_core.run import history
 
 
 class Training:
@@ -190,7 +190,7 @@ def test_a_resumed_training_goes_on_with_its_losses(tmp_path: Path) -> None:
     resumed = gfs.StabilityMonitor(training.model, training.optimizer, config)
     resumed.load_state_dict(torch.load(saved(state, tmp_path), weights_only=True))
     for step in range(15, 25):
-        resumed.saw(3.0)
+        resumed.record_loss(3.0)
         resumed.watch(step)
     [part] = gfs.history_parts(path)
     assert [(m.step, m.value) for m in part.losses] == [(0, 9.0), (10, 1.0), (14, 1.0), (24, 3.0)]

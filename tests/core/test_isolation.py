@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfs_core as gfs
-from gfs_core.batches import copied
+from gfs_core.loss.batches import copied
 from tests.bitwise import assert_same
 
 
@@ -101,7 +101,7 @@ def test_a_measurement_leaves_no_trace(hvp: str, stop_at: int | None, error: typ
 
 def test_every_evaluation_is_the_same_function() -> None:
     model = Messy()
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         objective = gfs.Objective(model, lambda m, b: m(b), [batch()], isolation=isolation)
         assert len({objective.loss() for _ in range(3)}) == 1
         first, second = objective.gradient()[1], objective.gradient()[1]
@@ -487,7 +487,7 @@ def test_a_teacher_and_a_queue_are_the_same_at_each_evaluation(hvp: str) -> None
     model, x = Teacher(), torch.randn(6, 3)
     before = copy.deepcopy(model.state_dict())
     student = [*model.student.parameters()]
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         objective = gfs.Objective(model, lambda m, b: m(b), [x], student, isolation)
         hessian = gfs.Hessian(objective, hvp)
         v = [torch.randn_like(p) for p in student]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core import history
+from gfs_core.run import history
 
 STEPS = 90
 

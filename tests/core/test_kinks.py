@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.probe import Probe
-from gfs_core.vectors import random_like
+from gfs_core.linalg.vectors import random_like
+from gfs_core.signals.lab import Probe
 from tests.core.reference import dense_hessian
 from tests.core.test_symmetry import ORDINARY
 from tests.core.test_unusual_weights import EVERY, ids, loss_fn
@@ -148,7 +148,7 @@ def test_a_kink_in_other_batches_than_the_first_is_noticed() -> None:
     model = Read("normalize", torch.float64)
     x, y = ids(0)
     free = (torch.where(x == 7, 3, x), y)
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         probe = Probe(gfs.Objective(model, loss_fn, [(x, y)], isolation=isolation), hvp="gradients")
         start = random_like(probe.objective.weights, torch.Generator().manual_seed(0))
         with probe.on([free]):
@@ -161,7 +161,7 @@ def test_a_kink_in_other_batches_than_the_first_is_noticed() -> None:
 
 def test_a_kink_beside_the_first_direction_is_noticed() -> None:
     model = Read("normalize", torch.float64)
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         objective = gfs.Objective(model, loss_fn, [ids(0)], isolation=isolation)
         hessian = gfs.Hessian(objective, "gradients")
         along = random_like(objective.weights, torch.Generator().manual_seed(0))
@@ -202,7 +202,7 @@ def test_what_rounding_makes_of_differences_is_no_kink(seed: int) -> None:
     make, loss, batch = ORDINARY["cnn, bfloat16"]
     torch.manual_seed(seed)
     model = make()
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         hessian = gfs.Hessian(gfs.Objective(model, loss, [batch], isolation=isolation), "gradients")
         hessian(random_like(hessian.objective.weights, torch.Generator().manual_seed(0)))
     assert hessian.error > 0.05

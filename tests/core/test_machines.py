@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from gfs_core.actions.rate import Control
 from gfs_core.config import Policy
-from gfs_core.control import Control
 
 FEW = settings(max_examples=15, stateful_step_count=15, deadline=None, derandomize=True)
 MANY = settings(FEW, max_examples=60, stateful_step_count=25)
@@ -135,7 +135,7 @@ class Training:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 2))
         self.optimizer = optimizer(self.model.parameters(), lr=0.02)
-        self.events: list[gfs.Event] = []
+        self.events: list[gfs.Alert] = []
         self.monitor = gfs.StabilityMonitor(self.model, self.optimizer, config, on_alarm=self.events.append)
 
     def loss_of(self, x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import gfs_core as gfs
 from benchmarks.memory import LiveBytes
-from gfs_core.batches import pieces
-from gfs_core.isolation import Isolation
-from gfs_core.memory import GIB
-from gfs_core.objective import Objective
+from gfs_core.loss.batches import pieces
+from gfs_core.loss.memory import GIB
+from gfs_core.loss.objective import Objective
+from gfs_core.loss.snapshot import StateSnapshot
 
 
 def make(width: int = 16, depth: int = 1) -> nn.Module:
@@ -132,7 +132,7 @@ def test_counting_changes_no_product() -> None:
     x, vectors = batch(9), []
     for memory in (None, GIB):
         model = make()
-        with Isolation(model) as isolation:
+        with StateSnapshot(model) as isolation:
             hessian = gfs.Hessian(Objective(model, loss_fn, [x], isolation=isolation, memory=memory), "exact")
             vectors.append(hessian([torch.ones_like(p) for p in model.parameters()]))
     assert all(torch.equal(a, b) for a, b in zip(*vectors, strict=True))

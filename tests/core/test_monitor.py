@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
-from gfs_core import monitor as monitor_module
-from gfs_core.curvature import Learnt
-from gfs_core.history import append
+from gfs_core.loss.products import Learnt
+from gfs_core.run import monitor as monitor_module
+from gfs_core.run.history import append
 
 
 def setup(config: gfs.GFSConfig, seed: int = 0):
@@ -94,7 +94,7 @@ def test_a_healthy_run_with_a_short_last_batch_makes_no_warning(drop_last: bool)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     loader = DataLoader(TensorDataset(x, y), 256, shuffle=True, drop_last=drop_last)  # seven, and a rest of 5
-    events: list[gfs.Event] = []
+    events: list[gfs.Alert] = []
     config = gfs.GFSConfig(tier="running", running_every=5, max_overhead=None)
     monitor = gfs.StabilityMonitor(model, optimizer, config, on_alarm=events.append)
     loss_of = lambda b: nn.functional.cross_entropy(model(b[0]), b[1])  # noqa: E731
@@ -167,7 +167,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
     assert 0.9 * budget < sum(fractions.values()) <= 1.01 * budget
     assert fractions["gfs"] > 0.23 * budget
     assert fractions["running"] > 0.5 * budget
-    assert monitor._cadence.clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
+    assert monitor._schedule.clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
 
 
 def test_failures_are_told_once_and_training_goes_on() -> None:
@@ -294,8 +294,8 @@ def test_nothing_that_fails_beside_a_measurement_ends_training(part, strict, mon
 def test_a_loss_that_is_no_number_is_not_taken_in() -> None:
     monitor = setup(gfs.GFSConfig(every=1000))[2]
     with pytest.warns(gfs.GFSWarning, match=r"not taken in: it has the shape \(3,\), and is no number"):
-        monitor.saw(torch.ones(3))
-    monitor.saw(2.0)
+        monitor.record_loss(torch.ones(3))
+    monitor.record_loss(2.0)
     assert monitor.watch(1) is None
     assert monitor._mean_loss.value() == 2.0
 
@@ -304,7 +304,7 @@ def test_what_on_alarm_raises_ends_training() -> None:
     class Pruned(Exception):
         pass
 
-    def prune(event: gfs.Event) -> None:
+    def prune(event: gfs.Alert) -> None:
         raise Pruned
 
     model, optimizer, _ = setup(gfs.GFSConfig())
@@ -312,7 +312,7 @@ def test_what_on_alarm_raises_ends_training() -> None:
 
     def losses(loss: float, steps: range) -> None:
         for step in steps:
-            monitor.saw(loss)
+            monitor.record_loss(loss)
             monitor.watch(step)
 
     losses(1.0, range(50))

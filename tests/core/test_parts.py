@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.batches import all_parts, rotating_part
-from gfs_core.memory import GIB
-from gfs_core.parts import why_whole
+from gfs_core.loss.batches import all_parts, rotating_part
+from gfs_core.loss.memory import GIB
+from gfs_core.loss.parts import why_whole
 
 B, WIDTH = 48, 8
 _images, _labels = load_digits(return_X_y=True)
@@ -457,7 +457,7 @@ def test_what_could_not_be_tried_for_memory_is_told_as_that() -> None:
 
 DRAWS = """
 import random, numpy, torch
-from gfs_core.streams import RandomState
+from gfs_core.loss.streams import RandomState
 random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
 RandomState([]).shift(3)
 print(random.random(), numpy.random.rand(), torch.rand(1).item())

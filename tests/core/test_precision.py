@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.isolation import Isolation
-from gfs_core.objective import Objective
-from gfs_core.precision import Precision
+from gfs_core.loss.objective import Objective
+from gfs_core.loss.precision import Precision
+from gfs_core.loss.snapshot import StateSnapshot
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -179,9 +179,9 @@ def test_a_loss_that_fails_in_float32_is_measured_as_training_computes_it() -> N
 def test_products_of_half_precision_weights_are_in_float32_and_repeatable(choice) -> None:
     model = make().to(torch.bfloat16)
     precision = Precision(choice, model, model.parameters())
-    with Isolation(model) as isolation, precision.governing():
+    with StateSnapshot(model) as isolation, precision.governing():
         objective = Objective(model, loss_fn, [batch(torch.bfloat16)], isolation=isolation, precision=precision)
-        hessian = gfs.Hessian(objective, "exact", trusted=True)
+        hessian = gfs.Hessian(objective, "exact", double_backward_verified=True)
         vector = [torch.ones_like(p, dtype=torch.float32) for p in model.parameters()]
         first, again = hessian(vector), hessian(vector)
     assert all(torch.equal(a, b) and a.dtype is torch.float32 for a, b in zip(first, again, strict=True))
@@ -192,7 +192,7 @@ def test_everything_is_as_before_after_an_error() -> None:
     model = make().to(torch.bfloat16)
     precision = Precision("auto", model, model.parameters())
     enter = torch.autocast.__enter__
-    with pytest.raises(KeyboardInterrupt), Isolation(model) as isolation, precision.governing():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), StateSnapshot(model) as isolation, precision.governing():  # noqa: PT012
         objective = Objective(model, loss_fn, [batch(torch.bfloat16)], isolation=isolation, precision=precision)
         with objective.in_float32():
             assert objective.weights[0].dtype is torch.float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gfs_core as gfs
-from gfs_core.vectors import Sharding, dots, sharded
+from gfs_core.linalg.vectors import Sharding, dots, sharded
 from tests.core import processes
 
 ALL = {

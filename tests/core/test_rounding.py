@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.rounding import steps
+from gfs_core.loss.rounding import steps
 from tests.core.reference import dense_hessian
 from tests.core.test_unusual_weights import train
 
@@ -251,5 +251,5 @@ def test_only_what_depends_on_the_weights_and_goes_into_the_loss_counts(
     loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor], quantise: Quantise, expected: bool
 ) -> None:
     model = network(quantise, 3)
-    with gfs.Isolation(model) as isolation:
+    with gfs.StateSnapshot(model) as isolation:
         assert steps(gfs.Objective(model, loss, [(X, Y)], isolation=isolation)) == (expected, False)

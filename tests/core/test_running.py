@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.batches import rotating_part
-from gfs_core.losses import MeanLoss
-from gfs_core.running import RunningSharpness
-from gfs_core.vectors import mix_in
+from gfs_core.linalg.power import RunningSharpness
+from gfs_core.linalg.vectors import mix_in
+from gfs_core.loss.batches import rotating_part
+from gfs_core.run.losses import MeanLoss
 
 SPECTRUM = torch.tensor([4.0, 2.0, 1.0, -11.0], dtype=torch.float64)
 

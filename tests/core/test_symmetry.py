@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.precision import Precision
-from gfs_core.vectors import random_like
+from gfs_core.linalg.vectors import random_like
+from gfs_core.loss.precision import Precision
 from tests.core.reference import dense_hessian
 from tests.core.test_unusual_weights import train
 
@@ -105,7 +105,7 @@ def first_product(case: Case, method: str = "auto", seed: int = 0) -> gfs.Hessia
     torch.manual_seed(seed)
     model, (_, loss, batch) = case[0](), case
     precision = Precision("auto", model, model.parameters())
-    with gfs.Isolation(model) as isolation, precision.governing():
+    with gfs.StateSnapshot(model) as isolation, precision.governing():
         hessian = gfs.Hessian(gfs.Objective(model, loss, [batch], isolation=isolation, precision=precision), method)
         hessian(random_like(hessian.objective.weights, torch.Generator().manual_seed(seed)))
         hessian.release()

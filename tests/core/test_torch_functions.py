@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gfs_core as gfs
-from gfs_core.vectors import axpy, clone, norm, random_like
+from gfs_core.linalg.vectors import axpy, clone, norm, random_like
 
 N = 6
 _generator = torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def products(function: Callable[[Tensor], Tensor], *methods: str) -> tuple[list[
     net, x = model(), torch.randn(N, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     hessians, found = [], []
     for method in methods:
-        with gfs.Isolation(net) as isolation:
+        with gfs.StateSnapshot(net) as isolation:
             hessian = gfs.Hessian(gfs.Objective(net, lambda m, b: function(m(b)), [x], isolation=isolation), method)
             hessians.append(hessian)
             found.append(hessian(random_like(hessian.objective.weights, torch.Generator().manual_seed(3))))

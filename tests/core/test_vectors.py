@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from gfs_core import vectors
+from gfs_core.linalg import vectors
 
 
 def test_strung_together_inner_products_are_the_same() -> None:

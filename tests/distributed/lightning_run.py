@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from gfs_core.vectors import local
+from gfs_core.linalg.vectors import local
 from lightning_gfs import GFSCallback
 from tests.core.processes import BATCH, examples, net
 

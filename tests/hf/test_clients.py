@@ -167,7 +167,7 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
             callback.set_trainer(trainer)
 
     seen: list[float] = []
-    saw = gfs.StabilityMonitor.saw
+    saw = gfs.StabilityMonitor.record_loss
 
     def recorded_saw(monitor: gfs.StabilityMonitor, loss: torch.Tensor, examples: int | None) -> None:
         seen.append(loss.item())

@@ -121,7 +121,7 @@ def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
             loss = super().compute_loss(*args, **kwargs)
             return loss * 100 if self.state.global_step == 30 else loss
 
-    events: list[gfs.Event] = []
+    events: list[gfs.Alert] = []
     callback = GFSCallback(
         tier="running", every=5, max_overhead=None, alarm="stop", alarm_checkpoint=True, on_alarm=events.append
     )
@@ -133,7 +133,7 @@ def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
     with pytest.warns(gfs.GFSWarning, match="alarm at step 30: the loss is"):
         trainer = train(spiking, callback.set_trainer)
     assert trainer.state.global_step == 31
-    assert (events[-1].step, events[-1].state) == (30, gfs.State.ALARM)
+    assert (events[-1].step, events[-1].state) == (30, gfs.AlertLevel.ALARM)
     assert (tmp_path / "checkpoint-31" / "gfs_state.pt").is_file()
     row = [r for r in trainer.state.log_history if "gfs/alarm" in r][-1]
     assert (row["step"], row["gfs/alarm"]) == (30, 2.0)

@@ -173,7 +173,7 @@ def test_the_running_estimate_on_every_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     seen: list[float] = []
-    saw = gfs.StabilityMonitor.saw
+    saw = gfs.StabilityMonitor.record_loss
     monkeypatch.setattr(
         gfs.StabilityMonitor, "saw", lambda m, loss, *n: (seen.append(loss.item()), saw(m, loss, *n))[1]
     )

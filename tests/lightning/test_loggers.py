@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
 import gfs_core as gfs
-from gfs_core.layout import CHARTS, WandbPanel, add_to_tensorboard, layout
+from gfs_core.charts import CHARTS, WandbPanel, add_to_tensorboard, layout
 from tests.bitwise import assert_same
 from tests.charts import OfflineRun, drawn, layouts
 from tests.lightning.test_callback import Gan, Linear, Net, every, history, state, train

@@ -7,7 +7,7 @@ import io
 import torch
 from torch import nn
 
-from gfs_core.batches import copied, is_plain, rotating_part
+from gfs_core.loss.batches import copied, is_plain, rotating_part
 from lightning_gfs.window import Window, opened
 
 

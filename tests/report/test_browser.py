@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gfs_core as gfs
-from gfs_core import history
+from gfs_core.run import history
 from gfs_report.report import make_report, write_report
 from gfs_report.runs import read_run
 from tests.report.browser import look_at, needs_chromium, opened

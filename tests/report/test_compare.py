@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import gfs_core as gfs
 from gfs_core import ConfigError
-from gfs_core.history import append
+from gfs_core.run.history import append
 from gfs_report.cli import app
 from gfs_report.comparison.compare import Comparison, compare, interval, runs_needed
 from gfs_report.comparison.page import as_dict, write_comparison

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import gfs_core as gfs
-from gfs_core import history
+from gfs_core.run import history
 from gfs_report.cli import app
 from gfs_report.plots import thinned
 from gfs_report.report import make_report

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.tensorboard import SummaryWriter
 
 import gfs_core as gfs
-from gfs_core import history
+from gfs_core.run import history
 from gfs_report.runs import read_run
 
 

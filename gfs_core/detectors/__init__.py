@@ -1,0 +1,1 @@
+"""From streams of readings to alerts."""

@@ -1,0 +1,256 @@
+"""A running estimate for every block of the Hessian: of an ensemble, of twin critics.
+
+Where the loss is a sum over networks that share no weight, the Hessian has a block for each. A product never leads out
+of its block, so one direction follows one network, and another network's eigenvalue may overtake it for long before
+what is mixed into the direction has grown. But a single product H·v with v = (v₁, v₂, …), a direction in every block,
+is (H₁·v₁, H₂·v₂, …): it turns all directions at once. So every block has its estimate
+(:class:`~gfs_core.linalg.power.RunningSharpness`), for the same number of products. The largest is that of the whole.
+
+Which weights share a block is seen from products: a tensor belongs to it where the product of a vector in the block is
+not exactly zero. One product tells an ordinary network, whose weights all share one. Whether blocks stay apart while
+weights move is looked at again now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfs_core.linalg.power import RunningSharpness
+from gfs_core.linalg.vectors import Vector, nonzero, norm, random_like, undivided, zeros_like
+from gfs_core.loss.products import Operator
+
+_MOST = 8  # blocks; what is left over from then on counts as one
+_START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
+_AGAIN = 50  # calls between two looks at whether the blocks are still apart
+
+
+def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> list[list[int]]:
+    """The blocks of the Hessian, as places of the tensors in each, by products with vectors in a few of them.
+
+    Args:
+        operator: v ↦ H·v.
+        like: tensors with the shapes of a vector.
+        most: blocks to look for at most, > 0.
+
+    Returns:
+        At least one block; each place in exactly one, that of the largest tensor with curvature first. Tensors without
+        any are in one of them.
+    """
+
+    def reached(places: set[int]) -> set[int]:
+        held = zeros_like(like)
+        for i in places:
+            (held[i],) = random_like([held[i]], torch.Generator().manual_seed(i))
+        return _reached(operator, held)
+
+    left, blocks, still = set(range(len(like))), list[set[int]](), set[int]()
+    while left and len(blocks) < most:
+        block, new = set[int](), {max(left, key=lambda i: (like[i].numel(), -i))}
+        while new and block | new != left:
+            block |= new
+            new = (found := reached(block) & left) - block
+            if not found:  # no curvature along this tensor: of the others, only those that have any are looked at
+                curved = reached(left) - block
+                still |= left - curved
+                left &= curved
+                block, new = set(), set()
+        if block | new:
+            blocks.append(block | new)
+            left -= blocks[-1]
+    if not blocks:
+        return [list(range(len(like)))]
+    blocks[-1 if left else 0] |= left | still
+    return [sorted(block) for block in blocks]
+
+
+def _reached(operator: Operator, vector: Vector) -> set[int]:
+    """The places of the tensors in which the product is not exactly zero."""
+    return {i for i, some in enumerate(nonzero(operator(vector))) if some}
+
+
+def _only(block: Sequence[int], vector: Vector) -> Vector:
+    """The vector in one block, and zero elsewhere."""
+    held = zeros_like(vector)
+    for i in block:
+        held[i] = vector[i]
+    return held
+
+
+class RunningBlocks:
+    """The estimates of all blocks, and all they need from one call to the next.
+
+    Attributes:
+        blocks: the places of the tensors of each; ``None`` before they have been looked for.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[list[int]] | None = None
+        self._estimates = [RunningSharpness()]
+        self._calls = 0
+
+    @property
+    def value(self) -> float | None:
+        """The largest of the present estimates; ``None`` before the first call."""
+        return max((e.value for e in self._estimates if e.value is not None), default=None)
+
+    @property
+    def vector(self) -> Vector | None:
+        """The present directions together, in the order of the weights: the tensors themselves."""
+        return self._joined([e.vector for e in self._estimates])
+
+    def _joined(self, parts: Sequence[Vector | None]) -> Vector | None:
+        """The vector that is made of one for each block."""
+        if self.blocks is None or len(self.blocks) == 1:
+            return parts[0]
+        held: dict[int, Tensor] = {}
+        for block, part in zip(self.blocks, parts, strict=True):
+            assert part is not None
+            held |= dict(zip(block, part, strict=True))
+        return [held[i] for i in range(len(held))]
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.blocks, self._estimates, self._calls = None, [RunningSharpness()], 0
+
+    @property
+    def wants_pair(self) -> bool:
+        """Whether the next product is to be one of a pair."""
+        return any(e.wants_pair for e in self._estimates)
+
+    def noisy(self, weight: float) -> float | None:
+        """The largest of the blocks' :meth:`~gfs_core.linalg.power.RunningSharpness.noisy`: each is a system alone."""
+        return max((n for e in self._estimates if (n := e.noisy(weight)) is not None), default=None)
+
+    def bound(self, weight: float) -> float | None:
+        """The largest of the blocks' :meth:`gfs_core.linalg.power.RunningSharpness.bound`."""
+        return max((b for e in self._estimates if (b := e.bound(weight)) is not None), default=None)
+
+    def update(
+        self,
+        operator: Operator,
+        like: Sequence[Tensor],
+        other: Operator | None = None,
+        gradient: Callable[[bool], Vector | None] | None = None,
+    ) -> list[float]:
+        """Turn all directions by one product; see :meth:`gfs_core.linalg.power.RunningSharpness.update`.
+
+        The first call solves for the largest eigenvalue; the second looks for the blocks.
+
+        Returns:
+            A Rayleigh quotient for each block, to be taken in by :meth:`average`.
+        """
+        self._calls += 1
+        if self._calls == 2 and len(like) > 1 and undivided():
+            self._divide(operator, like, gradient)
+        elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _AGAIN == 0:
+            self._look_again(operator)
+        if self.blocks is None or len(self.blocks) == 1:
+            return [self._estimates[0].update(operator, like, other, gradient)]
+        return self._turn(self.blocks, operator, like, other, gradient)
+
+    def average(
+        self, quotients: Sequence[float], relative_loss: float | None = None, stands_for: int = 1
+    ) -> float | None:
+        """Take in the quotients of one :meth:`update`; the new estimate, ``None`` while it is not positive."""
+        values = [e.average(q, relative_loss, stands_for) for e, q in zip(self._estimates, quotients, strict=True)]
+        return max((v for v in values if v is not None), default=None)
+
+    def _turn(
+        self,
+        blocks: list[list[int]],
+        operator: Operator,
+        like: Sequence[Tensor],
+        other: Operator | None,
+        gradient: Callable[[bool], Vector | None] | None,
+    ) -> list[float]:
+        vector = self.vector
+        assert vector is not None
+        product = operator(vector)
+        second = None if other is None else other(vector)
+        drawn: dict[bool, Vector | None] = {}
+
+        def gradient_in(block: list[int]) -> Callable[[bool], Vector | None] | None:
+            def part(dear: bool) -> Vector | None:
+                assert gradient is not None
+                if dear not in drawn:
+                    drawn[dear] = gradient(dear)
+                whole = drawn[dear]
+                return None if whole is None else [whole[i] for i in block]
+
+            return None if gradient is None else part
+
+        def within(whole: Vector, block: list[int]) -> Operator:
+            return lambda _: [whole[i] for i in block]
+
+        return [
+            estimate.update(
+                within(product, block),
+                [like[i] for i in block],
+                None if second is None else within(second, block),
+                gradient_in(block),
+            )
+            for block, estimate in zip(blocks, self._estimates, strict=True)
+        ]
+
+    def _divide(
+        self, operator: Operator, like: Sequence[Tensor], gradient: Callable[[bool], Vector | None] | None
+    ) -> None:
+        """Look for blocks; the first direction goes on in the one that holds most of it, the others start."""
+        self.blocks = uncoupled(operator, like)
+        if len(self.blocks) == 1:
+            return
+        (first,) = self._estimates
+        whole = first.vector
+        assert whole is not None
+        sizes = [norm([whole[i] for i in block]) for block in self.blocks]
+        noise = random_like(whole, torch.Generator().manual_seed(1))
+        self._estimates = []
+        for block, size in zip(self.blocks, sizes, strict=True):
+            estimate = first if size == max(sizes) else RunningSharpness()
+            estimate.vector = [whole[i] if estimate is first else noise[i] for i in block]
+            self._estimates.append(estimate)
+        for _ in range(_START_TURNS):
+            quotients = self._turn(self.blocks, operator, like, None, gradient)
+        for estimate, quotient in zip(self._estimates, quotients, strict=True):
+            if estimate is not first:
+                estimate.value = quotient
+
+    def _look_again(self, operator: Operator) -> None:
+        """One product with the direction of one block, each block in its turn: what it reaches belongs to it."""
+        assert self.blocks is not None
+        assert self.vector is not None
+        block, vector = self.blocks[self._calls // _AGAIN % len(self.blocks)], self.vector
+        if _reached(operator, _only(block, vector)) <= set(block):
+            return
+        largest = max(range(len(self.blocks)), key=lambda k: self._estimates[k].value or 0.0)
+        estimate = self._estimates[largest]
+        estimate.vector = _only(self.blocks[largest], vector)
+        self.blocks, self._estimates = [list(range(len(vector)))], [estimate]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, loadable with ``weights_only=True``."""
+        states = [e.state_dict() for e in self._estimates]
+        vector = self._joined([s.pop("vector") for s in states])
+        return {"vector": vector, "blocks": self.blocks, "calls": self._calls, "estimates": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off.
+
+        Raises:
+            ValueError: the blocks do not hold each tensor of the vector once.
+        """
+        blocks, vector = state["blocks"], state["vector"]
+        places = list(range(len(vector)))
+        if sorted(i for block in blocks or [places] for i in block) != places:
+            raise ValueError("its blocks do not hold every weight once")
+        estimates = []
+        for block, held in zip(blocks or [places], state["estimates"], strict=True):
+            estimate = RunningSharpness()
+            estimate.load_state_dict({**held, "vector": [vector[i] for i in block]})
+            estimates.append(estimate)
+        self.blocks = None if blocks is None else [[int(i) for i in block] for block in blocks]
+        self._calls, self._estimates = int(state["calls"]), estimates

@@ -1,0 +1,250 @@
+"""A running estimate of the sharpness: one product now and then, each on another part of the data.
+
+Stochastic power iteration. Each call turns the direction v a little towards H_B·v on its own part B of the data and
+takes one Rayleigh quotient vᵀH_B·v; both are averaged over calls. To solve for the largest eigenvalue of a small part
+would find the part's own noise instead, which lies above the sharpness of the whole. The direction settles on the
+largest eigenvalue λ₁ while the most negative one is above −3λ₁: its component is multiplied by ½ + ½λ/λ₁ in each turn,
+without the noise. A product never leads out of a block of the Hessian (of an ensemble, of embeddings that a part does
+not touch), so a little of the part's gradient, which lies mostly along large curvature, and of a random vector is mixed
+in: an eigenvalue that overtakes is found. Many small products on changing
+parts are worth more than few large ones: `benchmarks/tiers.md`.
+
+A part with a larger loss mostly has a larger curvature. The mean loss of training is known from every step for nothing,
+so a quotient is multiplied by (mean loss / loss of the part)^γ: a control variate. γ, between 0 and 1, is fitted to the
+quotients themselves, from 1 on (cross-entropy comes out near 1, squared loss lower). Where the losses are not known, or
+not positive, nothing is corrected.
+
+How much the curvature differs from batch to batch is told by pairs: two products p, q at *one* direction v, on two
+parts. E‖p − q‖²/2 = E‖(H_B − H)·v‖² whatever v is. ‖p‖² − (vᵀp)² holds how far v is from an eigenvector besides, which
+is more than the noise on a healthy transformer: a bound, by which a control goes. The variance falls with the size of a
+part, so that of the whole batch follows. It decides how noisy steps stay stable
+(:mod:`gfs_core.optimizers.thresholds`). Where a step's batch is one that cannot be cut there are no pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.linalg.vectors import Vector, clone, combine, dots, mix_in, random_like
+from gfs_core.loss.products import Operator
+
+_TURN = 0.5  # weight of the new product in the direction
+_MEMORY = 0.85  # weight of the past in the value
+_SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means at first
+_FIRST_PAIRS = 3  # pairs in a row at the start; …
+_PAIR_EVERY = 4  # … from then on one in so many products is one of a pair
+_FIT_MEMORY = 0.99  # … in the fit of γ
+_FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
+_START_HVPS = 30
+_MIX = 0.15  # length of the gradient that is mixed into the direction in each turn, …
+_DEAR_EVERY = 5  # … or in one of so many where it has to be computed …
+_NOISE = 0.03  # … and of a random vector
+_ABOVE = 2.0  # quotients above the value by this factor, …
+_PATIENCE = 3  # … so many one after the other, are another eigenvalue's: the value starts again from them
+_START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
+
+
+class RunningSharpness:
+    """The estimate and all it needs from one call to the next.
+
+    Attributes:
+        value: the present estimate; ``None`` before the first call.
+        vector: the present direction, of norm 1 but for what has been mixed in: a copy of the weights.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.vector: Vector | None = None
+        self._squares = 0.0
+        self._products = 0.0
+        self._moments: list[float] = []  # means of ‖p − q‖²/2 and (vᵀp)(vᵀq), …
+        self._pairs = 0  # … over so many pairs
+        self._since = 0  # products since the last pair
+        self._lagging: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
+        self._seen = 0  # … over so many parts
+        self._turns = 0
+        self._above: list[float] = []  # the latest quotients, where they are far above the value
+
+    def noisy(self, weight: float) -> float | None:
+        """λ + weight·σ²/λ: the present estimate together with the spread of the curvature from part to part.
+
+        Args:
+            weight: of the variance σ² of H_B·v over the parts, ≥ 0.
+
+        Returns:
+            The value, ≥ the present estimate: σ²/λ² is that of the latest pairs. ``None`` before the first pair, and
+            where the estimate is not positive.
+        """
+        if not self._moments or self.value is None or self.value <= 0:
+            return None
+        # (vᵀp)(vᵀq) of few pairs may be near 0 by chance; the value, an average of many, is then the better known.
+        spread, square = self._moments
+        return self.value * (1 + weight * spread / max(square, self.value**2))
+
+    def bound(self, weight: float) -> float | None:
+        """λ + weight·σ²/λ from single products, σ² = E‖H_B·v‖² − λ²: a direction that lags counts as noise.
+
+        What a control goes by. It was tried with this; at the same margin :meth:`noisy` loses runs with momentum.
+        """
+        if not self._lagging or self._lagging[0] <= 0:
+            return None
+        mean, square = self._lagging
+        return mean + weight * max(square - mean * mean, 0.0) / mean
+
+    @property
+    def wants_pair(self) -> bool:
+        """Whether the next product is to be one of a pair."""
+        return self.vector is not None and (self._pairs < _FIRST_PAIRS or self._since >= _PAIR_EVERY - 1)
+
+    @property
+    def elasticity(self) -> float:
+        """γ: by what power the curvature of a part grows with its loss; 0 to 1."""
+        return min(max((self._products + _FIT_PRIOR) / (self._squares + _FIT_PRIOR), 0.0), 1.0)
+
+    def update(
+        self,
+        operator: Operator,
+        like: Sequence[Tensor],
+        other: Operator | None = None,
+        gradient: Callable[[bool], Vector | None] | None = None,
+    ) -> float:
+        """Turn the direction by one product; the first call solves for the eigenvalue, with up to 30.
+
+        Args:
+            operator: v ↦ H_B·v on this call's part of the data.
+            like: tensors with the shapes of a vector.
+            other: the same on another part, for a pair.
+            gradient: the gradient of this part, a new vector; of ``False``, where it is free, else ``None``. Without it
+                nothing is mixed in.
+
+        Returns:
+            The Rayleigh quotient of this part, or the mean of both, to be taken in by :meth:`average`.
+
+        Raises:
+            MeasurementError: the first products are not finite.
+        """
+        if self.vector is None:
+            first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS, basis=_START_BASIS)
+            self.vector = first.vector
+            return first.value
+        product = operator(self.vector)
+        self._since += 1
+        if other is None:
+            one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
+            one = one or 1.0
+            quotient, square = quotient / one, square / one
+            self._lag_over(quotient, square)
+        else:
+            v, p, q = self.vector, product, other(self.vector)
+            one, *rest = dots([(v, v), (v, p), (v, q), (p, p), (q, q), (p, q)])
+            one = one or 1.0
+            vp, vq, pp, qq, pq = (x / one for x in rest)
+            self._spread_over((pp + qq - 2 * pq) / 2, vp * vq)
+            combine(0.5, q, 0.5, p)
+            quotient, square = (vp + vq) / 2, (pp + qq + 2 * pq) / 4
+            self._lag_over(vp, pp)
+            self._lag_over(vq, qq)
+        if math.isfinite(square) and square > 0.0:
+            self._turn_to(product, quotient, square, math.sqrt(one))
+        del product  # its memory is needed
+        self._turns += 1
+        if gradient is not None:
+            mix_in(gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _MIX, self.vector)
+            mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _NOISE, self.vector)
+        return quotient
+
+    def _turn_to(self, product: Vector, quotient: float, square: float, length: float) -> None:
+        """Turn the direction towards ``product``; every norm follows from the inner products, without another transfer.
+
+        With v of norm 1 and p = H_B·v + s·v, the shift s being 0, or 2‖H_B·v‖ where vᵀH_B·v is negative (so that the
+        turn is towards the largest eigenvalue, not the largest in magnitude): v ← ½v + ½p/‖p‖, and back to norm 1.
+        """
+        assert self.vector is not None
+        shift = 2 * math.sqrt(square) if quotient < 0 else 0.0
+        along = quotient + shift
+        size = math.sqrt(square + 2 * shift * quotient + shift * shift)
+        turned = math.sqrt((1 - _TURN) ** 2 + _TURN**2 + 2 * _TURN * (1 - _TURN) * along / size)
+        stay, turn = (1 - _TURN + _TURN * shift / size) / turned, _TURN / (size * turned)
+        combine(turn / length, product, stay / length, self.vector)
+
+    def _spread_over(self, spread: float, square: float) -> None:
+        """Take in one pair: ‖p − q‖²/2 and (vᵀp)(vᵀq)."""
+        if not (math.isfinite(spread) and math.isfinite(square)):
+            return
+        new = [max(spread, 0.0), square]
+        self._pairs, self._since = self._pairs + 1, 0
+        keep = min(_SPREAD_MEMORY, 1 - 1 / self._pairs)
+        self._moments = [keep * m + (1 - keep) * n for m, n in zip(self._moments or new, new, strict=True)]
+
+    def _lag_over(self, quotient: float, square: float) -> None:
+        """Take in one part: |vᵀH_B·v| and ‖H_B·v‖²."""
+        if not (math.isfinite(quotient) and math.isfinite(square)):
+            return
+        new = [abs(quotient), square]
+        self._seen += 1
+        keep = min(_SPREAD_MEMORY, 1 - 1 / self._seen)
+        self._lagging = [keep * m + (1 - keep) * n for m, n in zip(self._lagging or new, new, strict=True)]
+
+    def average(self, quotient: float, relative_loss: float | None = None, stands_for: int = 1) -> float | None:
+        """Take one quotient into the estimate.
+
+        Args:
+            quotient: of one part; one that is not finite is passed over.
+            relative_loss: loss on the part / mean loss of training, > 0; ``None``: not known.
+            stands_for: calls that this one is taken for, where it comes that much later than usual.
+
+        Returns:
+            The new estimate; ``None`` while it is not positive.
+        """
+        if math.isfinite(quotient):
+            if quotient > 0 and relative_loss is not None:
+                apart = math.log(relative_loss)
+                if self.value is not None and self.value > 0:
+                    self._squares = _FIT_MEMORY * self._squares + apart * apart
+                    self._products = _FIT_MEMORY * self._products + apart * math.log(quotient / self.value)
+                quotient *= math.exp(-self.elasticity * apart)
+            self._take(quotient, _MEMORY**stands_for)
+        return self.value if self.value is not None and self.value > 0 else None
+
+    def _take(self, quotient: float, keep: float) -> None:
+        if self.value is None:
+            self.value = quotient
+            return
+        above = quotient > _ABOVE * self.value > 0
+        self._above = [*self._above, quotient] if above else []
+        self.value = keep * self.value + (1 - keep) * quotient
+        if len(self._above) == _PATIENCE:
+            self.value, self._above = math.fsum(self._above) / _PATIENCE, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, loadable with ``weights_only=True``."""
+        held = None if self.vector is None else clone(self.vector)
+        return {
+            "value": self.value,
+            "vector": held,
+            "squares": self._squares,
+            "products": self._products,
+            "moments": list(self._moments),
+            "pairs": [self._pairs, self._since],
+            "lagging": list(self._lagging),
+            "seen": self._seen,
+            "turns": self._turns,
+            "above": list(self._above),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        self.value, self.vector = None if state["value"] is None else float(state["value"]), state["vector"]
+        self._squares, self._products = float(state["squares"]), float(state["products"])
+        self._moments, self._lagging = ([float(m) for m in state[n]] for n in ("moments", "lagging"))
+        self._pairs, self._since = (int(n) for n in state["pairs"])
+        self._seen = int(state["seen"])
+        if {len(self._moments), len(self._lagging)} - {0, 2} or min(self._pairs, self._seen) < 0:
+            raise ValueError("it holds no spread and square")
+        self._turns, self._above = int(state["turns"]), [float(q) for q in state["above"]]

@@ -1,0 +1,183 @@
+"""Whether the loss of a batch is the mean of the losses of its parts.
+
+Much that measuring does to be cheap rests on it: single products on parts, a smaller probe, pieces that stream through.
+For a mean over examples it is a theorem. It is wrong for a sum over the batch, for BatchNorm in training mode, for
+losses that compare the examples with each other, for graphs and flat inputs with offsets, where the first dimension is
+time, and for a mean over tokens of which the parts have unequal numbers. None of that shows in a model's type, so it is
+tried: the batch at once, and in its parts, at the weights and at weights near by, chosen at random. Compared are the
+losses, and how the gradient has changed from one place to the other: the curvature along the way, as a vector. Two
+functions that are not the same differ in thousands of its entries, where a single number may agree by chance.
+
+A loss with dropout is not the same twice. Then each part draws numbers of its own, and the parts are evaluated a second
+time with other ones: the batch may be twice as far from its parts as they are from themselves, and its loss as far
+as the losses of the parts scatter from draw to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gfs_core.errors import own_fault
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, norm, random_like, spread
+from gfs_core.loss.batches import all_parts, examples_of, first_of_all
+from gfs_core.loss.memory import GIB, OverLimit, bytes_of_check
+from gfs_core.loss.objective import LossFn, Objective
+from gfs_core.loss.precision import Precision, PrecisionChoice
+from gfs_core.loss.snapshot import StateSnapshot
+from gfs_core.run.ranks import Ranks, alone
+
+_APART = 0.03  # relative difference that does no harm: single parts scatter by several times as much
+_ROUNDING = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
+_NOISE = 2.0  # of two differences between independent draws, the one over the other; in many dimensions it is near 1
+_SCATTER = 4.0  # standard errors
+_FEWEST = 8  # parts that are tried, where there are examples enough: the smaller they are, the plainer the difference
+_FAR = 0.1  # of the weights' length: how far the second place is away
+
+UNTRIED = "alone would keep more than `max_memory` allows"
+
+
+class _Seen(NamedTuple):
+    """What a batch, or its parts together, look like.
+
+    Attributes:
+        losses: of the parts.
+        loss: their mean.
+        bend: how far the gradient has changed between the two places.
+        slope: the gradient's length.
+    """
+
+    losses: list[float]
+    loss: float
+    bend: Vector
+    slope: float
+
+
+def why_whole(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    params: Sequence[Tensor],
+    parts: int,
+    *,
+    precision: PrecisionChoice = "auto",
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    max_memory: float | None = None,
+) -> str:
+    """Why the loss of these batches is not the mean over their parts, or could not be tried; empty where it is.
+
+    Costs four gradients of the batches, six where the loss draws random numbers, and up to six copies of the weights.
+    Where the batches do not fit into memory, half of their examples are tried in their place, and so on down to two.
+
+    Args:
+        model: in whose isolation it is tried.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor.
+        batches: the micro-batches of a step, whose mean is the loss of the whole.
+        params: what the curvature is measured over.
+        parts: that each batch is cut into; at least 8 are tried.
+        precision: as in :class:`~gfs_core.GFSConfig`.
+        seed: of the direction.
+        ranks: the processes, which have to act together where they share the weights; otherwise each tries by itself.
+        max_memory: as in :class:`~gfs_core.GFSConfig`; of processes that share the weights none can do with less alone,
+            and they take what they need.
+
+    Raises:
+        MeasurementError: the loss of the whole is not finite, or no loss.
+        OutOfMemoryError: not even two examples fit.
+    """
+    computed = Precision(precision, model, params)
+    ranks = ranks if any(spread(p) for p in params) else None
+    room = None if max_memory is None or ranks is not None else int(max_memory * GIB) - bytes_of_check(params)
+    with StateSnapshot(model, params) as isolation, alone(model), computed.governing():
+        while True:
+            try:
+                objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, memory=room)
+                with objective.in_float32():
+                    return _compared(objective, all_parts(batches, max(parts, _FEWEST)), seed)
+            except torch.OutOfMemoryError as error:
+                count = examples_of(batches) or 0
+                if count > 2 and ranks is None:
+                    batches = first_of_all(batches, max(count // 2, 2))
+                elif isinstance(error, OverLimit):
+                    return f"{'two examples' if count else 'a batch'} {UNTRIED}"
+                else:
+                    raise
+
+
+def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> str:
+    whole = _seen(objective, seed)
+    objective.pieces = cut
+    try:
+        split = _seen(objective, seed, draw=1)
+        rounding = _ROUNDING * objective.eps
+        bend, apart = norm(whole.bend), norm(_less(split.bend, whole.bend))
+        allowed = _APART * bend + rounding * max(whole.slope, split.slope)
+        off = abs(split.loss - whole.loss)
+        size = sum(map(abs, split.losses)) / len(split.losses)
+        bearable = (_APART + rounding) * max(size, abs(whole.loss))
+        if objective.on_all(apart <= allowed and off <= bearable):
+            return ""
+        axpy(1.0, whole.bend, split.bend)
+        whole.bend.clear()  # its memory is needed
+        again = _seen(objective, seed, draw=1 + 2 * len(cut))
+        noise = norm(_less(again.bend, split.bend))
+        if noise > rounding * max(split.slope, again.slope) and not normalises_over_batch(objective.model):
+            drawn = zip(split.losses, again.losses, cut, strict=True)
+            scatter = math.sqrt(sum((share * (one - other)) ** 2 for one, other, (_, share) in drawn))
+            if objective.on_all(apart <= allowed + _NOISE * noise and off <= bearable + _SCATTER * scatter):
+                return ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the user's loss, which knows whole batches only
+        if own_fault(error):
+            raise
+        return f"it fails on a part ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return _cause(objective.model, whole, split, off > bearable, apart / (bend or 1.0))
+
+
+def _seen(objective: Objective, seed: int, draw: int = 0) -> _Seen:
+    """The pieces at the weights in place and near by; ``draw`` > 0: each of them with random numbers of its own."""
+    objective.draw = draw
+    loss, slope = objective.gradient()
+    losses, length = objective.losses, norm(slope)
+    held = clone(objective.weights)
+    way = random_like(held, torch.Generator().manual_seed(seed))
+    try:
+        axpy(_FAR * max(norm(held), 1.0) / norm(way), way, objective.weights)
+        del way
+        objective.draw = draw
+        bend = objective.gradient()[1]
+    finally:
+        copy(held, objective.weights)
+    axpy(-1.0, slope, bend)
+    return _Seen(losses, loss, bend, length)
+
+
+def normalises_over_batch(model: nn.Module) -> bool:
+    """Whether a layer normalises over the batch now. Beside dropout, that could be taken for chance."""
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
+
+
+def _less(x: Vector, y: Vector) -> Vector:
+    """``x −= y``."""
+    axpy(-1.0, y, x)
+    return x
+
+
+def _cause(model: nn.Module, whole: _Seen, split: _Seen, loss_apart: bool, apart: float) -> str:
+    count = len(split.losses)
+    if split.loss and abs(whole.loss / split.loss / count - 1) < _APART:
+        return f"it is a sum over the batch ({whole.loss:.4g}, and {split.loss:.4g} on average over {count} parts)"
+    if normalises_over_batch(model):
+        return "the model holds BatchNorm in training mode, for which a part is another batch"
+    if loss_apart:
+        found = f"it is {whole.loss:.4g}, and {split.loss:.4g} on average over {count} parts"
+    else:
+        found = f"its curvature differs from that of its {count} parts by {apart:.0%}"
+    return f"{found}: it compares or weights examples, or they are not along the first dimension"

@@ -1,0 +1,160 @@
+"""The precision in which the loss is computed while it is measured.
+
+Products by double backward bear half precision well: under bfloat16 autocast the sharpness was off by 0.1 to 2 %
+(measured, `benchmarks/precision.py`). Differences of gradients do not, nor does a flow of the weights: they are off by
+anything. So ``"auto"`` takes training's own precision for exact products and float32 for everything else, and for all
+of it where it is float16, which underflows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core.linalg.vectors import HALVES, is_half
+from gfs_core.loss.batches import changed
+
+PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
+
+
+class Precision:
+    """Switches autocast off and half-precision weights to float32 copies, for a while.
+
+    Args:
+        choice: ``"auto"``; ``"training"``: nothing is ever switched; ``"float32"``: exact products are in float32 too.
+        model: its half-precision buffers go along.
+        parameters: the weights.
+        proven: whether the loss is known to work in float32.
+
+    Attributes:
+        choice: as it is now: ``"auto"`` settles on another where it does not do.
+        proven: as given.
+        reason: why it settled; empty where it did not.
+        half: the half-precision type in which the loss is computed outside of :meth:`full`; ``None``: none was seen.
+    """
+
+    def __init__(
+        self, choice: PrecisionChoice, model: nn.Module, parameters: Iterable[Tensor], proven: bool = False
+    ) -> None:
+        self.choice, self.proven = choice, proven or choice != "auto"
+        self.reason = ""
+        held = [*parameters, *model.buffers()]
+        self._halves = [t for t in held if is_half(t) and not hasattr(t, "to_local")]
+        self._devices = sorted({t.device.type for t in held if torch.amp.is_autocast_available(t.device.type)})
+        self._fixed = _dtype_of_fsdp(model)
+        self.half = self._halves[0].dtype if self._halves else self._fixed
+        self._full = False
+
+    @contextlib.contextmanager
+    def governing(self) -> Iterator[None]:
+        """Around a whole measurement: sees which autocast the loss enters, and switches it off where it is to be.
+
+        A loss enters autocast by itself, deep inside the user's code, so the class is watched: for all threads. So is
+        the default type, which Lightning's ``bf16-true`` sets around every step.
+        """
+        enter: Any = torch.autocast.__enter__
+        set_default = torch.set_default_dtype
+
+        def watched(autocast: Any) -> Any:
+            entered = enter(autocast)
+            self._saw(autocast.device)
+            return entered
+
+        def set_unless_half(dtype: torch.dtype) -> None:
+            set_default(torch.float32 if self._full and dtype in HALVES else dtype)
+
+        torch.autocast.__enter__ = watched  # type: ignore[method-assign]
+        torch.set_default_dtype = set_unless_half
+        try:
+            with contextlib.ExitStack() as stack:
+                for device in self._devices:  # what is on already, around the measurement
+                    if torch.is_autocast_enabled(device):
+                        stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device)))
+                yield
+        finally:
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+            torch.set_default_dtype = set_default
+
+    def _saw(self, device: str) -> None:
+        if not torch.is_autocast_enabled(device):
+            return
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of weights that move on
+        dtype = torch.get_autocast_dtype(device)
+        if self._full or (self.choice == "auto" and dtype is torch.float16):
+            torch.set_autocast_enabled(device, False)  # leaving the autocast puts back what was before
+        self.half = dtype
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the loss is computed in float32 now."""
+        return self._full
+
+    @property
+    def moves(self) -> bool:
+        """Whether half-precision weights are float32 copies within :meth:`full`."""
+        return bool(self._halves) and self.choice != "training"
+
+    @property
+    def eps(self) -> float | None:
+        """Unit roundoff of the half precision in which the loss is computed now; ``None``: of none."""
+        dtype = self._fixed if self._full else self.half
+        return None if dtype is None else torch.finfo(dtype).eps
+
+    @property
+    def full_for_products(self) -> bool:
+        """Whether exact products are computed in float32."""
+        return self.choice == "float32" or (self.choice == "auto" and self.half is torch.float16)
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """The loss is computed in float32 (float64 where the weights are) in here.
+
+        Half-precision weights and buffers are float32 copies meanwhile: what is done to them is lost.
+        """
+        if self._full or self.choice == "training":
+            yield
+            return
+        held = [t.data for t in self._halves]
+        default = torch.get_default_dtype()
+        self._full = True
+        try:
+            with contextlib.ExitStack() as stack:
+                for device in self._devices:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                if self.half is not None and "torch._dynamo" in sys.modules:  # compiled code has its precision built in
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if default in HALVES:
+                    torch.set_default_dtype(torch.float32)
+                for t in self._halves:
+                    t.data = t.data.float()
+                yield
+        finally:
+            self._full = False
+            torch.set_default_dtype(default)
+            for t, data in zip(self._halves, held, strict=True):
+                t.data = data
+
+    def of(self, batch: Any) -> Any:
+        """The batch, which is changed, with half-precision tensors in float32 where the weights are float32 copies."""
+        if not (self._full and self._halves):
+            return batch
+        full = changed(batch, lambda t: t.float() if is_half(t) else t)
+        if not isinstance(batch, dict):
+            return full
+        batch.update(full)  # it may be of a class that holds more than its items
+        return batch
+
+
+def _dtype_of_fsdp(model: nn.Module) -> torch.dtype | None:
+    """Half precision that ``fully_shard`` computes in, which cannot be switched."""
+    for module in model.modules():
+        state: Any = getattr(module, "_get_fsdp_state", None)
+        dtype = getattr(getattr(state() if state else None, "_mp_policy", None), "param_dtype", None)
+        if dtype in HALVES:
+            return dtype  # type: ignore[no-any-return]
+    return None

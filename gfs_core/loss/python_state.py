@@ -1,0 +1,307 @@
+"""The state of Python objects that a loss can reach: what it holds is put back, bitwise.
+
+Reached are the attributes of modules and of objects of the user's classes, the items of containers, and of the loss
+function, of hooks, of methods and of other functions of the user's what they close over and the global variables that
+they name. Not reached are objects of libraries that refer to the whole run (trainers, loaders, optimizers), and objects
+that other threads share. Of class attributes only random streams, iterators and modules are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import sysconfig
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfs_core.loss.streams import is_iterator, rewinder, stand_in
+from gfs_core.loss.writes import BeforeWrites
+
+# Of nn.Module's own attributes these change when a forward pass adds a submodule, a weight or a hook. Its training flag
+# and its buffers are held with the user's attributes (torchmetrics keeps its states beside them).
+_REGISTRIES = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+_MACHINERY = frozenset(nn.Module().__dict__) - {"training", "_buffers"}
+# Objects of these packages, and of classes derived from theirs, refer to the whole world.
+_RUNS = frozenset(
+    {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "transformers", "accelerate"}
+    | {"gfs_core", "lightning_gfs", "hf_gfs"}
+)
+_FOREIGN = frozenset({"torch", "numpy", "pandas", "logging", "threading", "builtins"})
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, BuiltinFunctionType, ModuleType)
+_SHARED = (threading.Thread, threading.Event, threading.Condition, type(threading.Lock()), type(threading.RLock()))
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MAX_NODES = 200_000
+_MAX_TENSOR = 1 << 20  # elements; a larger plain tensor attribute (a data set, say) is copied before it is written to
+_MISSING = object()
+
+_Put = Callable[[Any], object]
+
+
+class PythonState:
+    """Shallow copies of every container, attribute, tensor, array and random stream that the roots lead to.
+
+    What only a function leads to, through what it closes over and the global variables that it names, or only a class,
+    belongs to whoever wrote it, and may record evaluations on purpose: of that, modules, random streams and iterators
+    are put back, and nothing else. A hook is not to be seen to have fired: all that it leads to is put back.
+
+    Args:
+        roots: names and objects to start from.
+        skip: objects that are neither copied nor entered.
+        functions: names and functions to start from too.
+    """
+
+    def __init__(
+        self, roots: Iterable[tuple[str, Any]], skip: Iterable[Any], functions: Iterable[tuple[str, Any]] = ()
+    ) -> None:
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self.sequences: list[tuple[Any, list[Any]]] = []
+        self.places: list[tuple[_Put, Any]] = []  # cells of closures, global variables, slots
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        self.bindings: list[tuple[Tensor, Tensor]] = []  # tensors with their data, that they may be given other
+        self.arrays: list[tuple[Any, Any]] = []
+        self.streams: list[Callable[[], object]] = []
+        self.iterators: list[tuple[str, Any, _Put]] = []
+        self.watched: list[tuple[str, Tensor, int]] = []
+        self._todo = deque((name, root, True) for name, root in roots)  # by distance: the modules come first
+        self._todo.extend((name, function, False) for name, function in functions)
+        self._seen: dict[int, bool] = {}  # and whether all of it is put back
+        for held in skip:
+            self._seen[id(held)] = True
+            if isinstance(held, Tensor) and held.__dict__ and not hasattr(held, "to_local"):
+                self._add_dict("weight", held.__dict__, whole=True)
+        while self._todo and len(self._seen) < _MAX_NODES:
+            name, node, whole = self._todo.popleft()
+            if self._seen.get(id(node)) not in (True, whole):
+                self._seen[id(node)] = whole
+                self._add(name, node, whole)
+        del self._seen, self._todo
+
+    def _add(self, name: str, node: Any, whole: bool) -> None:
+        if isinstance(node, nn.Module):
+            self._seen[id(node)] = True
+            self._add_module(name, node)
+        elif isinstance(node, Tensor):
+            if whole:
+                self._add_tensor(name, node)
+        elif isinstance(node, dict):
+            self._add_dict(name, node, whole)
+        elif isinstance(node, (list, deque, set)):
+            if whole:
+                self.sequences.append((node, list(node)))
+            self._follow(((f"{name}[{i}]", item, i) for i, item in enumerate(node)), whole, node)
+        elif isinstance(node, (tuple, frozenset)):
+            self._follow(((name, item, None) for item in node), whole)
+        elif isinstance(node, FunctionType):
+            self._add_function(name, node, whole=False)
+        elif isinstance(node, MethodType):
+            self._follow([(name, node.__self__, None)], whole)
+            self._follow([(name, node.__func__, None)], whole)
+        elif isinstance(node, functools.partial):
+            self._follow(((name, item, None) for item in (node.func, *node.args, *node.keywords.values())), False)
+        elif (rewind := rewinder(node)) is not None:
+            self.streams.append(rewind)
+        elif _is_array(node):
+            if whole and node.flags.writeable and node.size <= _MAX_TENSOR and not node.dtype.hasobject:
+                self.arrays.append((node, node.copy()))
+        elif not isinstance(node, _ATOMS):
+            self._add_object(name, node, whole)
+
+    def _follow(self, found: Iterable[tuple[str, Any, Any]], whole: bool, holder: Any = None) -> None:
+        """Names, values, and the keys under which ``holder`` holds them: what is to be entered, later."""
+        for name, value, key in found:
+            if isinstance(value, _ATOMS):
+                continue
+            takes = is_iterator(value) or (isinstance(value, tuple) and any(map(is_iterator, value)))
+            if takes and isinstance(holder, (dict, list, deque)):
+                self.iterators.append((name, value, functools.partial(holder.__setitem__, key)))
+            if not is_iterator(value):
+                self._todo.append((name, value, whole))
+
+    def _add_module(self, name: str, node: nn.Module) -> None:
+        self._add_dict(name, node.__dict__, True, ignore=_MACHINERY)
+        self._follow(((f"{name}.{k}", m, k) for k, m in node._modules.items()), True)
+        gathered = any(hasattr(p, "to_local") for p in node._parameters.values())  # FSDP registers its own in turn
+        for registry in () if gathered else _REGISTRIES:
+            held = node.__dict__.get(registry)
+            if isinstance(held, dict):
+                self.dicts.append((held, dict(held)))
+        for hook in (*node._forward_hooks.values(), *node._forward_pre_hooks.values()):
+            if isinstance(hook, FunctionType):
+                self._add_function("a forward hook", hook, whole=True)
+            else:
+                self._todo.append(("a forward hook", hook, True))
+        self._follow([(f"{name}.forward", type(node).forward, None)], False)
+        self._add_classes(node)
+        self._seen[id(node._buffers)] = True
+        self.dicts.append((node._buffers, dict(node._buffers)))
+        for buffer in node._buffers.values():  # always copied, however large
+            if buffer is not None and id(buffer) not in self._seen:
+                self._seen[id(buffer)] = True
+                self.tensors.append((buffer, buffer.detach().clone()))
+
+    def _add_dict(self, name: str, node: dict[Any, Any], whole: bool, ignore: frozenset[str] = frozenset()) -> None:
+        held = {k: v for k, v in node.items() if k not in ignore}
+        if whole:
+            self.dicts.append((node, {**dict.fromkeys(ignore, _MISSING), **held} if ignore else held))
+        self._follow(((f"{name}.{k}", v, k) for k, v in held.items()), whole, node)
+
+    def _add_function(self, name: str, function: FunctionType, whole: bool) -> None:
+        if _package(function) == "torch":
+            return
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # an empty cell
+                self._add_place(variable, cell.cell_contents, functools.partial(setattr, cell, "cell_contents"), whole)
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self._follow(((name, value, None) for value in defaults), whole)
+        if is_of_the_user(function):
+            variables = function.__globals__
+            for variable in set(_names(function.__code__)) & variables.keys():
+                put = functools.partial(variables.__setitem__, variable)
+                self._add_place(variable, variables[variable], put, whole)
+
+    def _add_object(self, name: str, node: Any, whole: bool) -> None:
+        kind = type(node)
+        if kind.__module__.startswith("torch.utils.data"):  # what draws, not what is drawn from
+            drawing = ("generator", "sampler", "batch_sampler")
+            self._follow(((f"{name}.{k}", getattr(node, k, None), None) for k in drawing), whole)
+            return
+        of_a_run = isinstance(node, torch.optim.Optimizer) or any(_package(cls) in _RUNS for cls in kind.__mro__)
+        if of_a_run or (_package(kind) in _FOREIGN and kind.__module__ != "torch.quasirandom"):
+            return
+        held = getattr(node, "__dict__", {})
+        if not isinstance(held, dict) or any(isinstance(value, _SHARED) for value in held.values()):
+            return
+        self._add_dict(name, held, whole)
+        self._add_classes(node)
+        for slot in (s for cls in kind.__mro__ for s in _slots(cls) if hasattr(node, s)):
+            put = functools.partial(setattr, node, slot)
+            self._add_place(f"{name}.{slot}", getattr(node, slot), put, whole)
+
+    def _add_classes(self, node: Any) -> None:
+        """The classes of the user's that an object is of: their attributes, and what their methods lead to."""
+        for cls in type(node).__mro__:
+            if id(cls) in self._seen or not is_of_the_user(cls):
+                continue
+            self._seen[id(cls)] = True
+            for key, value in list(vars(cls).items()):
+                function = getattr(value, "__func__", getattr(value, "fget", value))  # of static methods, of properties
+                self._add_place(f"{cls.__name__}.{key}", function, functools.partial(setattr, cls, key), False)
+
+    def _add_place(self, name: str, value: Any, put: _Put, whole: bool) -> None:
+        if whole:
+            self.places.append((put, value))
+        if is_iterator(value):
+            self.iterators.append((name, value, put))
+        else:
+            self._follow([(name, value, None)], whole)
+
+    def _add_tensor(self, name: str, node: Tensor) -> None:
+        if node.requires_grad and not node.is_leaf:
+            return  # a stored output of an earlier graph: rebinding the attribute is enough
+        if node.layout is torch.strided and not hasattr(node, "to_local"):
+            self.bindings.append((node, node.data))
+        if node.numel() > _MAX_TENSOR:
+            if not node.is_inference():  # those have no version, and cannot be changed outside of inference mode
+                self.watched.append((name, node, node._version))
+        else:
+            self.tensors.append((node, node.detach().clone()))
+
+    def guard(self) -> None:
+        """Let the loss advance copies of iterators, or none where they cannot be copied; :meth:`restore` ends it."""
+        copies: dict[int, Any] = {}
+        for name, iterator, put in self.iterators:
+            if id(iterator) not in copies:
+                copies[id(iterator)] = stand_in(iterator, name)
+            put(copies[id(iterator)])
+
+    def restore(self) -> None:
+        """Put everything back that has changed."""
+        for node, held in self.dicts:
+            for key in [k for k in node if k not in held]:
+                del node[key]
+            for key, value in held.items():
+                if value is not _MISSING and node.get(key, _MISSING) is not value:
+                    node[key] = value
+        for sequence, items in self.sequences:
+            if len(sequence) != len(items) or any(a is not b for a, b in zip(sequence, items, strict=False)):
+                sequence.clear()
+                if isinstance(sequence, set):
+                    sequence.update(items)
+                else:
+                    sequence.extend(items)
+        for put, value in self.places:
+            put(value)
+        for _, iterator, put in self.iterators:
+            with contextlib.suppress(IndexError):  # of a list that is not put back
+                put(iterator)
+        for tensor, data in self.bindings:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+        for tensor, value in self.tensors:
+            if tensor.shape == value.shape:
+                tensor.data.copy_(value)  # .data: a kept autograd graph must not see a new version of a buffer
+            else:
+                tensor.data = value.clone()
+        for array, values in self.arrays:
+            array[...] = values
+        for rewind in self.streams:
+            rewind()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around an evaluation: of the large tensors, those that it writes to are copied first, and put back too."""
+        if not self.watched:
+            yield
+            return
+        with BeforeWrites([tensor for _, tensor, _ in self.watched], self._keep):
+            yield
+
+    def _keep(self, tensor: Tensor) -> None:
+        self.tensors.append((tensor, tensor.detach().clone()))
+        self.watched = [watched for watched in self.watched if watched[1] is not tensor]
+
+    def leaks(self) -> list[str]:
+        """Large tensors that have changed in place unseen, as in a backward pass, by name."""
+        return [name for name, tensor, version in self.watched if tensor._version != version]
+
+
+def _package(of: Any) -> str:
+    return (of.__module__ or "").partition(".")[0]
+
+
+def is_of_the_user(of: FunctionType | type) -> bool:
+    """Whether a function or a class is of the user's code, not of a library's or of this package."""
+    if isinstance(of, FunctionType):
+        file = of.__code__.co_filename
+    else:  # of a script or a notebook there may be no file
+        module = sys.modules.get(of.__module__)
+        file = getattr(module, "__file__", None) or ("" if of.__module__ == "__main__" else sys.prefix)
+        if of.__module__ == "builtins":
+            return False
+    return _package(of) not in _RUNS and not file.startswith(_LIBRARIES) and "-packages" not in file
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that a function may look up, those of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots: Any = cls.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(n for n in names if n not in ("__dict__", "__weakref__") and not n.startswith("__"))
+
+
+def _is_array(node: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(node, numpy.ndarray)

@@ -1,0 +1,1 @@
+"""What knows ``torch.optim``: thresholds, preconditioners, the rate of a step."""

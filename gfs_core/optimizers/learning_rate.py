@@ -1,0 +1,152 @@
+"""The learning rate of an optimizer: read, set, and scaled for each step by a hook."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from gfs_core.errors import ConfigError
+from gfs_core.linalg.vectors import local, norm
+from gfs_core.optimizers.thresholds import unwrap
+
+
+class RateControl(Protocol):
+    """What decides the scale of each step."""
+
+    def step(self, rate: float) -> float:
+        """The scale for a step that is taken now, at the user's rate ``rate``."""
+
+
+def rate_of(optimizer: Any) -> float:
+    """The largest rate among the optimizer's groups, which scales and limits refer to; 0 while nothing is trained."""
+    groups = unwrap(optimizer).param_groups
+    if not any(p.requires_grad for group in groups for p in group["params"]):
+        return 0.0
+    return max((float(g["lr"]) for g in groups if "lr" in g), default=0.0)
+
+
+def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set the rate of one group; a tensor is changed in place, as compiled and captured steps read it there."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+class LearningRateHook:
+    """Applies a control to each step of an optimizer, and to nothing else.
+
+    The rates of all groups are multiplied just before the optimizer uses them and put back after the step: schedulers,
+    checkpoints and logged rates stay the user's. A closure runs at the user's rates. A step that gradient scaling skips
+    never sees the scale. Tensor rates are changed in place, so that compiled and captured steps see them.
+
+    It acts through torch's hooks on ``optimizer.step``. An optimizer that moves the weights by other methods (the two
+    halves of a sharpness-aware step, a step inside the backward pass) passes them by: :meth:`look` notices.
+
+    Args:
+        optimizer: a torch optimizer or a wrapper of one.
+        control: decides the scale.
+
+    Attributes:
+        passed_by: how many times in a row :meth:`look` has found the weights moved without a step.
+
+    Raises:
+        ConfigError: the optimizer searches along a line itself (LBFGS).
+    """
+
+    def __init__(self, optimizer: Any, control: RateControl) -> None:
+        self.optimizer, self.control = unwrap(optimizer), control
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS evaluates the loss several times per step and chooses its own step length; its rate cannot be "
+                "controlled: use control='observe'"
+            )
+        self._held: list[tuple[dict[str, Any], float | Tensor]] = []  # groups with the user's rates, while scaled
+        self.passed_by, self._stepped = 0, False
+        self._length: float | None = None  # of the weights, when `look` last found no step
+        # A compiled step would take the scale of its first time for a constant.
+        before, after = (torch.compiler.disable(hook) for hook in (self._before, self._after))  # type: ignore[no-untyped-call]
+        self._handles: list[Any] = [
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+            self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore()),
+        ]
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def look(self, anywhere: Callable[[bool], bool] = bool) -> None:
+        """Look, once for each step of the training, whether the weights move without one that this acts on.
+
+        Weights that stay where they are (gradient scaling has skipped the step, rate 0) prove nothing.
+
+        Args:
+            anywhere: whether something is so on any of the processes that train together.
+        """
+        if self._stepped:
+            self._stepped, self._length = False, None
+            return
+        weights = [p for group in self.optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+        length = norm([local(p) for p in weights]) if weights else 0.0
+        if self._length is not None and anywhere(math.isfinite(length) and length != self._length):
+            self.passed_by += 1
+        self._length = length
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._stepped, self.passed_by = True, 0
+        self._restore()  # of a step that broke off
+        closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
+        if closure is None:
+            self._apply()
+            return None
+
+        def at_the_users_rate() -> Any:
+            self._restore()
+            loss = closure()
+            self._apply()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": at_the_users_rate}
+        return (args[0], at_the_users_rate, *args[2:]), kwargs
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._restore()
+
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """All rates multiplied by ``scale`` for a while."""
+        self._multiply(scale)
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _apply(self) -> None:
+        self._multiply(self.control.step(rate_of(self.optimizer)))
+
+    def _multiply(self, scale: float) -> None:
+        if scale == 1.0:
+            return
+        groups = [g for g in self.optimizer.param_groups if "lr" in g]
+        self._held = [(g, g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"]) for g in groups]
+        for group in groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].mul_(scale)
+            else:
+                group["lr"] = group["lr"] * scale
+
+    def _restore(self) -> None:
+        for group, rate in self._held:
+            set_rate(group, rate)
+        self._held = []

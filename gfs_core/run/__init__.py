@@ -1,0 +1,1 @@
+"""What lasts over a training run."""

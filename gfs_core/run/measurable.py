@@ -1,0 +1,49 @@
+"""Whether a model and its optimizer can be measured at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gfs_core.optimizers.thresholds import parameters_of, unwrap
+
+
+def unmeasurable(model: Any, optimizer: Any) -> str:
+    """Why nothing can be measured with these two, in words; empty where something can.
+
+    Args:
+        model: what is trained.
+        optimizer: its optimizer, or a wrapper of one.
+    """
+    if not isinstance(model, nn.Module):
+        return f"the model is no torch.nn.Module, but {_named(model)}"
+    wrapper, seen = optimizer, 0
+    while wrapper is not None and seen < 10:
+        if "deepspeed" in f"{type(wrapper).__module__}.{type(wrapper).__name__}".lower():
+            return (
+                f"DeepSpeed ({_named(wrapper)}) takes its steps inside of the backward pass, on weights that it keeps "
+                "for itself: nothing can be measured beside it"
+            )
+        wrapper, seen = getattr(wrapper, "optimizer", None), seen + 1
+    try:
+        params = parameters_of(optimizer)
+    except TypeError as error:
+        return str(error)
+    if params:
+        return ""
+    why = "nothing to measure: the optimizer holds no parameter with `requires_grad=True`"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return why
+    name = _named(unwrap(optimizer))
+    if any(p._post_accumulate_grad_hooks for p in trained):
+        return (
+            f"{why}: {name} is layer-wise, steps inside of the backward pass by hooks on the weights, and the weights "
+            "of a step are gone before they can be measured. Choose an optimizer that is not layer-wise"
+        )
+    return f"{why}, though the model does: {name} was made before they were unfrozen, or from another model's"
+
+
+def _named(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -1,0 +1,127 @@
+"""The policies of :mod:`gfs_core.actions.rate` as a learning-rate scheduler of torch."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, get_args
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from gfs_core.actions.rate import Control
+from gfs_core.config import Policy
+from gfs_core.errors import ConfigError
+from gfs_core.optimizers.learning_rate import set_rate
+from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
+
+
+class EdgeOfStabilityLR(LRScheduler):
+    """Sets the learning rate by how near the run is to the edge of stability, on top of another scheduler.
+
+    To be stepped once per optimizer step: in Lightning's ``configure_optimizers`` as
+    ``{"scheduler": EdgeOfStabilityLR(optimizer), "interval": "step"}``, with transformers as
+    ``Trainer(optimizers=(optimizer, EdgeOfStabilityLR(optimizer)))``. A :class:`~gfs_core.StabilityMonitor` of the same
+    optimizer, or a callback of either framework, measures. The rate that frameworks log is then the controlled one; to
+    keep the user's own in the log, use the option ``control`` of the monitor instead.
+
+    Args:
+        optimizer: the torch optimizer.
+        base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
+        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"`` or ``"cdat"``.
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and ¾ for optimizers with second moments.
+
+    Raises:
+        ConfigError: the policy is not known, the margin out of its range, or the base scheduler does not fit.
+
+    Example:
+        >>> import torch, gfs_core as gfs
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> scheduler = gfs.EdgeOfStabilityLR(optimizer, policy="cap")
+        >>> monitor = gfs.StabilityMonitor(model, optimizer)
+        >>> scheduler.get_last_lr()  # low until the first measurements are there
+        [0.01]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base_scheduler: LRScheduler | None = None,
+        policy: Policy = "cap",
+        margin: float | None = None,
+    ) -> None:
+        if policy not in get_args(Policy):
+            raise ConfigError(f"`policy` must be one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}")
+        if margin is not None and not 0 < margin <= 1:
+            raise ConfigError(f"`margin` must be in (0, 1], the edge of stability; got {margin}")
+        if isinstance(base_scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "ReduceLROnPlateau is stepped with a metric, not with the optimizer's steps: keep it as it is, and use "
+                "the option `control` of the monitor or callback"
+            )
+        if base_scheduler is not None and base_scheduler.optimizer is not optimizer:
+            raise ConfigError("`base_scheduler` belongs to another optimizer; give one of the same")
+        self.base_scheduler = base_scheduler
+        adaptive = stability_of(optimizer, parameters_of(optimizer)).adaptive
+        self.control = Control(policy, margin, adaptive)
+        self._users = [float(g["lr"]) for g in optimizer.param_groups]
+        super().__init__(optimizer)
+        _schedulers[unwrap(optimizer)] = weakref.ref(self)
+
+    @property
+    def base_lr(self) -> float:
+        """The largest of the base scheduler's rates now, without the scale."""
+        return max(self._users, default=0.0)
+
+    def refresh(self) -> None:
+        """Put the control's present scale into the rates; a monitor calls it after a measurement."""
+        groups = self.optimizer.param_groups
+        self._take_in_new_groups()
+        scale = self.control.scale(self.base_lr)
+        for group, rate in zip(groups, self._users, strict=True):
+            set_rate(group, rate * scale)
+        self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+
+    def get_lr(self) -> list[Any]:
+        """The rates of the coming step, a number per group."""
+        self._take_in_new_groups()
+        if self.last_epoch > 0:
+            self.control.step(self.base_lr)  # the step that has been taken
+            if self.base_scheduler is not None:
+                for group, rate in zip(self.optimizer.param_groups, self._users, strict=True):
+                    set_rate(group, rate)  # schedulers go on from the rate that they find
+                self.base_scheduler.step()
+                self._users = [float(g["lr"]) for g in self.optimizer.param_groups]
+        scale = self.control.scale(self.base_lr)
+        return [rate * scale for rate in self._users]
+
+    def _take_in_new_groups(self) -> None:
+        """A group that was added since has the user's rate."""
+        groups = self.optimizer.param_groups
+        self._users = self._users[: len(groups)] + [float(g["lr"]) for g in groups[len(self._users) :]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, the base scheduler's state and the control's included."""
+        left_out = ("optimizer", "base_scheduler", "control")
+        held = {k: v for k, v in super().state_dict().items() if k not in left_out}
+        base = None if self.base_scheduler is None else self.base_scheduler.state_dict()
+        return {**held, "base_scheduler": base, "control": self.control.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        held = dict(state_dict)
+        base, control = held.pop("base_scheduler", None), held.pop("control", {})
+        super().load_state_dict(held)
+        if self.base_scheduler is not None and base is not None:
+            self.base_scheduler.load_state_dict(base)
+        self.control.load_state_dict(control)
+
+
+_schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[EdgeOfStabilityLR]] = weakref.WeakKeyDictionary()
+
+
+def scheduler_of(optimizer: Any) -> EdgeOfStabilityLR | None:
+    """The scheduler of this optimizer that a monitor informs; ``None``: it has none."""
+    held = _schedulers.get(unwrap(optimizer))
+    return None if held is None else held()

@@ -1,0 +1,52 @@
+"""What a run has found out about its model and loss, so that it is not found out again at every measurement."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
+PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
+
+
+@dataclass
+class Learned:
+    """Facts about a model and its loss. They hold while the same weights are trained.
+
+    Attributes:
+        hvp: how Hessian-vector products are had; ``"auto"`` until that is settled.
+        double_backward_verified: whether an exact product was held against differences of gradients.
+        plain_kernels: whether exact products need attention's plain kernel, and compiled code run eagerly.
+        symmetric: whether the curvature is symmetric, as far as is known.
+        reach: the longest step of a difference of gradients that kinks of the loss leave certain, in the norm of the
+            weights.
+        rounded: whether the loss rounds its weights or activations.
+        precision: in what precision is measured; ``"auto"`` until that is settled.
+    """
+
+    hvp: HvpMethod = "auto"
+    double_backward_verified: bool = False
+    plain_kernels: bool = False
+    symmetric: bool = True
+    reach: float = math.inf
+    rounded: bool = False
+    precision: PrecisionChoice = "auto"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Learned:
+        """The facts of :meth:`state_dict`.
+
+        Raises:
+            ValueError: a value is none of those that it may have.
+        """
+        fresh = asdict(cls())
+        held = {name: type(default)(state.get(name, default)) for name, default in fresh.items()}
+        for name, choices in (("hvp", get_args(HvpMethod)), ("precision", get_args(PrecisionChoice))):
+            if held[name] not in choices:
+                raise ValueError(f"`{name}` is {held[name]!r}")
+        return cls(**held)

@@ -7,7 +7,6 @@ With `render` it only writes the report again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -19,12 +18,11 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +31,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
 from benchmarks.tiers import Characters, adamw, cnn, mlp, sgd, text
-from gfs_core.actions.rate import _FREE, Control
+from gfs_core.actions.rate import PROFILE, ControlProfile
 
 try:
     import schedulefree  # type: ignore[import-untyped]
@@ -51,6 +49,7 @@ SPIKE = 1.5  # times the initial loss, within the first tenth of the steps
 SEEDS = {"rates": 5, "edge": 3, "start": 5, "price": 3, "ablation": 3}
 DAMAGE, DAMAGED_LOSS = 3.0, 0.2  # times the best final loss of the same kind of run, and above this
 GOAL = 0.01  # of accuracy
+FREE = PROFILE.free  # measurements that no budget holds back
 LENGTH, WORDS, WIDTH = 24, 16, 32  # characters of an example, words of a sentence, width of both transformers
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
@@ -176,12 +175,14 @@ class Method:
         warmup: whether there is a linear warm-up.
         free: schedule-free.
         options: of the monitor; ``None``: no monitor.
+        profile: of the control.
     """
 
     shape: str = "constant"
     warmup: bool = False
     free: bool = False
     options: dict[str, Any] | None = None
+    profile: ControlProfile = PROFILE
 
     def factor(self, step: int, steps: int) -> float:
         """The schedule's factor of the base rate."""
@@ -302,6 +303,7 @@ def train(
     monitor = None
     if method.options is not None:
         monitor = gfs.StabilityMonitor(model, made, gfs.GFSConfig(**method.options))
+        monitor.control.profile = method.profile
     if method.free:
         made.train()
     for step in range(steps if taken is None else taken):
@@ -438,36 +440,37 @@ def price(store: Store) -> None:
             store.add("price", (name, policy, budget, multiple, seed), make)
 
 
-def _plain(self: Control, rate: float, measurement: gfs.Measurement) -> float | None:
-    ratio = measurement.running_stability_ratio
-    return rate / ratio if ratio is not None and ratio > 0 and rate > 0 else None
+def _plain(measurement: gfs.Measurement, noisy: bool) -> float | None:
+    return measurement.running_stability_ratio
 
 
-def _short_horizon(self: Control, rate: float, measurement: gfs.Measurement) -> float | None:
-    ratio = measurement.gfs_stability_ratio
-    return rate / ratio if ratio is not None and ratio > 0 and rate > 0 else None
+def _short_horizon(measurement: gfs.Measurement, noisy: bool) -> float | None:
+    return measurement.gfs_stability_ratio
 
 
-def _larger(self: Control, rate: float, measurement: gfs.Measurement) -> float | None:
+def _larger(measurement: gfs.Measurement, noisy: bool) -> float | None:
     found = [r for r in (measurement.running_stability_ratio, measurement.mean_square_bound) if r is not None]
-    ratio = max(found, default=0.0)
-    return rate / ratio if ratio > 0 and rate > 0 else None
+    return max(found, default=None)
+
+
+def _growth(factor: float) -> ControlProfile:
+    return replace(PROFILE, growth=factor, growth_adaptive=factor)
 
 
 DEFAULT = "default: every 5, 1/16, mean square; momentum: margin 0.5, growth 1.02; AdamW: 0.75, 1.05"
 SOLVED: dict[str, Any] = {"tier": "sharpness", "running_every": None, "every": 10}
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options, and what is patched
-    DEFAULT: ({}, {}),
-    **{f"measured every {n}": ({"every": n}, {}) for n in (2, 10, 20, 50)},
-    **{f"on 1/{n} of a batch": ({"running_parts": n}, {}) for n in (4, 8, 32)},
-    **{f"margin {m}": ({"margin": m}, {}) for m in (0.25, 0.5, 0.75, 1.0)},
-    **{f"growth {g}": ({}, {"_GROWTH": {False: g, True: g}}) for g in (1.005, 1.02, 1.05, 1.1)},
-    "growth not limited": ({}, {"_GROWTH": {False: math.inf, True: math.inf}}),
-    "by the plain running ratio": ({}, {"Control._critical": _plain}),
-    "by the larger of the plain and the mean-square ratio": ({}, {"Control._critical": _larger}),
-    "by the solved ratio of the batch, every 10": (SOLVED, {}),
-    "by the solved ratio of a fixed probe of 64, every 10": ({**SOLVED, "probe": "fixed", "probe_batches": 1}, {}),
-    "by the GFS_4 ratio of the batch, every 10": ({**SOLVED, "tier": "gfs"}, {"Control._critical": _short_horizon}),
+VARIANTS: dict[str, tuple[dict[str, Any], ControlProfile]] = {  # options of the monitor, and the control's profile
+    DEFAULT: ({}, PROFILE),
+    **{f"measured every {n}": ({"every": n}, PROFILE) for n in (2, 10, 20, 50)},
+    **{f"on 1/{n} of a batch": ({"running_parts": n}, PROFILE) for n in (4, 8, 32)},
+    **{f"margin {m}": ({"margin": m}, PROFILE) for m in (0.25, 0.5, 0.75, 1.0)},
+    **{f"growth {g}": ({}, _growth(g)) for g in (1.005, 1.02, 1.05, 1.1)},
+    "growth not limited": ({}, _growth(math.inf)),
+    "by the plain running ratio": ({}, replace(PROFILE, ratio=_plain)),
+    "by the larger of the plain and the mean-square ratio": ({}, replace(PROFILE, ratio=_larger)),
+    "by the solved ratio of the batch, every 10": (SOLVED, PROFILE),
+    "by the solved ratio of a fixed probe of 64, every 10": ({**SOLVED, "probe": "fixed", "probe_batches": 1}, PROFILE),
+    "by the GFS_4 ratio of the batch, every 10": ({**SOLVED, "tier": "gfs"}, replace(PROFILE, ratio=_short_horizon)),
 }
 DEAR = list(VARIANTS)[-1]  # one seed only
 
@@ -475,29 +478,19 @@ DEAR = list(VARIANTS)[-1]  # one seed only
 COUNTS = ("hvps", "grad_evals")
 
 
-@contextlib.contextmanager
-def patched(what: dict[str, Any]) -> Iterator[None]:
-    """The control's module with these names replaced."""
-    with contextlib.ExitStack() as stack:
-        for name, value in what.items():
-            stack.enter_context(mock.patch(f"gfs_core.actions.rate.{name}", value))
-        yield
-
-
 def ablation(store: Store) -> None:
-    def made(workload: Workload, method: Method, rate: float, seed: int, what: dict[str, Any]) -> Row:
-        with patched(what):
-            run = train(workload, method, rate, seed, STEPS)
+    def made(workload: Workload, method: Method, rate: float, seed: int) -> Row:
+        run = train(workload, method, rate, seed, STEPS)
         counts = {n: sum(getattr(m, n) or 0 for m in run.measurements) / len(run.losses) for n in COUNTS}
         return {**run.row(), **{n: round(c, 3) for n, c in counts.items()}}
 
     runs = list(itertools.product(range(SEEDS["ablation"]), IMAGES, VARIANTS, (1.0, 30.0)))
     for seed, name, key, multiple in sorted(runs, key=lambda run: run[2] == DEAR):
         if key != DEAR or seed == 0:
-            options, what = VARIANTS[key]
-            method = _controlled("follow", "cosine", max_overhead=None, **options)
+            options, profile = VARIANTS[key]
+            method = replace(_controlled("follow", "cosine", max_overhead=None, **options), profile=profile)
             rate = multiple * WORKLOADS[name].rate
-            make = functools.partial(made, WORKLOADS[name], method, rate, seed, what)
+            make = functools.partial(made, WORKLOADS[name], method, rate, seed)
             store.add("ablation", (name, key, multiple, seed), make)
 
 
@@ -958,7 +951,7 @@ steps, within the budget of 5 % of wall time.
 ![Validation over multiples of the base rate](control.svg)
 
 The total cost is the same: control takes time, so controlled runs have fewer steps: as many as take the time of
-{STEPS} without control. Runs are so short that the budget counts little beside the first {_FREE} measurements, which
+{STEPS} without control. Runs are so short that the budget counts little beside the first {FREE} measurements, which
 are free of it, and the models so small that much of a measurement is Python's: counted in gradients, a product on a
 sixteenth of the batch every {EVERY} steps adds {200 / (16 * EVERY):.1f} %.
 """
@@ -997,7 +990,7 @@ PRICE = f"""## The price
 
 *cap* and *follow* over a cosine, {SEEDS["price"]} seeds, all with {STEPS} steps: with the default budget of 5 % of wall
 time, and without one. *Overhead* is what the last measurement says of the whole run: median (smallest–largest). The
-first {_FREE} measurements of a controlled run are free of the budget.
+first {FREE} measurements of a controlled run are free of the budget.
 """
 ABLATION = f"""## What it is that works
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gfs_core.actions.rate import MARGIN
+from gfs_core.actions.rate import PROFILE
 from gfs_report.advice import Advice, advise
 from gfs_report.losses import count_spikes
 from gfs_report.runs import Run
@@ -135,7 +135,7 @@ def rate_of_run(factor: float, ended: str, run: Run | None, facts: dict[str, Any
         price=evidence.price(run, CADENCE),
         past_margin=None
         if noisy is None or noisy.steps[-1] < start
-        else float((noisy.values[noisy.steps >= start] > MARGIN[adaptive]).mean()),
+        else float((noisy.values[noisy.steps >= start] > PROFILE.margin_of(adaptive)).mean()),
         problem=problem,
         reasons=tuple(sorted(run.reasons, key=lambda r: -run.reasons[r])),
     )
@@ -293,7 +293,7 @@ def margin(rates: Sequence[Rate], facts: dict[str, Any]) -> tuple[float, str] | 
     """Stability ratio for a control to keep below, and why; ``None`` where the threshold is not known."""
     if facts.get("empirical"):
         return None
-    default, own = MARGIN[bool(facts.get("adaptive"))], nearest(rates)
+    default, own = PROFILE.margin_of(bool(facts.get("adaptive"))), nearest(rates)
     before = [r.harm.ratio_before for r in rates if r.harm is not None and r.harm.ratio_before is not None]
     low = min(before, default=default / _LOWER)
     value, why = default, "the default: no run was harmed below it"

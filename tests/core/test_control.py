@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.actions.rate import Control, at_scale
+from gfs_core.actions.rate import Control, ControlProfile, at_scale
 from gfs_core.optimizers.learning_rate import LearningRateHook
 
 RATE = 0.1
@@ -52,6 +52,25 @@ def test_cap_starts_low_grows_by_two_per_cent_and_falls_at_once() -> None:
         control.step(RATE)
     assert control.scale(RATE) == 1.0  # never above the user's rate
     assert control.scale(0.0) == 1.0
+
+
+def test_another_profile_is_gone_by_and_is_no_part_of_the_state() -> None:
+    profile = ControlProfile(
+        margin_adaptive=0.2, growth_adaptive=1.5, first=2, first_scale=0.25, first_share=0.5, free=3,
+        ratio=lambda m, noisy: m.gfs_stability_ratio,
+    )  # fmt: skip
+    control = Control("cap", adaptive=True, profile=profile)
+    assert (control.margin, control.growth) == (0.2, 1.5)
+    for _ in range(2):
+        assert control.waiting
+        assert control.step(RATE) == 0.25
+        control.measured(RATE, measured(7.0))  # holds no GFS ratio: nothing that this profile goes by
+        control.measured(RATE, measured(7.0, gfs_stability_ratio=2.0))  # a tenth of the rate is allowed
+    assert (control.waiting, control.starting) == (False, True)
+    assert [control.step(RATE) for _ in range(3)] == pytest.approx([0.05 * 1.5, 0.1, 0.1])
+    assert control.state_dict().keys() == Control("cap").state_dict().keys()
+    control.profile = ControlProfile()
+    assert (control.margin, control.growth) == (0.75, 1.05)
 
 
 @pytest.mark.parametrize("kind", ["monitor", "scheduler"])

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gfs_core as gfs
 from benchmarks import spectra, states
 from gfs_core.linalg.eigen import largest_eigenvalues
+from gfs_core.loss.learned import Learned
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 from tests.core.reference import MODELS, cross_entropy, data, make, top_eigenvalues
@@ -181,7 +182,7 @@ Method = Callable[[Run, nn.Module, Batch, dict[str, Any]], tuple[float, int]]
 
 
 def ours(run: Run, model: nn.Module, batch: Batch, memory: dict[str, Any]) -> tuple[float, int]:
-    hessian = Hessian(Objective(model, run.loss, [batch]), double_backward_verified=True)
+    hessian = Hessian(Objective(model, run.loss, [batch]), learned=Learned(double_backward_verified=True))
     start = [memory["vector"]] if "vector" in memory else None
     found = largest_eigenvalues(hessian, hessian.objective.params, tol=TOL, start=start)
     memory["vector"] = found.vector
@@ -210,7 +211,7 @@ def pyhessian_power(tol: float) -> Method:
 
 def scipy_eigsh(ncv: int | None) -> Method:
     def measure(run: Run, model: nn.Module, batch: Batch, memory: dict[str, Any]) -> tuple[float, int]:
-        hessian = Hessian(Objective(model, run.loss, [batch]), double_backward_verified=True)
+        hessian = Hessian(Objective(model, run.loss, [batch]), learned=Learned(double_backward_verified=True))
         params = hessian.objective.params
         return _arpack(lambda v: _flat(hessian(_parts(v, params))), sum(p.numel() for p in params), memory, ncv)
 
@@ -241,7 +242,7 @@ def lanczos(warm: bool) -> Method:
     """Lanczos with full reorthogonalisation, stopped at the first step that passes."""
 
     def measure(run: Run, model: nn.Module, batch: Batch, memory: dict[str, Any]) -> tuple[float, int]:
-        hessian = Hessian(Objective(model, run.loss, [batch]), double_backward_verified=True)
+        hessian = Hessian(Objective(model, run.loss, [batch]), learned=Learned(double_backward_verified=True))
         params = hessian.objective.params
         n = sum(p.numel() for p in params)
         v = memory["vector"] if "vector" in memory else np.random.default_rng(0).standard_normal(n)
@@ -299,7 +300,9 @@ class Row:
 def truth(run: Run, model: nn.Module, batch: Batch) -> float:
     """By ARPACK in float64."""
     model = copy.deepcopy(model).double()
-    hessian = Hessian(Objective(model, run.loss, [(batch[0].double(), batch[1])]), double_backward_verified=True)
+    hessian = Hessian(
+        Objective(model, run.loss, [(batch[0].double(), batch[1])]), learned=Learned(double_backward_verified=True)
+    )
     params = hessian.objective.params
     n = sum(p.numel() for p in params)
     operator = LinearOperator((n, n), matvec=lambda v: _flat(hessian(_parts(v.ravel(), params))), dtype=np.float64)

@@ -32,6 +32,7 @@ from benchmarks.memory import LiveBytes
 from gfs_core.linalg.eigen import largest_eigenvalues
 from gfs_core.linalg.vectors import random_like
 from gfs_core.loss.batches import rotating_part
+from gfs_core.loss.learned import Learned
 
 HERE = Path(__file__).parent
 VOCABULARY, LENGTH, EXAMPLES = 64, 8, 16  # tokens known, in an example; examples in a batch
@@ -175,7 +176,7 @@ def products(run: Run, batch: Tensor, isolation: gfs.StateSnapshot) -> dict[str,
     vector = random_like(run.params, torch.Generator().manual_seed(1))
     seconds = {}
     for name, method in (("exact", "exact"), ("difference", "gradients")):
-        hessian = gfs.Hessian(objective, method, double_backward_verified=True)  # type: ignore[arg-type]
+        hessian = gfs.Hessian(objective, method, Learned(double_backward_verified=True))  # type: ignore[arg-type]
         hessian(vector)
         seconds[name] = timed(lambda h=hessian: h(vector))[0]
     return seconds

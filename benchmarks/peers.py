@@ -43,8 +43,9 @@ from benchmarks.data import FASHION_MNIST, digits, fashion_mnist
 from benchmarks.eigenvalues import Batch, Method
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.linalg.vectors import clone
+from gfs_core.loss.learned import Learned
 from gfs_core.loss.objective import Objective
-from gfs_core.loss.products import Hessian, Learnt
+from gfs_core.loss.products import Hessian
 from gfs_core.signals.lab import Probe
 
 HERE = Path(__file__).parent
@@ -259,7 +260,7 @@ def arpack(ncv: int, library: str) -> Method:
 
 def power(load: Any, model: nn.Module, batch: Batch, memory: Row) -> tuple[float, float]:
     """Power iteration from the last eigenvector, until the value changes by less than the tolerance."""
-    hessian = Hessian(Objective(model, load.loss, [batch]), double_backward_verified=True)
+    hessian = Hessian(Objective(model, load.loss, [batch]), learned=Learned(double_backward_verified=True))
     v = memory.get("vector") or random_vector(hessian.objective.params)
     last = math.inf
     while True:
@@ -334,7 +335,9 @@ def truth(load: Workload, state: Weights) -> float:
     """By ARPACK in float64."""
     x, y = load.probed
     double = x.double() if x.is_floating_point() else x
-    hessian = Hessian(Objective(load.at(state).double(), load.loss, [(double, y)]), double_backward_verified=True)
+    hessian = Hessian(
+        Objective(load.at(state).double(), load.loss, [(double, y)]), learned=Learned(double_backward_verified=True)
+    )
     params = hessian.objective.params
     n = sum(p.numel() for p in params)
 
@@ -430,7 +433,7 @@ Integrate = Callable[[Start, float], int]  # flows for a time in place; the grad
 def rkc2(rtol: float) -> Integrate:
     def integrate(start: Start, length: float) -> int:
         objective = Objective(start.model, start.load.loss, [start.batch])
-        probe = Probe(objective, learnt=Learnt(double_backward_verified=True))
+        probe = Probe(objective, learned=Learned(double_backward_verified=True))
         known = dataclasses.replace(start.top, vectors=[clone(start.top.vector)])
         flow = probe.flow(known, None, rtol, start.most).flow
         flow.advance(flow.start(), length)
@@ -477,7 +480,7 @@ FLOWS: dict[str, dict[str, Integrate]] = {
 
 
 def top_of(loss: Any, model: nn.Module, batch: Batch, tol: float = 1e-3) -> EigenResult:
-    hessian = Hessian(Objective(model, loss, [batch]), double_backward_verified=True)
+    hessian = Hessian(Objective(model, loss, [batch]), learned=Learned(double_backward_verified=True))
     return largest_eigenvalues(hessian, hessian.objective.params, tol=tol, max_hvps=500)
 
 
@@ -605,7 +608,7 @@ def full(load: Full, affordable: float) -> Row:
 def products(load: Workload, state: Weights, limit: float) -> Row:
     """Shortest seconds of our product and of a hand-written one, in turn, the gradient's graph kept and not."""
     objective = Objective(load.at(state), load.loss, [load.probed])
-    params, hessian = objective.params, Hessian(objective, double_backward_verified=True)
+    params, hessian = objective.params, Hessian(objective, learned=Learned(double_backward_verified=True))
     vector = random_vector(params)
 
     def graph() -> tuple[Tensor, ...]:

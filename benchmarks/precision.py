@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.loss.precision import PrecisionChoice
+from gfs_core.loss.learned import PrecisionChoice
 
 SEEDS = 5
 STEPS = 150

@@ -163,8 +163,8 @@ class Watched:
         for monitor in self.monitors[:1]:
             state = monitor.state_dict()
             self.recorder.facts["measuring"] = {
-                "products": state["method"] if state["method"] == "gradients" or not state["learnt"][0] else "exact",
-                "precision": state["precision"],
+                "products": state["learned"]["hvp"],
+                "precision": state["learned"]["precision"],
                 "prices": state["clock"]["prices"],
             }
         self.recorder.end()

@@ -33,6 +33,14 @@ class Learned:
     rounded: bool = False
     precision: PrecisionChoice = "auto"
 
+    def hvp_for(self, asked: HvpMethod) -> HvpMethod:
+        """How products are had: as asked for, or as it is learned where that is left open."""
+        return self.hvp if asked == "auto" else asked
+
+    def precision_for(self, asked: PrecisionChoice) -> PrecisionChoice:
+        """In what precision is measured: as asked for, or as it is learned where that is left open."""
+        return self.precision if asked == "auto" else asked
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)

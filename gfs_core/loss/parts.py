@@ -26,9 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gfs_core.errors import own_fault
 from gfs_core.linalg.vectors import Vector, axpy, clone, copy, norm, random_like, spread
 from gfs_core.loss.batches import all_parts, examples_of, first_of_all
+from gfs_core.loss.learned import PrecisionChoice
 from gfs_core.loss.memory import GIB, OverLimit, bytes_of_check
 from gfs_core.loss.objective import LossFn, Objective
-from gfs_core.loss.precision import Precision, PrecisionChoice
+from gfs_core.loss.precision import Precision
 from gfs_core.loss.snapshot import StateSnapshot
 from gfs_core.run.ranks import Ranks, alone
 

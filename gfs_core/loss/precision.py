@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gfs_core.linalg.vectors import HALVES, is_half
 from gfs_core.loss.batches import changed
-
-PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
+from gfs_core.loss.learned import PrecisionChoice
 
 
 class Precision:

@@ -19,7 +19,8 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -28,11 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gfs_core.errors import MeasurementError
 from gfs_core.linalg.vectors import Vector, axpy, clone, copy, dense, dots, norm, owned, scale, zeros_like
 from gfs_core.loss.differences import ROUGH, Differences
+from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective, finite
-from gfs_core.loss.precision import PrecisionChoice
 from gfs_core.loss.rounding import steps
 
-HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 Operator: TypeAlias = Callable[[Vector], Vector]
 
 
@@ -63,27 +63,6 @@ AT_KINK = (
     "infinite there, or set by a tiny `eps`, and nothing is measured; measuring goes on where training has left the "
     "kink, or with a larger `eps` in the norm, or initial weights that are not zero"
 )
-
-
-class Learnt(NamedTuple):
-    """What one measurement finds out about a loss, for the next one to start from.
-
-    Attributes:
-        double_backward_verified: whether the first product was held against differences of gradients.
-        plain_kernels: whether exact products need attention's plain kernel, and compiled code run eagerly.
-        symmetric: whether the curvature is symmetric, as far as is known.
-        reach: the longest step of a difference that kinks of the loss leave certain.
-        rounded: whether the loss rounds its weights or activations.
-    """
-
-    double_backward_verified: bool = False
-    plain_kernels: bool = False
-    symmetric: bool = True
-    reach: float = math.inf
-    rounded: bool = False
-
-
-NOTHING = Learnt()
 
 
 class _SilentlyWrong(RuntimeError):
@@ -120,52 +99,36 @@ class Hessian:
 
     Args:
         objective: the loss on the probe.
-        method: ``"exact"``, ``"gradients"`` or ``"auto"``.
-        double_backward_verified: whether exact products are known to be right for this model. Otherwise the first one
-            is compared with a difference of gradients (four gradients, once): some layers drop out of a second
-            derivative without an error, ``once_differentiable`` functions for instance.
-        plain_kernels: whether attention is known to need its plain kernel, and compiled code to run eagerly.
-        symmetric: ``False`` where the curvature is known not to be symmetric.
-        reach: the longest step of a difference, in the norm of the weights.
-        rounded: whether the loss is known to round its weights or activations.
+        method: ``"exact"``, ``"gradients"`` or ``"auto"``, which goes by what is learned.
+        learned: what is known of the model and its loss from before, read and not changed. Unless it says that double
+            backward is verified, the first exact product is compared with a difference of gradients (four gradients):
+            some layers drop out of a second derivative without an error, ``once_differentiable`` functions for
+            instance.
 
     Attributes:
         hvps: products computed so far.
         method: how products are computed now; ``"auto"`` until the first product has settled it.
-        plain_kernels: whether exact products take attention's plain kernel, and run compiled code eagerly.
-        symmetric: whether the curvature is symmetric, as far as is known. Where it is not, products are those of the
-            gradient's own Jacobian J, by differences. A double backward takes what is detached as constant.
-        rounded: whether the loss rounds its weights or activations: products are those at the rounded ones.
         reason: what is to be known about the products; empty where they are exact, and those of the loss itself.
         resting: that some weights are left out of the space; empty where none are.
         loss: the loss at the last product.
 
     Raises:
+        ValueError: ``method`` is none of the three.
         MeasurementError: from a product, where ``method="exact"`` and there is no second derivative, or where products
             come from gradients and the gradient jumps at the present weights, or everywhere, as by rounding.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        method: HvpMethod = "auto",
-        double_backward_verified: bool = False,
-        plain_kernels: bool = False,
-        symmetric: bool = True,
-        reach: float = math.inf,
-        rounded: bool = False,
-    ) -> None:
-        if method not in ("auto", "exact", "gradients"):
+    def __init__(self, objective: Objective, method: HvpMethod = "auto", learned: Learned | None = None) -> None:
+        if method not in get_args(HvpMethod):
             raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
+        self._learned = Learned() if learned is None else replace(learned)
         self.objective = objective
-        self.method: HvpMethod = method
-        self.double_backward_verified = double_backward_verified
+        self.method: HvpMethod = self._learned.hvp_for(method)
         self.hvps = 0
         self.loss = 0.0
         self.reason = self.resting = ""
         self._graph: _Graph | None = None
-        self.plain_kernels, self.symmetric, self.rounded = plain_kernels, symmetric, rounded
-        self._differences = Differences(objective, reach)
+        self._differences = Differences(objective, self._learned.reach)
         self._compared = False  # whether the loss goes by comparisons of weights alone
         self._missed: Vector | None = None  # what an exact product leaves out of the first difference
         self._may_fall_back = method == "auto"
@@ -178,9 +141,9 @@ class Hessian:
     def __call__(self, vector: Vector) -> Vector:
         """H·v, a new vector of the same shapes."""
         self.hvps += 1
-        if not self.double_backward_verified:
+        if not self._learned.double_backward_verified:
             self._look_for_rounding()
-        check = None if self.double_backward_verified or self.rounded else self._from_gradients(vector)
+        check = None if self._learned.double_backward_verified or self.rounded else self._from_gradients(vector)
         while self.method != "gradients":
             try:
                 if check is None:
@@ -197,16 +160,16 @@ class Hessian:
                     if self._compared:
                         self._check_symmetry(vector, product)
                     if not agrees:
-                        self.rounded, self.reason, check = True, ROUNDED, None
-                elif not self.double_backward_verified:
+                        self._learned.rounded, self.reason, check = True, ROUNDED, None
+                elif not self._learned.double_backward_verified:
                     self._check_symmetry(vector, product)
             except RuntimeError as error:
-                fused = not self.plain_kernels
+                fused = not self._learned.plain_kernels
                 self._next_method(error)
                 if check is not None and fused and not isinstance(error, (_SilentlyWrong, _NotFinite)):
                     check = self._from_gradients(vector)  # other kernels draw other numbers for their dropout
             else:
-                self.method, self.double_backward_verified = "exact", True
+                self.method, self._learned.double_backward_verified = "exact", True
                 if check is not None:  # differences of other batches have an error of their own
                     self._differences = Differences(self.objective, self._differences.reach)
                 return product
@@ -216,17 +179,17 @@ class Hessian:
         if self._differences.resting:
             self.resting = RESTING.format(self._differences.resting)
         if check is not None:
-            self.double_backward_verified = True
+            self._learned.double_backward_verified = True
             if self.symmetric and not self._is_symmetric(vector, check):
-                self.symmetric, self.reason = False, NOT_SYMMETRIC
+                self._learned.symmetric, self.reason = False, NOT_SYMMETRIC
         return product
 
     def _look_for_rounding(self) -> None:
         found = steps(self.objective)
-        self.rounded = not self.objective.on_all(not found.rounded)
+        self._learned.rounded = not self.objective.on_all(not found.rounded)
         self._compared = not self.objective.on_all(not found.compared)
         if self._compared and self.method == "gradients":
-            self.rounded = self._is_no_slope()
+            self._learned.rounded = self._is_no_slope()
         if not self.rounded:
             return
         self.reason = ROUNDED
@@ -312,16 +275,24 @@ class Hessian:
         return 0.0 if self.method == "exact" else self._differences.error
 
     @property
-    def learnt(self) -> Learnt:
-        """What the Hessian of the next measurement may start from."""
-        return Learnt(
-            self.double_backward_verified, self.plain_kernels, self.symmetric, self._differences.reach, self.rounded
-        )
+    def symmetric(self) -> bool:
+        """Whether the curvature is symmetric, as far as is known.
+
+        Where it is not, products are those of the gradient's own Jacobian J, by differences. A double backward takes
+        what is detached as constant.
+        """
+        return self._learned.symmetric
 
     @property
-    def precision(self) -> PrecisionChoice:
-        """In which precision is measured now: ``"auto"`` settles on another where it does not do."""
-        return self.objective.precision.choice
+    def rounded(self) -> bool:
+        """Whether the loss rounds its weights or activations: products are those at the rounded ones."""
+        return self._learned.rounded
+
+    @property
+    def learned(self) -> Learned:
+        """What is known by now, for the Hessian of the next measurement to start from."""
+        precision, reach = self.objective.precision.choice, self._differences.reach
+        return replace(self._learned, hvp=self.method, precision=precision, reach=reach)
 
     def slope_along(self, vector: Vector) -> float:
         """∇L·v at the present weights; free where the graph of an exact product is kept."""
@@ -371,11 +342,11 @@ class Hessian:
         if isinstance(error, _NotFinite):
             self.objective.gradient()  # it may not be finite either, and says so
         if isinstance(error, (_SilentlyWrong, _NotFinite)):
-            self.plain_kernels = True  # no other kernel would help
+            self._learned.plain_kernels = True  # no other kernel would help
         elif not self._may_be_met(error):
             raise error
-        if not self.plain_kernels:
-            self.plain_kernels = True
+        if not self._learned.plain_kernels:
+            self._learned.plain_kernels = True
         elif self.rounded or (self._compared and self._is_no_slope()):
             raise MeasurementError(ONLY_ROUNDED.format(why=f"this model has none ({text})")) from error
         elif self._may_fall_back:
@@ -453,7 +424,7 @@ class Hessian:
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:
         # Around forward *and* backward: checkpointed layers run their forward again inside the backward.
-        if not self.plain_kernels:
+        if not self._learned.plain_kernels:
             yield
             return
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):

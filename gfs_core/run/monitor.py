@@ -34,10 +34,9 @@ from gfs_core.loss.batches import (
     is_plain,
     rotating_part,
 )
+from gfs_core.loss.learned import Learned
 from gfs_core.loss.memory import GIB, OverLimit, vector_bytes
 from gfs_core.loss.parts import UNTRIED, normalises_over_batch, why_whole
-from gfs_core.loss.precision import PrecisionChoice
-from gfs_core.loss.products import HvpMethod, Learnt
 from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run import history
@@ -126,9 +125,7 @@ class StabilityMonitor:
         self.count = 0  # optimizer steps seen, in a plain loop
         self.measured = self._solved = 0
         self._warm = WarmStart()
-        self._method: HvpMethod = self.config.hvp
-        self._learnt = Learnt()
-        self._precision: PrecisionChoice = self.config.precision
+        self._learned = Learned()
         self._probe: list[Any] = []
         self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
         self._told: set[str] = set()
@@ -419,7 +416,7 @@ class StabilityMonitor:
         device = self._weights.device
         if self._weights.changed(params):
             self._warm, self._running, self._before = WarmStart(), RunningBlocks(), None
-            self._method, self._learnt, self._precision = self.config.hvp, Learnt(), self.config.precision
+            self._learned = Learned()
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
                 self._probe = [moved(b, device, self._weights.device) for b in self._probe]
@@ -536,7 +533,7 @@ class StabilityMonitor:
                         batches,
                         parameters_of(self.optimizer),
                         self._parts,
-                        precision=self._precision,
+                        precision=self._learned.precision_for(self.config.precision),
                         seed=self.config.seed,
                         ranks=self._global,
                         max_memory=self.config.max_memory,
@@ -677,9 +674,7 @@ class StabilityMonitor:
             "room": [self._narrow, self._wait],
             "splits": [self._splits, self._whole],
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
-            "method": self._method,
-            "learnt": list(self._learnt),
-            "precision": self._precision,
+            "learned": self._learned.state_dict(),
             "warm": [self._warm.raw, self._warm.preconditioned],
             "probe": self._probe if is_plain(self._probe) else None,
             "before": [self._before_step, self._before],
@@ -725,12 +720,7 @@ class StabilityMonitor:
         self._settle(None if splits is None else bool(splits), str(why))
         if self._sizes is not None:
             self._sizes = Sizes(state.get("sizes", ()))
-        if state.get("method") in ("auto", "exact", "gradients") and self.config.hvp == "auto":
-            self._method = state["method"]
-        verified, plain, symmetric, reach, rounded = state.get("learnt", Learnt())
-        self._learnt = Learnt(bool(verified), bool(plain), bool(symmetric), float(reach), bool(rounded))
-        if state.get("precision") in ("auto", "training", "float32") and self.config.precision == "auto":
-            self._precision = state["precision"]
+        self._learned = Learned.from_state(state.get("learned", {}))
         params = parameters_of(self.optimizer)
         self._weights.changed(params)
 
@@ -784,7 +774,7 @@ class StabilityMonitor:
             self._solved += 1
         scaled = contextlib.nullcontext() if self._overlay is None else self._overlay.scaled(scale)
         with scaled:
-            measurement, hessian, seconds = measure(
+            measurement, self._learned, seconds = measure(
                 self.model,
                 loss_fn,
                 batches,
@@ -795,11 +785,11 @@ class StabilityMonitor:
                 current=current,
                 directional=config.directional,
                 horizon=config.horizon,
-                hvp=self._method,
-                learnt=self._learnt,
+                hvp=config.hvp,
+                learned=self._learned,
                 micro_batch=None if self._splits is False else config.micro_batch,
                 max_memory=config.max_memory,
-                precision=self._precision,
+                precision=config.precision,
                 check_precision=self._solved % _MIX_EVERY == 1,
                 tol=config.tol,
                 rtol=config.rtol,
@@ -811,9 +801,6 @@ class StabilityMonitor:
                 mix=self._solved % _MIX_EVERY == _MIX_FIRST,
                 ranks=self._global,
             )
-        self._learnt, self._precision = hessian.learnt, hessian.precision
-        if hessian.method == "gradients":
-            self._method = "gradients"  # settled: no need to fail again
         return measurement, seconds
 
     def _before_second_moments(self) -> bool:

@@ -14,8 +14,9 @@ from gfs_core.errors import Reason
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.linalg.vectors import Vector, dots, mix_in, random_like, scale
 from gfs_core.loss.flow import Flow, FlowState
+from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective
-from gfs_core.loss.products import NOTHING, Hessian, HvpMethod, Learnt, Preconditioned
+from gfs_core.loss.products import Hessian, Preconditioned
 from gfs_core.optimizers.thresholds import Stability
 
 _GROWTH_TOL, _GROWTH_HVPS = 0.2, 20  # whether an eigenvalue is negative need not be known more closely
@@ -58,13 +59,13 @@ class Probe:
         objective: Objective,
         *,
         hvp: HvpMethod = "auto",
-        learnt: Learnt = NOTHING,
+        learned: Learned | None = None,
         tol: float = 1e-2,
         max_hvps: int = 100,
         seed: int = 0,
     ) -> None:
         self.objective = objective
-        self.hessian = Hessian(objective, hvp, *learnt)
+        self.hessian = Hessian(objective, hvp, learned)
         self.tol, self.max_hvps = tol, max_hvps
         self.generator = torch.Generator().manual_seed(seed)
 

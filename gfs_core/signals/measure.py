@@ -18,10 +18,11 @@ from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, Reason
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.linalg.vectors import Vector, axpy, clone, is_half, norm, scale
+from gfs_core.loss.learned import HvpMethod, Learned, PrecisionChoice
 from gfs_core.loss.memory import GIB, vector_bytes
 from gfs_core.loss.objective import LossFn, Objective
-from gfs_core.loss.precision import Precision, PrecisionChoice
-from gfs_core.loss.products import NOT_SYMMETRIC, NOTHING, ROUNDED, Hessian, HvpMethod, Learnt
+from gfs_core.loss.precision import Precision
+from gfs_core.loss.products import NOT_SYMMETRIC, ROUNDED
 from gfs_core.loss.snapshot import StateSnapshot
 from gfs_core.optimizers.thresholds import Stability, parameters_of, stability_of
 from gfs_core.run.ranks import Ranks, alone
@@ -207,7 +208,7 @@ def measure(
     directional: str = "product",
     horizon: float = 4.0,
     hvp: HvpMethod = "auto",
-    learnt: Learnt = NOTHING,
+    learned: Learned | None = None,
     micro_batch: int | None = None,
     max_memory: float | None = None,
     precision: PrecisionChoice = "auto",
@@ -221,20 +222,21 @@ def measure(
     warm: WarmStart | None = None,
     mix: bool = False,
     ranks: Ranks | None = None,
-) -> tuple[Measurement, Hessian, dict[Tier, float]]:
+) -> tuple[Measurement, Learned, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
-    ``learnt`` is what the last measurement's Hessian found, and ``check_precision`` whether
-    half precision is held against float32 (one product). ``tiers`` names what is measured, ``before`` the weights
-    before the last optimizer step (consumed; without them nothing directional is measured), and ``directional`` how:
+    ``learned`` is what the last measurement found out about the loss, and ``check_precision`` whether half precision
+    is held against float32 (one product). An ``hvp`` or ``precision`` that is not ``"auto"`` goes before what is
+    learned. ``tiers`` names what is measured, ``before`` the weights before the last optimizer step (consumed; without
+    them nothing directional is measured), and ``directional`` how:
     ``"product"``, or ``"losses"`` for forward passes only. ``running`` is the running estimate, renewed (without it
     nothing running is measured), and ``current`` the batch whose batch sharpness is measured, by default ``batches``.
     ``ranks`` are the processes that measure together, each on its own data: the loss is the mean over all of them.
     All else is as in :class:`~gfs_core.GFSConfig`.
 
     Returns:
-        The measurement, the Hessian used, whose ``method`` and ``learnt`` the next measurement may start from, and
-        the seconds that each tier's own part took.
+        The measurement, what is known of the loss now, for the next one, and the seconds that each tier's own part
+        took.
 
     Raises:
         MeasurementError: nothing could be had.
@@ -247,7 +249,8 @@ def measure(
     seconds: dict[Tier, float] = {}
     # Before an adaptive optimizer's first step, or at rate 0, its operator is not known yet.
     known = stability.threshold is not None or stability.empirical
-    computed = Precision(precision, model, params, proven=learnt.double_backward_verified)
+    learned = Learned() if learned is None else learned
+    computed = Precision(learned.precision_for(precision), model, params, proven=learned.double_backward_verified)
     with (
         StateSnapshot(model, params, loss_fn) as isolation,
         alone(model),
@@ -263,7 +266,7 @@ def measure(
         probe = Probe(
             objective,
             hvp=hvp,
-            learnt=learnt,
+            learned=learned,
             tol=tol,
             max_hvps=max_hvps,
             seed=seed,
@@ -330,7 +333,7 @@ def measure(
         values["hvps"] = probe.hessian.hvps
         values["grad_evals"] = objective.grad_evals
         probe.hessian.release()
-    return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian, seconds
+    return Measurement(step, stability.name, reasons=tuple(reasons), **values), probe.hessian.learned, seconds
 
 
 def _solve(

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gfs_core as gfs
+from gfs_core.loss.learned import Learned
 from tests.bitwise import assert_same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -214,7 +215,7 @@ def test_running_out_of_memory_is_met_by_fewer_examples() -> None:
 def test_a_product_waits_for_the_gpu_as_often_as_the_docs_say() -> None:
     """One transfer for all the inner products of a step of the solver, none inside the product itself."""
     model, batch = net(0.0).cuda(), examples(0)
-    hessian = gfs.Hessian(gfs.Objective(model, loss_fn, [batch]), "exact", double_backward_verified=True)
+    hessian = gfs.Hessian(gfs.Objective(model, loss_fn, [batch]), "exact", Learned(double_backward_verified=True))
     vector = [torch.ones_like(p) for p in model.parameters()]
     hessian(vector)
     torch.cuda.set_sync_debug_mode("error")

@@ -6,7 +6,6 @@ import io
 import warnings
 from collections import UserDict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
-from gfs_core.loss.products import Learnt
+from gfs_core.loss.learned import Learned
 from gfs_core.run import monitor as monitor_module
 from gfs_core.run.history import append
 
@@ -153,8 +152,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
         for tier in tiers:
             spent[tier] += prices[tier]
         spent[tiers[-1]] += 0.001
-        known = SimpleNamespace(learnt=Learnt(True), method="exact", precision="auto")
-        return gfs.Measurement(step), known, seconds
+        return gfs.Measurement(step), Learned(hvp="exact", double_backward_verified=True), seconds
 
     monkeypatch.setattr(monitor_module, "measure", measured)
     model = nn.Linear(2, 1)

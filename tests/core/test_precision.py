@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from gfs_core.loss.learned import Learned
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.snapshot import StateSnapshot
@@ -181,7 +182,7 @@ def test_products_of_half_precision_weights_are_in_float32_and_repeatable(choice
     precision = Precision(choice, model, model.parameters())
     with StateSnapshot(model) as isolation, precision.governing():
         objective = Objective(model, loss_fn, [batch(torch.bfloat16)], isolation=isolation, precision=precision)
-        hessian = gfs.Hessian(objective, "exact", double_backward_verified=True)
+        hessian = gfs.Hessian(objective, "exact", Learned(double_backward_verified=True))
         vector = [torch.ones_like(p, dtype=torch.float32) for p in model.parameters()]
         first, again = hessian(vector), hessian(vector)
     assert all(torch.equal(a, b) and a.dtype is torch.float32 for a, b in zip(first, again, strict=True))

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from benchmarks.data import digits, fashion_mnist
 from benchmarks.tiers import Characters, adamw, cnn, mlp, sgd, text
-from gfs_core.detectors.alarm import Alarm, AlertLevel, _Verdict
+from gfs_core import AlertLevel, EarlyWarning, Key, Profile, Reading
+from gfs_core.signals.training import LOSS, STEP_RATE
 
 HERE = Path(__file__).parent
 RUNS = Path(os.environ.get("GFS_ALARM_RUNS", Path(tempfile.gettempdir()) / "gfs-alarm-runs"))
@@ -43,6 +44,8 @@ SEEDS = range(5, 25)  # the alarm's rules were chosen on the seeds 0 to 4 and 10
 ALLOWED, TOGETHER = 2.0, 20  # false alarms per 10,000 healthy steps; steps within which alarms count as one
 LEAD = 10  # steps by which the alarm is to be earlier at faults of the rate
 RATE = "learning rate over median of 50"
+NEVER = (math.inf, math.inf)  # thresholds that nothing reaches
+RUNNING_RATIO = Key("running_stability_ratio", "")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -334,35 +337,35 @@ def _speak(fabric: Any, batch: int) -> None:
 
 
 class Ours(Rule):
-    """The package's alarm, whole or in parts."""
+    """The package's early warning, whole or in parts.
+
+    Args:
+        name: of the rule.
+        reads: what it is given; without its losses they still tell whether training makes fast progress.
+        level: from which on it speaks.
+    """
 
     def __init__(
-        self, name: str, parts: tuple[str, ...] = ("ratio", "loss", "rate"), state: AlertLevel = AlertLevel.ALARM
+        self, name: str, reads: tuple[str, ...] = ("rate", "loss", "ratio"), level: AlertLevel = AlertLevel.ALARM
     ) -> None:
         super().__init__(name, "strictness", [round(0.5 + 0.05 * i, 2) for i in range(41)], "ours")
-        self.parts, self.state = parts, state
+        self.reads, self.level = reads, level
+        self.profile = Profile() if "loss" in reads else replace(Profile(), spike=NEVER, mean_rise=NEVER)
 
     def alarms(self, stream: Stream, knob: float) -> list[int]:
         """The steps at which it speaks."""
-
-        class Scaled(Alarm):
-            _strictness = knob
-            if "loss" not in self.parts:  # the losses still tell whether training makes fast progress
-
-                def _judge_loss(self, loss: float, mean: float) -> _Verdict:
-                    return _Verdict(AlertLevel.QUIET)
-
-        alarm, out = Scaled(), []
-        for i, (loss, ratio, rate) in enumerate(zip(stream["loss"], stream["ratio"], stream["rate"], strict=True)):
-            events = []
-            if "rate" in self.parts:
-                events.append(alarm.saw_rate(i, rate))
-            if "loss" in self.parts or math.isfinite(loss):
-                events.append(alarm.saw_loss(i, loss))
-            if "ratio" in self.parts and ratio is not None:
-                events.append(alarm.saw_ratio(i, ratio, solved=False))
+        warning, out = EarlyWarning(self.profile.scaled(knob)), []
+        for step, (loss, ratio, rate) in enumerate(zip(stream["loss"], stream["ratio"], stream["rate"], strict=True)):
+            readings = []
+            if "rate" in self.reads:
+                readings.append(Reading(STEP_RATE, step, rate))
+            if "loss" in self.reads or math.isfinite(loss):
+                readings.append(Reading(LOSS, step, loss))
+            if "ratio" in self.reads:
+                readings.append(Reading(RUNNING_RATIO, step, ratio))
+            alerts = [a for r in readings if (a := warning.observe(r)) is not None]
             # On the way down nothing new is said.
-            out += [i for e in events if e is not None and e.rule != "calm" and e.state >= self.state]
+            out += [a.step for a in alerts if a.rule != "calm" and a.level >= self.level]
         return out
 
 
@@ -380,7 +383,7 @@ def geometric(first: float, last: float, factor: float) -> list[float]:
 def all_rules() -> list[Rule]:
     return [
         Ours("alarm"),
-        Ours("alarm, without the rate", ("ratio", "loss")),
+        Ours("alarm, without the rate", ("loss", "ratio")),
         Ours("alarm, ratio alone", ("ratio",)),
         Ours("alarm, loss alone", ("loss",)),
         Score("loss > mean + k·σ of 50", "k", geometric(2, 60, 1.02), over_deviation, "loss"),
@@ -495,7 +498,7 @@ def compare(all_cases: list[Case]) -> dict[str, Any]:
     rules: list[tuple[Rule, float, float]] = [(rule, *tune(rule, healthy)) for rule in all_rules()]
     rows: list[dict[str, Any]] = []
     steps = sum(len(c.stream["loss"]) for c in healthy)
-    for extra in (Ours("alarm, as it comes"), Ours("watch, as it comes", state=AlertLevel.WATCH)):
+    for extra in (Ours("alarm, as it comes"), Ours("watch, as it comes", level=AlertLevel.WATCH)):
         rules.append((extra, 1.0, 1e4 * false_alarms(extra, 1.0, healthy) / steps))
     for rule, knob, rate in rules:
         delays = [delay(rule, knob, c) for c in faulty]

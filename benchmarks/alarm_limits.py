@@ -99,7 +99,7 @@ def from_the_start() -> list[dict[str, Any]]:
             stream["gradient"].append(gradient)
             if not math.isfinite(loss):
                 break
-        alarms = [e for e in events if e.state is gfs.AlertLevel.ALARM]
+        alarms = [e for e in events if e.level is gfs.AlertLevel.ALARM]
         others = [min(r.alarms(stream, held[r.name]), default=None) for r in rules]
         losses = stream["loss"]
         rows.append({

@@ -4,7 +4,9 @@ Only the names listed here are public; modules of this package may change.
 """
 
 from gfs_core.config import GFSConfig
-from gfs_core.detectors.alarm import Alarm, Alert, AlertLevel
+from gfs_core.detectors.base import Alert, AlertLevel
+from gfs_core.detectors.early_warning import EarlyWarning
+from gfs_core.detectors.profile import Profile
 from gfs_core.errors import ConfigError, GFSError, GFSWarning, MeasurementError, Reason
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.loss.flow import Flow
@@ -18,14 +20,15 @@ from gfs_core.run.history import read as read_history
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.run.record import Measurement, log_keys
 from gfs_core.run.scheduler import EdgeOfStabilityLR
+from gfs_core.signals.base import Key, Reading
 from gfs_core.signals.lab import FlowResult
 from gfs_core.signals.measure import gfs_sharpness, sharpness, stability
 
 __all__ = [
-    "Alarm",
     "Alert",
     "AlertLevel",
     "ConfigError",
+    "EarlyWarning",
     "EdgeOfStabilityLR",
     "EigenResult",
     "Flow",
@@ -35,9 +38,12 @@ __all__ = [
     "GFSWarning",
     "Hessian",
     "HistoryPart",
+    "Key",
     "Measurement",
     "MeasurementError",
     "Objective",
+    "Profile",
+    "Reading",
     "Reason",
     "Stability",
     "StabilityMonitor",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfs_core import ConfigError, history_parts, log_keys
-from gfs_core.detectors.alarm import AlertLevel
+from gfs_core.detectors.base import AlertLevel
 
 _KEYS = {key.removeprefix("gfs/") for key in log_keys()}
 _LOSSES = ("train_loss_step", "train_loss", "train/loss_step", "train/loss", "loss", "training_loss")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median_high
 from typing import Any
 
 import torch
@@ -14,23 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from gfs_core.errors import MeasurementError
 from gfs_core.loss.streams import is_iterator
-
-_SIZES = 6  # batches whose sizes make up the usual one: few, for sizes that change for good; of two in turn the larger
-_SHORT = 0.5  # of it: below, the mean over a batch is of another kind than the others
-
-
-class Sizes:
-    """Sizes of the batches lately, to know one that is short, such as the rest that ends an epoch."""
-
-    def __init__(self, seen: Sequence[int] = ()) -> None:
-        self.seen = deque(map(int, seen), maxlen=_SIZES)
-
-    def short(self, examples: int | None) -> bool:
-        """Take in the size of a batch, and say whether it is less than half the usual; an unknown one, 0, is not."""
-        if not examples:
-            return False
-        self.seen.append(examples)
-        return examples < _SHORT * median_high(self.seen)
 
 
 def batch_size(batch: Any) -> int | None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from gfs_core.detectors.alarm import Alert
+from gfs_core.detectors.base import Alert
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, own_fault
 
 H = TypeVar("H", bound=Callable[..., Any])

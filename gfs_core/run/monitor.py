@@ -19,12 +19,12 @@ from torch.nn.parameter import is_lazy
 
 from gfs_core.actions.rate import FIRST, PATIENCE, Control, at_scale
 from gfs_core.config import GFSConfig, Tier
-from gfs_core.detectors.alarm import Alarm, Alert, AlertLevel
+from gfs_core.detectors.base import Alert, AlertLevel
+from gfs_core.detectors.early_warning import EarlyWarning
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss, own_fault
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.vectors import Vector, clone, sharded
 from gfs_core.loss.batches import (
-    Sizes,
     batch_size,
     changed,
     copied,
@@ -47,7 +47,9 @@ from gfs_core.run.record import Measurement
 from gfs_core.run.schedule import Schedule
 from gfs_core.run.scheduler import scheduler_of
 from gfs_core.run.weights import Weights, fitted, moved, to_come
+from gfs_core.signals.base import Key, Reading
 from gfs_core.signals.measure import SOLVED, Running, WarmStart, measure
+from gfs_core.signals.training import STEP_RATE, BatchSizes, loss_readings
 
 T = TypeVar("T")
 _MIX_FIRST, _MIX_EVERY = 3, 10  # measurements that mix other directions into the warm start: 3, 13, 23 …
@@ -127,7 +129,7 @@ class StabilityMonitor:
         self._warm = WarmStart()
         self._learned = Learned()
         self._probe: list[Any] = []
-        self._sizes = None if short_batches else Sizes()  # of the batches handed over to be measured
+        self._sizes = None if short_batches else BatchSizes()  # of the batches handed over to be measured
         self._told: set[str] = set()
         self._running = RunningBlocks()
         self._turn = 0  # running measurements so far: whose turn it is among the parts
@@ -152,7 +154,7 @@ class StabilityMonitor:
         stability = stability_of(optimizer, params)
         if self.config.max_memory is not None:
             self._check_memory(params, self.config.max_memory, stability.adaptive or not stability.plain)
-        self.alarm = None if self.config.alarm == "off" else Alarm()
+        self.alarm = None if self.config.alarm == "off" else EarlyWarning()
         self.on_alarm = on_alarm
         self._events: list[Alert] = []  # that it is still to be called with
         self.should_stop = self.wants_checkpoint = False
@@ -276,7 +278,7 @@ class StabilityMonitor:
             measurement = Measurement(step, self._label())
         if measurement is not None:
             reasons = (*measurement.reasons, *(e.reason for e in events))
-            state = None if self.alarm is None else int(self.alarm.state)
+            state = None if self.alarm is None else int(self.alarm.level)
             # Of a run that has diverged, or at a rate that is no number: a value that is not finite is none.
             values = measurement.values()
             lost: dict[str, Any] = {name: None for name, value in values.items() if not math.isfinite(value)}
@@ -307,18 +309,16 @@ class StabilityMonitor:
         """The changes of the early warning's state at this step."""
         if self.alarm is None:
             return []
-        changes: list[Alert | None] = []
+        readings: list[Reading] = []
         if not self.control.holding and self._rates_on_host():
             rate = self._rate()
-            changes.append(self.alarm.saw_rate(step, rate * self._scale(rate)))
-        changes += [self.alarm.saw_loss(*seen) for seen in losses]
+            readings.append(Reading(STEP_RATE, step, rate * self._scale(rate)))
+        for seen in losses:
+            readings += loss_readings(*seen)
         if measurement is not None:
-            for ratio, solved in ((measurement.running_stability_ratio, False), (measurement.stability_ratio, True)):
-                if ratio is not None:
-                    changes.append(self.alarm.saw_ratio(step, ratio, solved))
-            if measurement.mean_square_stability_ratio is not None:
-                changes.append(self.alarm.saw_mean_square(step, measurement.mean_square_stability_ratio))
-        events = [e for e in changes if e is not None]
+            for name in ("running_stability_ratio", "stability_ratio", "mean_square_stability_ratio"):
+                readings.append(Reading(Key(name, ""), step, getattr(measurement, name)))
+        events = [e for r in readings if (e := self.alarm.observe(r)) is not None]
         for event in events:
             self._act_on(event)
         return events
@@ -362,9 +362,9 @@ class StabilityMonitor:
             self._overlay = None
 
     def _act_on(self, event: Alert) -> None:
-        if self.config.alarm in ("warn", "stop") and event.state > AlertLevel.QUIET:
-            self._warn_once(f"{event.state.name.lower()} at step {event.step}: {event.reason}", always=True)
-        if event.state is AlertLevel.ALARM:
+        if self.config.alarm in ("warn", "stop") and event.level > AlertLevel.QUIET:
+            self._warn_once(f"{event.level.name.lower()} at step {event.step}: {event.reason}", always=True)
+        if event.level is AlertLevel.ALARM:
             self.control.alarmed()
             self.should_stop = self.should_stop or self.config.alarm == "stop"
             self.wants_checkpoint = self.wants_checkpoint or self.config.alarm_checkpoint
@@ -420,7 +420,7 @@ class StabilityMonitor:
             self._batch_sharpness, self._solved = None, 0
             if self._weights.device != device:
                 self._probe = [moved(b, device, self._weights.device) for b in self._probe]
-            event = None if self.alarm is None else self.alarm.forget_ratios(step)
+            event = None if self.alarm is None else self.alarm.forget(step)
             if event is not None:
                 self._act_on(event)
             self.control.renew()
@@ -719,7 +719,7 @@ class StabilityMonitor:
         splits, why = state.get("splits", [None, ""])
         self._settle(None if splits is None else bool(splits), str(why))
         if self._sizes is not None:
-            self._sizes = Sizes(state.get("sizes", ()))
+            self._sizes = BatchSizes(state.get("sizes", ()))
         self._learned = Learned.from_state(state.get("learned", {}))
         params = parameters_of(self.optimizer)
         self._weights.changed(params)

@@ -169,7 +169,7 @@ def train(
     return {
         "found": [asdict(m) for m in found],
         "weights": [local(p).clone() for p in model.parameters()],
-        "events": [(e.step, int(e.state), e.rule) for e in events],
+        "events": [(e.step, int(e.level), e.rule) for e in events],
         "scales": rates,
         "losses": losses,
         "sizes": sizes,

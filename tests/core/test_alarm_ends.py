@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.detectors.alarm import Alarm, AlertLevel
+from gfs_core import AlertLevel, EarlyWarning
+from tests.core.observed import observe_loss
 
 HARM, STEPS = 300, 700
 
@@ -58,7 +59,7 @@ class Training:
             self.monitor.step(self.loss, (x, y), step, loss=loss.detach())
             self.optimizer.step()
             assert self.monitor.alarm is not None
-            self.states.append(self.monitor.alarm.state)
+            self.states.append(self.monitor.alarm.level)
             self.losses.append(loss.item())
 
     def change(self, how: Callable[[nn.Linear], None]) -> None:
@@ -139,14 +140,14 @@ def test_losses_with_a_heavy_tail_end_an_alarm_when_they_are_as_before() -> None
     """Their mean lies far above their median, before a rise as after it."""
     lasted = []
     for seed in range(8):
-        draws, alarm = torch.Generator().manual_seed(seed), Alarm()
+        draws, alarm = torch.Generator().manual_seed(seed), EarlyWarning()
         losses = (0.01 * torch.empty(900).log_normal_(0, 1.5, generator=draws)).clamp(max=0.2).tolist()
         for step, loss in enumerate([*losses[:200], 5.0]):
-            alarm.saw_loss(step, loss)
-        assert alarm.state is AlertLevel.ALARM
+            observe_loss(alarm, step, loss)
+        assert alarm.level is AlertLevel.ALARM
         for step, loss in enumerate(losses[200:], 1):
-            alarm.saw_loss(200 + step, loss)
-            if alarm.state is not AlertLevel.ALARM:
+            observe_loss(alarm, 200 + step, loss)
+            if alarm.level is not AlertLevel.ALARM:
                 break
         lasted.append(step)
     assert 40 < statistics.median(lasted) < 80

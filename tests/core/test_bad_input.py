@@ -310,9 +310,9 @@ def test_a_damaged_checkpoint_is_refused_whole_and_training_goes_on(
         (("clock", "spent"), {"gfs": "x"}),
         (("control", "_target"), -1.0),
         (("control", "last"), 0.0),
-        (("alarm", 0, "losses"), ["x"]),
-        (("alarm", 0, "rates"), [3, [0.0]]),
-        (("alarm", 0, "state"), 7),
+        (("alarm", 0, "context", "losses"), ["x"]),
+        (("alarm", 0, "detectors", "rate", "rates"), [0.0]),
+        (("alarm", 0, "level"), 7),
     ],
 )
 def test_what_is_damaged_is_said(path: tuple[Any, ...], value: Any) -> None:

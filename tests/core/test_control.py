@@ -15,6 +15,7 @@ from torch import nn
 import gfs_core as gfs
 from gfs_core.actions.rate import Control, ControlProfile, at_scale
 from gfs_core.optimizers.learning_rate import LearningRateHook
+from tests.core.observed import observe_ratio
 
 RATE = 0.1
 
@@ -533,7 +534,7 @@ def test_a_rate_far_too_high_is_held(kind: str, control: str) -> None:
 def test_a_rate_that_the_control_lets_rise_is_no_alarm() -> None:
     fit = Fit("sgd", 10.0)  # held far below that
     assert fit.monitor.alarm is not None
-    fit.monitor.alarm.saw_ratio(0, 0.5, solved=True)  # far from the edge the rule for the rate says nothing
+    observe_ratio(fit.monitor.alarm, 0, 0.5, solved=True)  # far from the edge the rule for the rate says nothing
     events: list[gfs.Alert] = []
     fit.monitor.on_alarm = events.append
     fit.run(0, 41)
@@ -648,12 +649,12 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", alarm_checkpoint=True, history=f"{tmp_path}/h.jsonl")
     fit.monitor.on_alarm = events.append
     assert fit.monitor.alarm is not None
-    fit.monitor.alarm.saw_ratio(0, 0.5, solved=True)  # the rule says nothing far from the edge
+    observe_ratio(fit.monitor.alarm, 0, 0.5, solved=True)  # the rule says nothing far from the edge
     fit.run(0, 100)
     assert not fit.monitor.should_stop
     with pytest.warns(gfs.GFSWarning, match="alarm at step 100: the loss is .* times as far above its median"):
         fit.run(100, 101)
-    assert [e.state for e in events][-1] is gfs.AlertLevel.ALARM
+    assert [e.level for e in events][-1] is gfs.AlertLevel.ALARM
     assert fit.monitor.should_stop
     assert fit.monitor.wants_checkpoint
     last = gfs.read_history(tmp_path / "h.jsonl")[-1]
@@ -677,7 +678,7 @@ def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
         monitor.watch(step)
         scales.append(monitor.control.step(0.05))
     assert monitor.alarm is not None
-    assert monitor.alarm.state is gfs.AlertLevel.ALARM
+    assert monitor.alarm.level is gfs.AlertLevel.ALARM
     assert scales[:200] == [1.0] * 100 + [0.5] * 100
     assert scales[200:] == sorted(scales[200:])
     assert scales[-1] == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from gfs_core.actions.rate import Control
 from gfs_core.config import Policy
+from tests.core.observed import observe_loss, observe_mean_square, observe_rate, observe_ratio
 
 FEW = settings(max_examples=15, stateful_step_count=15, deadline=None, derandomize=True)
 MANY = settings(FEW, max_examples=60, stateful_step_count=25)
@@ -34,45 +36,45 @@ class Alarms(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.step = 0
-        self.whole, self.resumed = gfs.Alarm(), gfs.Alarm()
+        self.whole, self.resumed = gfs.EarlyWarning(), gfs.EarlyWarning()
 
-    def both(self, what: str, *args: Any) -> None:
+    def both(self, observe: Callable[..., gfs.Alert | None], *args: Any) -> None:
         self.step += 1
-        assert getattr(self.whole, what)(self.step, *args) == getattr(self.resumed, what)(self.step, *args)
-        assert (self.whole.state, self.whole.reason) == (self.resumed.state, self.resumed.reason)
+        assert observe(self.whole, self.step, *args) == observe(self.resumed, self.step, *args)
+        assert (self.whole.level, self.whole.reason) == (self.resumed.level, self.resumed.reason)
 
     @rule(count=st.integers(5, 40), ratio=st.floats(0.05, 1.2), loss=st.floats(0.1, 10), solved=st.booleans())
     def train(self, count: int, ratio: float, loss: float, solved: bool) -> None:
         for i in range(count):
-            self.both("saw_rate", 0.1)
-            self.both("saw_loss", loss * (1 + 0.01 * (i % 7)))
-            self.both("saw_ratio", ratio * (1 + 0.01 * (i % 5)), solved)
-            self.both("saw_mean_square", ratio)
+            self.both(observe_rate, 0.1)
+            self.both(observe_loss, loss * (1 + 0.01 * (i % 7)))
+            self.both(observe_ratio, ratio * (1 + 0.01 * (i % 5)), solved)
+            self.both(observe_mean_square, ratio)
 
     @rule(loss=NUMBERS)
     def lose(self, loss: float) -> None:
-        self.both("saw_loss", loss)
+        self.both(observe_loss, loss)
 
     @rule(ratio=NUMBERS, solved=st.booleans())
     def measure(self, ratio: float, solved: bool) -> None:
-        self.both("saw_ratio", ratio, solved)
-        self.both("saw_mean_square", ratio)
+        self.both(observe_ratio, ratio, solved)
+        self.both(observe_mean_square, ratio)
 
     @rule(rate=RATES, again=st.booleans())
     def change_the_rate(self, rate: float, again: bool) -> None:
-        self.both("saw_rate", rate)
+        self.both(observe_rate, rate)
         self.step -= again
-        self.both("saw_rate", rate)
+        self.both(observe_rate, rate)
 
     @rule(level=st.floats(0.1, 0.9), pace=st.floats(1.0, 1.3))
     def grow(self, level: float, pace: float) -> None:
         for i in range(8):
-            self.both("saw_ratio", level * pace**i, False)
+            self.both(observe_ratio, level * pace**i, False)
 
     @rule()
     def save_and_load(self) -> None:
         state = saved_and_loaded(self.resumed.state_dict())
-        self.resumed = gfs.Alarm()
+        self.resumed = gfs.EarlyWarning()
         self.resumed.load_state_dict(state)
         assert self.resumed.state_dict() == self.whole.state_dict()
 

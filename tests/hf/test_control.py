@@ -133,7 +133,7 @@ def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
     with pytest.warns(gfs.GFSWarning, match="alarm at step 30: the loss is"):
         trainer = train(spiking, callback.set_trainer)
     assert trainer.state.global_step == 31
-    assert (events[-1].step, events[-1].state) == (30, gfs.AlertLevel.ALARM)
+    assert (events[-1].step, events[-1].level) == (30, gfs.AlertLevel.ALARM)
     assert (tmp_path / "checkpoint-31" / "gfs_state.pt").is_file()
     row = [r for r in trainer.state.log_history if "gfs/alarm" in r][-1]
     assert (row["step"], row["gfs/alarm"]) == (30, 2.0)

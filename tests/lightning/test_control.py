@@ -125,7 +125,7 @@ def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
     with pytest.warns(gfs.GFSWarning, match="alarm at step 40: the loss is"):
         trainer = fit(tmp_path, model, callback, max_epochs=20)
     assert trainer.global_step == 41
-    assert (events[-1].step, events[-1].state) == (40, gfs.AlertLevel.ALARM)
+    assert (events[-1].step, events[-1].level) == (40, gfs.AlertLevel.ALARM)
     [saved] = tmp_path.glob("**/gfs-alarm-step=40.ckpt")
     held = torch.load(saved, weights_only=False)
     assert held["global_step"] == 41

@@ -1,0 +1,127 @@
+"""Every threshold and window of the early warning, with the table that it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from gfs_core.detectors.base import AlertLevel
+
+# What no table shows has the tests that hold it instead.
+_RULES = "benchmarks/alarm.md"
+_LIMITS = "benchmarks/alarm_limits.md"
+_ENDS = "tests/core/test_alarm_ends.py"
+
+
+def level_of(value: float, thresholds: tuple[float, float]) -> AlertLevel:
+    """What a value says, by the thresholds from which on it is watched, and is an alarm."""
+    watch, alarm = thresholds
+    return AlertLevel((value >= watch) + (value >= alarm))
+
+
+def _threshold(default: Any, text: str, source: str) -> Any:
+    """A threshold, or one to watch from and one for an alarm: a strictness multiplies it."""
+    return field(default=default, metadata={"help": text, "source": source, "scales": True})
+
+
+def _setting(default: Any, text: str, source: str) -> Any:
+    return field(default=default, metadata={"help": text, "source": source, "scales": False})
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The numbers of all rules. Each field says in its metadata what it is and which page it was chosen by.
+
+    They were chosen together, by the false alarms and delays that ``benchmarks/alarm.md`` counts; that page says on
+    which seeds, and which of its own seeds have had a say.
+
+    Example:
+        >>> Profile().scaled(2.0).rise
+        (1.5, 2.5)
+    """
+
+    # A stability ratio against the run's own level.
+    ratio_window: int = _setting(
+        15, "latest ratios that make up the usual one: fewer are too noisy, more lag behind a healthy drift", _RULES
+    )
+    rise: tuple[float, float] = _threshold(
+        (0.75, 1.25), "above the usual ratio, relative to it: 0.8 % and 0.3 % of healthy ratios are", _RULES
+    )
+    negligible_ratio: float = _setting(
+        0.05, "a ratio below this is so far from the edge that no rise of it matters", _RULES
+    )
+    long_rise: float = _setting(
+        2.0, "times the usual ratio of before: a ratio that has long been rising is only watched …", _RULES
+    )
+    jump: float = _threshold(2.5, "… unless it is this far above its usual value, relative to it", _RULES)
+    running_agree: int = _setting(1, "latest running ratios that have to agree: each is an average", _RULES)
+    solved_agree: int = _setting(2, "latest solved ratios that have to agree: each is that of one batch", _RULES)
+    ratio_patience: int = _setting(5, "quiet ratios that take the level down by one", _ENDS)
+
+    # Growth towards the edge.
+    fit_window: int = _setting(6, "ratios in the fit: with more it still holds the level before", _RULES)
+    fit_correlation: float = _setting(
+        0.97, "correlation of log ratio with the step, from which on the growth counts as steady", _RULES
+    )
+    fit_growth: float = _setting(1.35, "least growth within the fit: progressive sharpening is slower", _RULES)
+    fit_horizon: int = _setting(500, "steps: an edge that is crossed later than that is not mentioned", _RULES)
+    closeness: tuple[float, float] = _threshold(
+        (1 / 150, 1 / 100),
+        "1 / steps until the edge is crossed: time to act, near enough to be believed",
+        _RULES,
+    )
+    grown: tuple[float, float] = _threshold(
+        (0.6, 0.95), "above the usual ratio besides, relative to it: an average of noise has trends", _RULES
+    )
+
+    # The edge for noisy steps.
+    edge: tuple[float, float] = _threshold(
+        (1.0, 1.5), "mean-square ratio: healthy runs stay below 1, or pass it for a moment", _LIMITS
+    )
+    edge_window: int = _setting(5, "latest mean-square ratios, of which the geometric mean is judged …", _LIMITS)
+    edge_first: int = _setting(10, "… after so many: second moments of adaptive optimizers settle before", _LIMITS)
+    edge_patience: int = _setting(5, "quiet mean-square ratios that take the level down by one", _ENDS)
+
+    # The learning rate against its own level.
+    rate_window: int = _setting(50, "latest learning rates that make up the usual one", _RULES)
+    rate_first: int = _setting(20, "learning rates before the rule for them begins", _RULES)
+    rate_rise: tuple[float, float] = _threshold(
+        (1.2, 1.5), "above the median rate, relative to it: a linear warm-up reaches 1", _RULES
+    )
+    rate_patience: int = _setting(20, "quiet learning rates that take the level down by one", _ENDS)
+
+    # The loss.
+    loss_window: int = _setting(
+        50, "latest losses that make up the usual one: enough for their spread, few enough to fall with it", _RULES
+    )
+    loss_first: int = _setting(20, "losses before the rules for them begin", _RULES)
+    loss_memory: float = _setting(0.9, "weight of the past in the mean loss, per step", _RULES)
+    spike: tuple[float, float] = _threshold(
+        (4.0, 6.0), "one loss above the median, in spreads: healthy losses have heavy tails", _RULES
+    )
+    mean_rise: tuple[float, float] = _threshold((0.5, 0.75), "the mean loss above the median, in spreads", _RULES)
+    least_spread: float = _setting(
+        1e-3, "least spread, relative to the median: losses that hardly vary are not judged by last digits", _RULES
+    )
+    loss_patience: int = _setting(20, "quiet losses that take the level down by one", _ENDS)
+
+    # What the losses say to the rules for ratios and rates.
+    fast_fall: float = _setting(
+        0.15, "of the median, by which the mean loss is below it: the loss falls fast, and no ratio is judged", _RULES
+    )
+    losses_back: int = _setting(
+        100, "losses in a row with their mean back, from which on a ratio or a rate may stay high", _ENDS
+    )
+
+    def scaled(self, strictness: float) -> Profile:
+        """The same rules with every threshold multiplied; above 1 they speak less.
+
+        Windows, patience and what excludes a rule stay. So rules are compared at equal rates of false alarms.
+        """
+        changed: dict[str, Any] = {}
+        for spec in fields(self):
+            if spec.metadata["scales"]:
+                held = getattr(self, spec.name)
+                pair = isinstance(held, tuple)
+                changed[spec.name] = tuple(strictness * v for v in held) if pair else strictness * held
+        return replace(self, **changed)

@@ -1,0 +1,53 @@
+"""The early warning says of recorded trainings what it said before; `benchmarks/golden_alarms.py` records them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gfs_core as gfs
+
+FILE = Path(__file__).parents[1] / "golden" / "alarms.json"
+RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
+RULES = {"rise", "growth", "edge", "rate", "spike", "loss", "not finite", "calm"}
+
+Call = Sequence[Any]  # kind, step, value, and of a loss how many examples it is of, if known
+Told = list[Any]  # step, state, rule, reason
+
+
+def replayed(calls: Sequence[Call]) -> list[Told]:
+    """What the early warning tells of a stream of observations."""
+    alarm = gfs.Alarm()
+    told: list[Told] = []
+    for kind, step, value, *examples in calls:
+        if kind == "rate":
+            event = alarm.saw_rate(step, value)
+        elif kind == "loss":
+            event = alarm.saw_loss(step, value, *examples)
+        elif kind == "mean square":
+            event = alarm.saw_mean_square(step, value)
+        elif kind == "forget":
+            event = alarm.forget_ratios(step)
+        else:
+            event = alarm.saw_ratio(step, value, solved=kind == "solved")
+        if event is not None:
+            assert (event.state, event.reason) == (alarm.state, alarm.reason)
+            told.append([event.step, int(event.state), event.rule, event.reason])
+    return told
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_stream_gives_the_recorded_events(name: str) -> None:
+    assert replayed(RECORDED[name]["calls"]) == RECORDED[name]["events"]
+
+
+def test_every_rule_speaks_in_what_was_recorded_and_some_streams_are_quiet() -> None:
+    assert {event[2] for stream in RECORDED.values() for event in stream["events"]} == RULES
+    assert {call[0] for stream in RECORDED.values() for call in stream["calls"]} == {
+        "rate", "loss", "running", "solved", "mean square", "forget",
+    }  # fmt: skip
+    assert sum(not stream["events"] for stream in RECORDED.values()) >= 3

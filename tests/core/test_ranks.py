@@ -167,7 +167,7 @@ def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(
         assert [m["step"] for m in rank["found"]] == [0, 2, 4, 8, 10]
         assert not rank["lost"]
     assert [ranks[0]["sizes"][step] for step in (4, 10)] == [16, then]
-    assert [m.step for m in gfs.history.read(history)] == [0, 2, 4, 8, 10]  # one rank writes
+    assert [m.step for m in gfs.read_history(history)] == [0, 2, 4, 8, 10]  # one rank writes
 
 
 def test_a_short_batch_of_one_rank_is_measured_on_none(tmp_path: Path) -> None:

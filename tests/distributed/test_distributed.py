@@ -16,7 +16,7 @@ from tests.distributed.launch import launch
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    return [{name: getattr(m, name) for name in ("step", *NUMBERS)} for m in gfs.history.read(path)]
+    return [{name: getattr(m, name) for name in ("step", *NUMBERS)} for m in gfs.read_history(path)]
 
 
 class Runs(NamedTuple):

@@ -10,33 +10,34 @@ from typing import Any
 import pytest
 
 import gfs_core as gfs
+from tests.core.observed import observe_loss, observe_mean_square, observe_rate, observe_ratio
 
 FILE = Path(__file__).parents[1] / "golden" / "alarms.json"
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
 RULES = {"rise", "growth", "edge", "rate", "spike", "loss", "not finite", "calm"}
 
 Call = Sequence[Any]  # kind, step, value, and of a loss how many examples it is of, if known
-Told = list[Any]  # step, state, rule, reason
+Told = list[Any]  # step, level, rule, reason
 
 
 def replayed(calls: Sequence[Call]) -> list[Told]:
     """What the early warning tells of a stream of observations."""
-    alarm = gfs.Alarm()
+    warning = gfs.EarlyWarning()
     told: list[Told] = []
     for kind, step, value, *examples in calls:
         if kind == "rate":
-            event = alarm.saw_rate(step, value)
+            alert = observe_rate(warning, step, value)
         elif kind == "loss":
-            event = alarm.saw_loss(step, value, *examples)
+            alert = observe_loss(warning, step, value, *examples)
         elif kind == "mean square":
-            event = alarm.saw_mean_square(step, value)
+            alert = observe_mean_square(warning, step, value)
         elif kind == "forget":
-            event = alarm.forget_ratios(step)
+            alert = warning.forget(step)
         else:
-            event = alarm.saw_ratio(step, value, solved=kind == "solved")
-        if event is not None:
-            assert (event.state, event.reason) == (alarm.state, alarm.reason)
-            told.append([event.step, int(event.state), event.rule, event.reason])
+            alert = observe_ratio(warning, step, value, solved=kind == "solved")
+        if alert is not None:
+            assert (alert.level, alert.reason) == (warning.level, warning.reason)
+            told.append([alert.step, int(alert.level), alert.rule, alert.reason])
     return told
 
 

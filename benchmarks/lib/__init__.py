@@ -1,0 +1,1 @@
+"""What the benchmarks share: data, networks, trainings, results, tables, plots and meters."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import digits
-from benchmarks.destroyed import Batch, Fault, Task, classes, dense, jump, ramp, task_of
+from benchmarks.destroyed import classes, dense
 from benchmarks.exam import Way, by_lightning, by_trainer
+from benchmarks.lib.harmed import Batch, Fault, Task, jump, ramp, task_of
 from benchmarks.tiers import Characters, text
 
 

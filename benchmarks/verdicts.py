@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import exam, unseen
-from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD, Ended, Fault, train
+from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD
+from benchmarks.lib.harmed import Ended, Fault, train
 from gfs_report.runs import read_run
 from gfs_report.verdict import judge
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 from benchmarks.data import digits
-from benchmarks.destroyed import DESIGN, EXAM, ODD, Fault, jump, ramp, train
+from benchmarks.destroyed import DESIGN, EXAM, ODD
+from benchmarks.lib.harmed import Fault, jump, ramp, train
 from benchmarks.tiers import text
 from gfs_report.cli import app
 from gfs_report.comparison.compare import compare

@@ -7,22 +7,22 @@ accelerator.md. Needs transformers. Run (about two minutes): python -m benchmark
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import gfs_core as gfs
-from benchmarks.growth import measurement
+from benchmarks.growth.model import measurement
+from benchmarks.lib.meters import timed
+from benchmarks.lib.store import FOLDER, Row, Store
+from benchmarks.lib.tables import table
+from benchmarks.lib.trainings import gradient as take
 
-HERE = Path(__file__).parent
 GB = 1e9
 TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("running", {"tier": "running"}),
@@ -35,6 +35,8 @@ TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def gpt2() -> tuple[Any, int, int]:
     """Model, sequences in a step, tokens in a sequence."""
+    import transformers
+
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(attn_implementation="sdpa", use_cache=False, **dropout)
     return transformers.GPT2LMHeadModel(config), 16, 1024
@@ -42,6 +44,8 @@ def gpt2() -> tuple[Any, int, int]:
 
 def llama() -> tuple[Any, int, int]:
     """The shape of TinyLlama, with as many tokens in its vocabulary."""
+    import transformers
+
     shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
     config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
@@ -59,15 +63,7 @@ def batches(examples: int, length: int) -> Iterator[Tensor]:
         yield from rows.cuda()
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    torch.cuda.synchronize()
-    begin = perf_counter()
-    out = work()
-    torch.cuda.synchronize()
-    return perf_counter() - begin, out
-
-
-def run(name: str, keep: Callable[[dict[str, Any]], None], steps: int = 12) -> None:
+def run(name: str, keep: Callable[[Row], None], steps: int = 12) -> None:
     """One model: a gradient of its batch, then each tier by turns with steps; the first measurement of each is cold."""
     torch.manual_seed(0)
     model, examples, length = MODELS[name]()
@@ -81,8 +77,7 @@ def run(name: str, keep: Callable[[dict[str, Any]], None], steps: int = 12) -> N
         return out
 
     def gradient(batch: Tensor) -> None:
-        optimizer.zero_grad()
-        loss(batch).backward()  # type: ignore[no-untyped-call]
+        take(optimizer, loss(batch))
 
     def step() -> None:
         gradient(next(text))
@@ -93,7 +88,7 @@ def run(name: str, keep: Callable[[dict[str, Any]], None], steps: int = 12) -> N
     seconds = median(timed(lambda: gradient(next(text)))[0] for _ in range(steps))
     torch.cuda.reset_peak_memory_stats()
     step()
-    row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    row: Row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
     row |= {"examples": examples, "length": length, "gradient": seconds, "held": torch.cuda.memory_allocated() / GB}
     row |= {"peak": torch.cuda.max_memory_allocated() / GB, "tiers": []}
     for label, options in TIERS:
@@ -126,54 +121,51 @@ def run(name: str, keep: Callable[[dict[str, Any]], None], steps: int = 12) -> N
         del monitor, found, last
 
 
-def table(results: dict[str, Any]) -> str:
-    """As Markdown."""
-    lines = [
-        "# What measuring costs on a GPU",
-        "",
-        f"{results['device']}, torch {results['torch']}; float32 weights under bfloat16 autocast, scaled dot-product",
-        "attention, fused AdamW, random start, bytes of English text. Warm: median of three measurements after the",
-        "first. *Model*: (⅓ + gradients + 2 · products) gradients of the probe, the model of docs/cost.md, from the",
-        "counts of the last measurement and the seconds of a gradient measured beside it. The peak is the whole",
-        "process's, in GB.",
-        "",
-    ]
+HEAD = """# What measuring costs on a GPU
+
+{device}, torch {torch}; float32 weights under bfloat16 autocast, scaled dot-product
+attention, fused AdamW, random start, bytes of English text. Warm: median of three measurements after the
+first. *Model*: (⅓ + gradients + 2 · products) gradients of the probe, the model of docs/cost.md, from the
+counts of the last measurement and the seconds of a gradient measured beside it. The peak is the whole
+process's, in GB.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    lines = [HEAD.format(**results["environment"])]
+    if "remark" in results:
+        lines += [results["remark"], ""]
+    head = ["measurement", "cold, ms", "warm, ms", "over that gradient", "gradients", "products", "warm / model"]
     for row in results["rows"]:
-        lines += [
-            f"## {row['model']}, {row['parameters'] / 1e6:.0f} million weights",
-            "",
-            f"A gradient of {row['examples']} × {row['length']} tokens, as in a step of training: "
-            f"{1e3 * row['gradient']:.0f} ms.",
-            "",
-            "| measurement | cold, ms | warm, ms | over that | gradients | products | warm / model | peak, GB |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for t in row["tiers"]:
-            counts = [t.get("gradients", "–"), t.get("products", "–")]
+            times = [f"{1e3 * t['cold']:.0f}", f"{1e3 * t['warm']:.0f}", f"{t['warm'] / row['gradient']:.1f}"]
             model = f"{t['warm'] / t['model']:.2f}" if "model" in t and t["tier"] != "running" else "–"
-            cells = [
-                t["tier"],
-                f"{1e3 * t['cold']:.0f}",
-                f"{1e3 * t['warm']:.0f}",
-                f"{t['warm'] / row['gradient']:.1f}",
-            ]
-            lines.append(f"| {' | '.join(map(str, [*cells, *counts, model, format(t['peak'], '.1f')]))} |")
-        lines.append("")
+            counts = [t.get("gradients", "–"), t.get("products", "–")]
+            rows.append([t["tier"], *times, *counts, model, f"{t['peak']:.1f}"])
+        lines += [
+            f"## {row['model']}, {row['parameters'] / 1e6:.0f} million weights", "",
+            f"A gradient of {row['examples']} × {row['length']} tokens, as in a step of training: "
+            f"{1e3 * row['gradient']:.0f} ms.", "",
+            *table([*head, "peak, GB"], rows), "",
+        ]  # fmt: skip
+        if "remark" in row:
+            lines += [row["remark"], ""]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
-    done: dict[str, Any] = {}
+    store = Store("accelerator", given.out, fresh=True, device=torch.cuda.get_device_name())
+    done: dict[str, Row] = {}
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(row: Row) -> None:
         done[row["model"]] = row
-        results["rows"] = list(done.values())
-        (given.out / "accelerator.json").write_text(json.dumps(results, indent=1) + "\n")
-        (given.out / "accelerator.md").write_text(table(results))
+        store.put("rows", list(done.values()))
+        store.write_page(render(store.results))
 
     for name in MODELS:
         run(name, keep)

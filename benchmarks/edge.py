@@ -6,15 +6,13 @@ Run (about half an hour on one core): OMP_NUM_THREADS=1 python -m benchmarks.edg
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import platform
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -22,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from benchmarks.data import digits, fashion_mnist
+from benchmarks.lib import trainings
+from benchmarks.lib.data import Batch, digits, fashion_mnist
+from benchmarks.lib.models import dense, digits_cnn, seeded
+from benchmarks.lib.store import Store, rounded
+from benchmarks.lib.tables import table
+from benchmarks.lib.trainings import entropy, squared
 
 EXAMPLES, STEPS, EVERY = 1000, 3000, 30
 BATCHES = (16, 64, 256)
@@ -31,7 +34,6 @@ START = {"SGD": 0.5, "momentum": 0.25}  # the rate is set so that the stability 
 ADAPTIVE_RATE = 1e-3  # … and for Adam, which has no ratio before its first step, to its usual value
 WARMUP = {"momentum": 300}  # steps in which the rate grows linearly
 BAND = (0.9, 1.1)
-HERE = Path(__file__).parent
 
 
 @dataclass
@@ -73,23 +75,16 @@ def load(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def build(run: Run) -> nn.Module:
-    torch.manual_seed(0)
     small = run.data == "digits"
     if run.model == "MLP":
-        layers = [nn.Flatten(), nn.Linear(64 if small else 784, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh()]
-        return nn.Sequential(*layers, nn.Linear(50, 10))
-    first = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3)] if small else [nn.Conv2d(1, 8, 5, stride=2)]
-    second = nn.Conv2d(8, 16, 3) if small else nn.Conv2d(8, 16, 5, stride=2)
-    return nn.Sequential(*first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
+        return seeded(lambda: nn.Sequential(nn.Flatten(), dense(64 if small else 784, 50, 50, 10)))
+    return seeded(lambda: digits_cnn(act=nn.Tanh) if small else strided_cnn())
 
 
-def squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    loss: Tensor = 0.5 * (model(batch[0]) - batch[1]).square().sum(1).mean()
-    return loss
-
-
-def entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+def strided_cnn() -> nn.Module:
+    """Two convolutions with stride 2, for Fashion-MNIST."""
+    first, second = nn.Conv2d(1, 8, 5, stride=2), nn.Conv2d(8, 16, 5, stride=2)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
 
 
 def optimizer_of(run: Run, model: nn.Module, sharpness: float) -> torch.optim.Optimizer:
@@ -129,10 +124,8 @@ def train(run: Run) -> Run:
                 run.cold.append((step, again.stability_ratio or math.nan))
             if step >= 2 / 3 * STEPS and step % (2 * EVERY) == 0:
                 run.batch_ratios.append((step, *batch_sharpness(run, model, loss_fn, full, optimizer, draws)))
-        optimizer.zero_grad()
         loss = loss_fn(model, draw(full, run.batch, order))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        trainings.step(optimizer, loss)
         if not loss.isfinite() or loss > 1e3:
             run.diverged = step
             break
@@ -142,12 +135,8 @@ def train(run: Run) -> Run:
     return run
 
 
-def draw(full: tuple[Tensor, Tensor], size: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of different examples; every batch is drawn anew from all the data."""
-    if size is None:
-        return full
-    chosen = torch.randperm(EXAMPLES, generator=generator)[:size]
-    return full[0][chosen], full[1][chosen]
+def draw(full: Batch, size: int | None, generator: torch.Generator) -> Batch:
+    return full if size is None else trainings.draw(full, size, generator)
 
 
 def batch_sharpness(
@@ -200,30 +189,14 @@ def runs() -> Iterator[Run]:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", gfs.GFSWarning)  # Adam's missing second moments at step 0
-    done: list[Run] = []
+    store, done = Store("edge", fresh=True), []
     for run in runs():
         done.append(train(run))
         latest = f"{run.level:.3f}" if run.diverged is None else f"diverged at step {run.diverged}"
-        print(
-            f"{run.data} {run.model} {run.optimizer} {run.loss} {run.batch} η={run.rate} {run.seconds:.0f} s",
-            latest,
-            flush=True,
-        )
-        environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1}
-        results = {"environment": environment, "runs": [asdict(r) for r in done]}
-        (HERE / "edge.json").write_text(json.dumps(_rounded(results)) + "\n")
-    (HERE / "edge.md").write_text(table(json.loads((HERE / "edge.json").read_text())))
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits are enough, and NaN is no JSON."""
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
+        named = f"{run.data} {run.model} {run.optimizer} {run.loss} {run.batch} η={run.rate}"
+        print(named, f"{run.seconds:.0f} s", latest, flush=True)
+        store.put("runs", rounded([asdict(r) for r in done], 5))
+    store.write_page(render(store.results))
 
 
 ABOUT = f"""# The edge of stability
@@ -273,60 +246,54 @@ with 256; with 16 and 64 it stayed well below 1 on both problems. That it settle
 for small batches, at these rates and this length; whether larger rates or more steps bring it there was not tried."""
 
 
-def table(results: dict[str, Any]) -> str:
+def render(results: dict[str, Any]) -> str:
+    """The page."""
     done = [Run(**{name: v for name, v in row.items() if v is not None}) for row in results["runs"]]  # null: default
     full = [r for r in done if r.loss == "squared" and r.batch is None]
     inside = sum(BAND[0] <= r.level <= BAND[1] for r in full)
     always = sum(_share(r) == 1 for r in full)
     environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
     lines = [
-        *ABOUT.splitlines(),
-        "",
-        f"{inside} of {len(full)} medians lie within 0.9–1.1, and in {always} runs every value of the last third.",
-        "",
-        *_full_batch(full),
-        "",
-        *ABOUT_ENTROPY.splitlines(),
-        "",
-        *_full_batch([r for r in done if r.loss != "squared"]),
-        "",
-        *ABOUT_BATCHES.splitlines(),
-        "",
-        "| data | model | optimizer | η | batch | middle third | last third: median (range) "
-        "| batch sharpness: mean of quotients | quotient of means | final loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for data, model in STOCHASTIC:
-        for optimizer in STOCHASTIC_OPTIMIZERS:
-            some = [r for r in done if (r.data, r.model, r.optimizer, r.loss) == (data, model, optimizer, "squared")]
-            for r in sorted(some, key=lambda r: r.batch or EXAMPLES):
-                middle = "–" if r.diverged is not None else f"{median(r.part(1 / 3, 2 / 3)):.3f}"
-                quotients, means = (
-                    f"{median(b[i] for b in r.batch_ratios):.3f}" if r.batch_ratios else "–" for i in (1, 2)
-                )
-                lines.append(
-                    f"| {data} | {model} | {optimizer} | {r.rate:g} | {r.batch or f'all {EXAMPLES}'} | {middle} "
-                    f"| {_last_third(r)} | {quotients} | {means} | {r.final_loss:.1e} |"
-                )
-    lines += ["", f"Environment: {environment}; {sum(r.seconds for r in done) / 60:.0f} minutes in all."]
+        ABOUT, "",
+        f"{inside} of {len(full)} medians lie within 0.9–1.1, and in {always} runs every value of the last third.", "",
+        *_full_batch(full), "",
+        ABOUT_ENTROPY, "",
+        *_full_batch([r for r in done if r.loss != "squared"]), "",
+        ABOUT_BATCHES, "",
+        *_mini_batches([r for r in done if r.loss == "squared"]), "",
+        f"Environment: {environment}; {sum(r.seconds for r in done) / 60:.0f} minutes in all.",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
+def _mini_batches(done: list[Run]) -> list[str]:
+    rows = []
+    for (data, model), optimizer in itertools.product(STOCHASTIC, STOCHASTIC_OPTIMIZERS):
+        some = [r for r in done if (r.data, r.model, r.optimizer) == (data, model, optimizer)]
+        for r in sorted(some, key=lambda r: r.batch or EXAMPLES):
+            middle = "–" if r.diverged is not None else f"{median(r.part(1 / 3, 2 / 3)):.3f}"
+            found = [f"{median(b[i] for b in r.batch_ratios):.3f}" if r.batch_ratios else "–" for i in (1, 2)]
+            batch = r.batch or f"all {EXAMPLES}"
+            rows.append([data, model, optimizer, f"{r.rate:g}", batch, middle, _last_third(r), *found, _loss(r)])
+    head = ["data", "model", "optimizer", "η", "batch", "middle third", "last third: median (range)"]
+    return table([*head, "batch sharpness: mean of quotients", "quotient of means", "final loss"], rows)
+
+
+def _loss(run: Run) -> str:
+    return f"{run.final_loss:.1e}"
+
+
 def _full_batch(some: list[Run]) -> list[str]:
-    lines = [
-        "| data | model | optimizer | η | at the start | first ≥ 0.9 at step | largest "
-        "| last third: median (range) | within 0.9–1.1 | cold: median (largest difference) | final loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for r in some:
         crossing = "never" if r.crossing is None else r.crossing
         share = "–" if r.diverged is not None else f"{_share(r):.0%}"
-        lines.append(
-            f"| {r.data} | {r.model} | {r.optimizer} | {r.rate:g} | {r.start:.2f} | {crossing} "
-            f"| {max(ratio for _, ratio in r.ratios):.2f} | {_last_third(r)} | {share} | {_cold(r)} "
-            f"| {r.final_loss:.1e} |"
-        )
-    return lines
+        largest = f"{max(ratio for _, ratio in r.ratios):.2f}"
+        cells = [r.data, r.model, r.optimizer, f"{r.rate:g}", f"{r.start:.2f}", crossing, largest]
+        rows.append([*cells, _last_third(r), share, _cold(r), _loss(r)])
+    head = ["data", "model", "optimizer", "η", "at the start", "first ≥ 0.9 at step", "largest"]
+    columns = ["last third: median (range)", "within 0.9–1.1", "cold: median (largest difference)", "final loss"]
+    return table([*head, *columns], rows)
 
 
 def _share(run: Run) -> float:

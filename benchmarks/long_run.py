@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -27,9 +28,12 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from benchmarks.data import digits
+from benchmarks.lib.data import Batch, digits
+from benchmarks.lib.models import seeded
+from benchmarks.lib.store import FOLDER, Store
+from benchmarks.lib.tables import table
+from benchmarks.lib.trainings import gradient
 
-HERE = Path(__file__).parent
 SAMPLES = 40
 OPTIONS: dict[str, Any] = {
     "tier": "gfs", "every": 20, "directional_every": 40, "batch_sharpness_every": 60, "running_every": 5,
@@ -40,8 +44,8 @@ Sample = dict[str, float]
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 10))
+    layers = (nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.1))
+    return seeded(lambda: nn.Sequential(nn.Linear(64, 32), *layers, nn.Linear(32, 10)))
 
 
 def hooks(model: nn.Module, optimizer: Any) -> int:
@@ -70,7 +74,7 @@ def sample(step: int, model: nn.Module, optimizer: Any, state: Callable[[], Any]
     }  # fmt: skip
 
 
-def batches() -> tuple[Tensor, Tensor]:
+def batches() -> Batch:
     return digits(1792)
 
 
@@ -86,8 +90,7 @@ def plain(steps: int, measure: bool, folder: Path) -> list[Sample]:
         rows = torch.randint(len(x), (32,), generator=order)
         batch = x[rows], y[rows]
         loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        gradient(optimizer, loss)
         if monitor is not None:
             monitor.step(lambda b: nn.functional.cross_entropy(model(b[0]), b[1]), batch, step, loss=loss)
         optimizer.step()
@@ -188,26 +191,23 @@ def growth(samples: list[Sample], name: str) -> tuple[float, float]:
     return float(slope), float(error)
 
 
-def table(results: dict[str, Any]) -> str:
-    """As Markdown."""
-    lines = [
-        "# 50,000 steps",
-        "",
-        "    OMP_NUM_THREADS=1 python -m benchmarks.long_run",
-        "",
-        "Digits, a network with BatchNorm and dropout, SGD with momentum. Measuring: GFS, directional and batch",
-        "sharpness, running estimate, `control='cap'`, early warning, history; Lightning with its TensorBoard logger.",
-        "Each run is a process of its own. *Growth* in 1,000 steps is the slope of a straight line through the last",
-        "three quarters of 40 samples, with its standard error. RSS in MiB (the allocator's, so it steps); *state* is",
-        "the monitor's in a checkpoint, in bytes; *objects* are those that Python's garbage collector knows.",
-        "The Hugging Face Trainer keeps whatever is logged in `state.log_history`: its memory grows by 1.4 KiB for",
-        "each measurement.",
-        "",
-        f"Steps: {results['steps']}. torch {results['torch']}.",
-        "",
-        "| training | measuring | measurements | seconds | what | first | middle | last | growth in 1,000 steps |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+HEAD = """# 50,000 steps
+
+    OMP_NUM_THREADS=1 python -m benchmarks.long_run
+
+Digits, a network with BatchNorm and dropout, SGD with momentum. Measuring: GFS, directional and batch
+sharpness, running estimate, `control='cap'`, early warning, history; Lightning with its TensorBoard logger.
+Each run is a process of its own. *Growth* in 1,000 steps is the slope of a straight line through the last
+three quarters of 40 samples, with its standard error. RSS in MiB (the allocator's, so it steps); *state* is
+the monitor's in a checkpoint, in bytes; *objects* are those that Python's garbage collector knows.
+The Hugging Face Trainer keeps whatever is logged in `state.log_history`: its memory grows by 1.4 KiB for
+each measurement.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    rows = []
     for run in results["runs"]:
         samples = run["samples"]
         for name in WHAT:
@@ -215,17 +215,19 @@ def table(results: dict[str, Any]) -> str:
                 continue
             slope, error = growth(samples, name)
             values = [f"{samples[i][name]:.0f}" for i in (0, len(samples) // 2, -1)]
-            said = "none" if slope == error == 0 or len({s[name] for s in samples[len(samples) // 4 :]}) == 1 else ""
+            same = slope == error == 0 or len({s[name] for s in samples[len(samples) // 4 :]}) == 1
             head = [run["way"], "on" if run["measure"] else "off", run["measurements"], f"{run['seconds']:.0f}"]
-            cells = [*(head if name == WHAT[0] else [""] * 4), name, *values, said or f"{slope:.3g} ± {error:.1g}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+            told = "none" if same else f"{slope:.3g} ± {error:.1g}"
+            rows.append([*(head if name == WHAT[0] else [""] * 4), name, *values, told])
+    head = ["training", "measuring", "measurements", "seconds", "what", "first", "middle", "last"]
+    made = f"Steps: {results['steps']}. torch {results['environment']['torch']}."
+    return "\n".join([HEAD, made, "", *table([*head, "growth in 1,000 steps"], rows)]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--one", nargs=2, help="one run: the training, and 'on' or 'off'; prints its samples")
     given = parser.parse_args()
     if given.one:
@@ -240,15 +242,15 @@ def main() -> None:
             run["measurements"] = len(gfs.read_history(history)) if measure else 0
         print(json.dumps(run))
         return
-    results: dict[str, Any] = {"steps": given.steps, "torch": torch.__version__, "runs": []}
-    for way in WAYS:
-        for measure in ("on", "off"):
-            own = ["-m", "benchmarks.long_run", "--steps", str(given.steps), "--one", way, measure]
-            done = subprocess.run([sys.executable, *own], stdout=subprocess.PIPE, check=True, text=True)
-            results["runs"].append(json.loads(done.stdout.splitlines()[-1]))
-            print(way, measure, f"{results['runs'][-1]['seconds']:.0f} s", flush=True)
-            (given.out / "long_run.json").write_text(json.dumps(results) + "\n")
-            (given.out / "long_run.md").write_text(table(results))
+    store, runs = Store("long_run", given.out, fresh=True), []
+    store.put("steps", given.steps)
+    for way, measure in itertools.product(WAYS, ("on", "off")):
+        own = ["-m", "benchmarks.long_run", "--steps", str(given.steps), "--one", way, measure]
+        done = subprocess.run([sys.executable, *own], stdout=subprocess.PIPE, check=True, text=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        print(way, measure, f"{runs[-1]['seconds']:.0f} s", flush=True)
+        store.put("runs", runs)
+        store.write_page(render(store.results))
 
 
 if __name__ == "__main__":

@@ -8,46 +8,22 @@ the mean over the parts, and of which it takes pairs. Writes `memory.md`. Run: p
 from __future__ import annotations
 
 import gc
-import weakref
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gfs_core as gfs
+from benchmarks.lib.meters import LiveBytes
+from benchmarks.lib.store import FOLDER
+from benchmarks.lib.tables import row, table
 
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of live storages that were allocated while the mode was on."""
-
-    sees_measurements = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        held = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                key = storage._cdata
-                if key in held or key in self.known or storage.nbytes() == 0:
-                    continue
-                self.known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+ABOUT = (
+    "Copies of the weights at the peak of the first measurement, and of a warm one on another batch, the warm start "
+    "included; one example, float32, tol 1e-5, so that the solver fills its basis. With few products it takes less: "
+    "each product but the first adds a copy, up to six products. The running estimate has 8 examples: its check takes "
+    "6 copies, its second measurement a pair of products. With the running estimate beside a dearer tier (the default) "
+    "one more copy is kept.\n"
+)
 
 
 class Residual(nn.Module):
@@ -63,10 +39,8 @@ class Residual(nn.Module):
 
 
 def main() -> None:
-    lines = [
-        "| tier | optimizer | layers | peak of the first, in copies | peak of the second | kept afterwards |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["tier", "optimizer", "layers", "peak of the first, in copies", "peak of the second", "kept afterwards"]
+    rows = []
     for tier in ("running", "sharpness", "gfs"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             for depth in (4, 32):
@@ -95,15 +69,9 @@ def main() -> None:
                 gc.collect()
                 state = monitor.state_dict()
                 warm = sum(v is not None for v in (*state["warm"], state["running"][0]["vector"]))
-                row = f"| {tier} | {kind.__name__} | {depth} | {peaks[0]:.1f} | {peaks[1]:.1f} | {warm} |"
-                print(row, flush=True)
-                lines.append(row)
-    head = "Copies of the weights at the peak of the first measurement, and of a warm one on another batch, the warm "
-    head += "start included; one example, float32, tol 1e-5, so that the solver fills its basis. With few "
-    head += "products it takes less: each product but the first adds a copy, up to six products. "
-    head += "The running estimate has 8 examples: its check takes 6 copies, its second measurement a pair of products. "
-    head += "With the running estimate beside a dearer tier (the default) one more copy is kept.\n\n"
-    Path(__file__).with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
+                rows.append([tier, kind.__name__, depth, f"{peaks[0]:.1f}", f"{peaks[1]:.1f}", warm])
+                print(row(rows[-1]), flush=True)
+    (FOLDER / "memory.md").write_text("\n".join([ABOUT, *table(head, rows)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,37 +10,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
-import pydoc_data.topics
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import nn
 
-from benchmarks.control import (
-    EVERY,
-    WORKLOADS,
-    Batch,
-    Method,
-    Row,
-    Sentences,
-    Workload,
-    _split,
-    digits_data,
-    sentence_data,
-    train,
-)
-from benchmarks.tiers import Characters
+from benchmarks.control.training import EVERY, Method, train
+from benchmarks.control.workloads import WORKLOADS, Data, Sentences, Workload, digits_data, sentence_data
+from benchmarks.lib.data import split, text_bytes
+from benchmarks.lib.models import Characters
+from benchmarks.lib.store import Row, Store
+from benchmarks.lib.tables import table
 from gfs_core.linalg.power import RunningSharpness
 from gfs_core.signals.measure import Running
 
-HERE = Path(__file__).parent
 STEPS, HEALTHY_STEPS = 400, 300
 MULTIPLES, POLICIES, SHAPES = (10.0, 30.0), ("cap", "follow"), ("cosine", "constant")
 MISSING = 0.25  # of the progress of the untouched run at the base rate: from there on a run is lost
@@ -63,11 +50,9 @@ def _convolutions(symbols: int, classes: int) -> nn.Module:
 
 
 @functools.cache
-def byte_data() -> tuple[Batch, Batch, int, int]:
+def byte_data() -> Data:
     """Bytes of Python's manual, and those that follow."""
-    raw = "".join(pydoc_data.topics.topics.values()).encode()[: 4000 * (LENGTH + 1)]
-    ids = torch.tensor(list(raw)).reshape(4000, LENGTH + 1)
-    return *_split((ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), 400), 256, 256
+    return *split(text_bytes(4000, LENGTH), 400), 256, 256
 
 
 def _language(symbols: int, classes: int) -> nn.Module:
@@ -196,16 +181,13 @@ table; all tables are of one process, made afterwards. With BatchNorm whole batc
 count the noise as it comes, and `follow` does. The CNN of digits has two convolutions; the transformer and the CNN of
 Fashion-MNIST are those of [control](control.md).
 """
-HEALTHY_HEAD = """
-## What each says of a healthy run
+HEALTHY_HEAD = """## What each says of a healthy run
 
 A causal transformer of two blocks over the bytes of Python's manual ({length} at a time, width {width}), {steps} steps,
 warm-up and cosine, observed only, measured every {every} steps. Ratios over the whole run. *Below*: measurements whose
 ratio in the mean square is less than the plain one, which its formula forbids.
-
-| run | loss: first | last | measured | plain: median | max | mean square: median | max | bound: median | max | below |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = ["run", "loss: first", "last", "measured", "plain: median", "max", "mean square: median", "max"]
 
 
 def _lost(results: dict[str, Any], name: str) -> bool:
@@ -222,80 +204,52 @@ def _cell(results: dict[str, Any], names: list[str]) -> str:
 
 def render(results: dict[str, Any]) -> str:
     """The page."""
-    out = [HEAD.format(torch=results["torch"], steps=STEPS, every=EVERY)]
+    out = [HEAD.format(torch=results["environment"]["torch"], steps=STEPS, every=EVERY)]
+    columns = [(p, m) for p in POLICIES for m in MULTIPLES]
     for workload, _, _, _, kinds in SETTINGS:
-        columns = [(p, m) for p in POLICIES for m in MULTIPLES]
-        out.append(f"**{workload}**\n")
-        out.append("| σ² | " + " | ".join(f"{p}, ×{m:.0f}" for p, m in columns) + " | lost in all |")
-        out.append("|---" * (len(columns) + 2) + "|")
+        rows = []
         for kind in kinds:
             own = [n for n in results["control"] if n.startswith(f"{workload} | {kind} | ")]
             cells = [
                 _cell(results, [n for n in own if n.split(" | ")[2] == p and n.split(" | ")[4] == str(m)])
                 for p, m in columns
             ]
-            total = sum(_lost(results, n) for n in own)
-            out.append(f"| {kind} | " + " | ".join(cells) + f" | {total} of {len(own)} |")
-        out.append("")
-    out.append(HEALTHY_HEAD.format(length=LENGTH, width=WIDTH, steps=HEALTHY_STEPS, every=EVERY).strip("\n"))
+            rows.append([kind, *cells, f"{sum(_lost(results, n) for n in own)} of {len(own)}"])
+        out += [f"**{workload}**", "", *table(["σ²", *(f"{p}, ×{m:.0f}" for p, m in columns), "lost in all"], rows), ""]
+    rows = []
     for name in HEALTHY:
         row = results["healthy"][name]
         ratios = [f"{row[k][of]:.3g}" for k in ("plain", "mean_square", "bound") for of in ("median", "max")]
-        cells = [name, f"{row['initial']:.2f}", f"{row['final']:.2f}", str(row["measurements"]), *ratios]
-        out.append("| " + " | ".join(cells) + f" | {row['below']} |")
-    return "\n".join(out) + "\n"
+        rows.append([name, f"{row['initial']:.2f}", f"{row['final']:.2f}", row["measurements"], *ratios, row["below"]])
+    healthy = HEALTHY_HEAD.format(length=LENGTH, width=WIDTH, steps=HEALTHY_STEPS, every=EVERY)
+    return "\n".join([*out, healthy, *table([*COLUMNS, "bound: median", "max", "below"], rows)]) + "\n"
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def make(results: dict[str, Any], save: Callable[[], None]) -> None:
+def make(store: Store) -> None:
     """Every run that is not there yet."""
-
-    def add(part: str, key: tuple[Any, ...], made: Callable[[], Row]) -> None:
-        rows, name = results.setdefault(part, {}), " | ".join(map(str, key))
-        if name not in rows:
-            rows[name] = made()
-            print(part, name, rows[name], flush=True)
-            save()
-
     for name, setting in HEALTHY.items():
-        add("healthy", (name,), functools.partial(_healthy, *setting))
+        store.add("healthy", (name,), functools.partial(_healthy, *setting))
     for seed, (name, workload, seeds, shapes, kinds) in itertools.product(range(max(s[2] for s in SETTINGS)), SETTINGS):
         if seed >= seeds:
             continue
         for shape in shapes:
             untouched = functools.partial(_untouched, workload, shape, seed)
-            add("untouched", (name, shape, seed), untouched)
+            store.add("untouched", (name, shape, seed), untouched)
         for shape, multiple, policy, kind in itertools.product(shapes, MULTIPLES, POLICIES, kinds):
             run = functools.partial(_run, workload, kinds[kind], policy, shape, multiple * workload.rate, seed)
-            add("control", (name, kind, policy, shape, multiple, seed), run)
-
-
-def _load() -> dict[str, Any]:
-    path = HERE / "noise.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return {"torch": torch.__version__, **found}
-
-
-def _save(results: dict[str, Any]) -> None:
-    held = []
-    for part, rows in results.items():
-        if isinstance(rows, dict):
-            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
-            held.append(f" {json.dumps(part)}: {{\n{lines}\n }}")
-        else:
-            held.append(f" {json.dumps(part)}: {json.dumps(rows)}")
-    (HERE / "noise.json").write_text("{\n" + ",\n".join(held) + "\n}\n")
+            store.add("control", (name, kind, policy, shape, multiple, seed), run)
 
 
 def main() -> None:
     """Run what is missing, and write."""
     warnings.simplefilter("ignore")
-    results = _load()
+    store = Store("noise")
     if "render" not in sys.argv[1:]:
-        make(results, lambda: _save(results))
-    (HERE / "noise.md").write_text(render(results))
+        make(store)
+    store.write_page(render(store.results))
 
 
 if __name__ == "__main__":

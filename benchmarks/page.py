@@ -11,11 +11,12 @@ from statistics import median
 import numpy as np
 from playwright.sync_api import sync_playwright
 
+from benchmarks.lib.store import FOLDER
+from benchmarks.lib.tables import row, table
 from gfs_report.report import make_report, write_report
 from gfs_report.runs import read_run
 from tests.report.browser import CHROMIUM, FLAGS
 
-HERE = Path(__file__).parent
 KEYS = ("loss_probe", "sharpness", "threshold", "stability_ratio", "running_stability_ratio", "gfs_sharpness",
         "mean_square_stability_ratio", "overhead", "hvps", "grad_evals", "learning_rate")  # fmt: skip
 HEAD = """# The report of a long run
@@ -24,18 +25,16 @@ HEAD = """# The report of a long run
 
 A history of {keys} values at each measurement. *Open*: from the request to all pictures drawn, in headless Chromium
 without a GPU, median of five; the page beside it has one measurement.
-
-| measurements | read, s | write, s | page, MB | open, s |
-|---|---|---|---|---|
 """
 
 
 def history(path: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     with path.open("w") as file:
-        for step, row in enumerate(rng.uniform(0.5, 1.5, (count, len(KEYS)))):
+        for step, values in enumerate(rng.uniform(0.5, 1.5, (count, len(KEYS)))):
             file.write(
-                json.dumps({"step": step, "alarm": int(step % 1000 == 999), **dict(zip(KEYS, row, strict=True))}) + "\n"
+                json.dumps({"step": step, "alarm": int(step % 1000 == 999), **dict(zip(KEYS, values, strict=True))})
+                + "\n"
             )
 
 
@@ -66,11 +65,11 @@ def main() -> None:
             write_report(make_report(run), page, "html")
             written = time.perf_counter()
             size = page.stat().st_size / 1e6
-            rows.append(
-                f"| {count} | {read - began:.2f} | {written - read:.2f} | {size:.2f} | {seconds_to_open(page):.2f} |"
-            )
-            print(rows[-1], flush=True)
-    (HERE / "page.md").write_text(HEAD.format(keys=len(KEYS)) + "\n".join(rows) + "\n")
+            seconds = (read - began, written - read, seconds_to_open(page))
+            rows.append([count, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{size:.2f}", f"{seconds[2]:.2f}"])
+            print(row(rows[-1]), flush=True)
+    head = ["measurements", "read, s", "write, s", "page, MB", "open, s"]
+    (FOLDER / "page.md").write_text("\n".join([HEAD.format(keys=len(KEYS)), *table(head, rows)]) + "\n")
 
 
 if __name__ == "__main__":

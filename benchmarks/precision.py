@@ -8,50 +8,38 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from benchmarks.lib.data import Batch, digits
+from benchmarks.lib.models import Rows, dense, digits_cnn, seeded
+from benchmarks.lib.store import FOLDER
+from benchmarks.lib.tables import row, table
+from benchmarks.lib.trainings import step
 from gfs_core.loss.learned import PrecisionChoice
 
 SEEDS = 5
 STEPS = 150
 
 
-class Rows(nn.Module):
-    """A small transformer (GELU) that reads a digit as eight rows."""
+ABOUT = f"""# What half precision does to the sharpness
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 32)
-        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, activation="gelu")
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of images of shape (n, 64)."""
-        out: Tensor = self.head(self.block(self.embed(x.reshape(-1, 8, 8))).mean(1))
-        return out
-
-
-def mlp() -> nn.Module:
-    """One hidden layer."""
-    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-
-
-def cnn() -> nn.Module:
-    """Two convolutions."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(256, 10),
-    )  # fmt: skip
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"MLP": mlp, "CNN": cnn, "transformer": Rows}
-Batch = tuple[Tensor, Tensor]
+Digits, 256 examples, after {STEPS} steps; {SEEDS} seeds, relative errors of the value from the least to the
+largest. *left out*: the residual says by itself that the value is not worth giving. Measured on a CPU.
+"""
+FOUND = """
+Exact products bear bfloat16: that is what `auto` leaves to training's own precision; a monitor checks it
+against float32 at the first measurement and at every tenth, and goes over to float32 where the value changes
+by more than 5 %. Differences of gradients, the flow, and everything in float16 are computed in float32. What
+is left of their errors on the CNN is its ReLUs: over any finite step some of them switch."""
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "MLP": lambda: dense(64, 32, 10),
+    "CNN": digits_cnn,
+    "transformer": lambda: Rows("gelu", places=False),
+}
 
 
 def loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> Tensor:
@@ -63,14 +51,11 @@ def loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) ->
 
 def trained(make: Callable[[], nn.Module], seed: int, data: Batch) -> nn.Module:
     """After some steps of SGD with momentum."""
-    torch.manual_seed(seed)
-    model = make()
+    model = seeded(make, seed)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for _ in range(STEPS):
         rows = torch.randint(0, len(data[1]), (64,))
-        optimizer.zero_grad()
-        loss(model, (data[0][rows], data[1][rows])).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        step(optimizer, loss(model, (data[0][rows], data[1][rows])))
     return model
 
 
@@ -92,17 +77,8 @@ def error(model: nn.Module, batch: Batch, dtype: torch.dtype, where: str, hvp: A
 
 
 def main() -> None:
-    digits = load_digits()
-    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    lines = [
-        "# What half precision does to the sharpness",
-        "",
-        f"Digits, 256 examples, after {STEPS} steps; {SEEDS} seeds, relative errors of the value from the least to the",
-        "largest. *left out*: the residual says by itself that the value is not worth giving. Measured on a CPU.",
-        "",
-        '| model | half precision | products | `precision="training"` | `precision="auto"` (default) |',
-        "|---|---|---|---|---|",
-    ]
+    x, y = digits(centre=0.0)
+    rows = []
     warnings.simplefilter("ignore")
     for name, make in MODELS.items():
         models = [trained(make, seed, (x[:1500], y[:1500])) for seed in range(SEEDS)]
@@ -113,16 +89,10 @@ def main() -> None:
                     for precision in ("training", "auto"):
                         found = [error(m, (x[:256], y[:256]), dtype, where, hvp, precision) for m in models]  # type: ignore[arg-type]
                         cells.append(_range(found))
-                    lines.append(f"| {name} | {where}, {str(dtype)[6:]} | {hvp} | {cells[0]} | {cells[1]} |")
-                    print(lines[-1], flush=True)
-    lines += [
-        "",
-        "Exact products bear bfloat16: that is what `auto` leaves to training's own precision; a monitor checks it",
-        "against float32 at the first measurement and at every tenth, and goes over to float32 where the value changes",
-        "by more than 5 %. Differences of gradients, the flow, and everything in float16 are computed in float32. What",
-        "is left of their errors on the CNN is its ReLUs: over any finite step some of them switch.",
-    ]
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+                    rows.append([name, f"{where}, {str(dtype)[6:]}", hvp, *cells])
+                    print(row(rows[-1]), flush=True)
+    head = ["model", "half precision", "products", '`precision="training"`', '`precision="auto"` (default)']
+    (FOLDER / "precision.md").write_text("\n".join([ABOUT, *table(head, rows), FOUND]) + "\n")
 
 
 def _range(found: list[str]) -> str:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from benchmarks.lib.data import Batch, digits
+from benchmarks.lib.store import FOLDER
+from benchmarks.lib.tables import row, table
+from benchmarks.lib.trainings import entropy
 from gfs_core.linalg.eigen import largest_eigenvalues
 from gfs_core.loss.differences import Differences
 
@@ -22,6 +24,16 @@ SEEDS = 5
 STEPS = 60
 GRID = [1.1**i for i in range(-12, 40)]  # rates, in units of 2 / sharpness
 LOST = 1.5  # the loss has been this many times that at the start
+
+
+ABOUT = f"""# Where weights are rounded
+
+Digits, 256 examples, MLP 64–32–10 (tanh), weights rounded with one step for each layer and a straight-through
+gradient, after 300 steps of gradient descent; {SEEDS} seeds, least to largest. *Lost*: the smallest rate, in
+units of 2 / sharpness, at which the loss grows to {LOST} times that at the start within {STEPS} further steps
+(tried in steps of a tenth). The sharpness is that at the rounded weights. *Differences*: the eigenvalue by
+differences of gradients over it, which is what a measurement without this knowledge gives.
+"""
 
 
 class Rounded(nn.Linear):
@@ -40,27 +52,22 @@ class Rounded(nn.Linear):
         return nn.functional.linear(x, w, self.bias)
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy."""
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def descend(model: nn.Module, batch: tuple[Tensor, Tensor], rate: float, steps: int) -> list[float]:
+def descend(model: nn.Module, batch: Batch, rate: float, steps: int) -> list[float]:
     """Losses of gradient descent on one batch; the model moves."""
     losses = []
     params = list(model.parameters())
     for _ in range(steps):
-        loss = loss_fn(model, batch)
+        loss = entropy(model, batch)
         losses.append(loss.item())
         for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
             p.data.sub_(g, alpha=rate)
     return losses
 
 
-def by_differences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+def by_differences(model: nn.Module, batch: Batch) -> float:
     """The largest eigenvalue by differences of gradients, which the package refuses here."""
     with gfs.StateSnapshot(model) as isolation:
-        objective = gfs.Objective(model, loss_fn, [batch], isolation=isolation)
+        objective = gfs.Objective(model, entropy, [batch], isolation=isolation)
         generator = torch.Generator().manual_seed(0)
         products = Differences(objective)
         return largest_eigenvalues(products, objective.weights, max_hvps=50, generator=generator).value
@@ -69,8 +76,7 @@ def by_differences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
 def main() -> None:
     """Writes the table."""
     warnings.simplefilter("ignore", gfs.GFSWarning)
-    digits = load_digits()
-    batch = (torch.tensor(digits.data[:256] / 16, dtype=torch.float32), torch.tensor(digits.target[:256]))
+    batch = digits(256, centre=0.0)
     rows = []
     for bits in BITS:
         limits, ratios = [], []
@@ -78,26 +84,15 @@ def main() -> None:
             torch.manual_seed(seed)
             model = nn.Sequential(Rounded(64, 32, bits), nn.Tanh(), Rounded(32, 10, bits))
             start = descend(model, batch, 0.05, 300)[-1]
-            value = gfs.sharpness(model, loss_fn, batch, max_hvps=500).value
+            value = gfs.sharpness(model, entropy, batch, max_hvps=500).value
             ratios.append(by_differences(model, batch) / value)
             lost = (c for c in GRID if max(descend(copy.deepcopy(model), batch, 2 * c / value, STEPS)) > LOST * start)
             limits.append(next(lost, float("inf")))
         of = "not rounded" if bits is None else f"{bits} bits"
         found = f"{min(limits):.2f} – {max(limits):.2f}"
-        rows.append(f"| {of} | {found} | {min(ratios):.2f} – {max(ratios):.2f} |")
-        print(rows[-1], flush=True)
-    Path(__file__).with_suffix(".md").write_text(
-        "# Where weights are rounded\n\n"
-        "Digits, 256 examples, MLP 64–32–10 (tanh), weights rounded with one step for each layer and a straight-"
-        "through\n"
-        f"gradient, after 300 steps of gradient descent; {SEEDS} seeds, least to largest. *Lost*: the smallest rate, in"
-        "\n"
-        f"units of 2 / sharpness, at which the loss grows to {LOST} times that at the start within {STEPS} further "
-        "steps\n"
-        "(tried in steps of a tenth). The sharpness is that at the rounded weights. *Differences*: the eigenvalue by\n"
-        "differences of gradients over it, which is what a measurement without this knowledge gives.\n\n"
-        "| weights | lost | differences |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
+        rows.append([of, found, f"{min(ratios):.2f} – {max(ratios):.2f}"])
+        print(row(rows[-1]), flush=True)
+    (FOLDER / "rounding.md").write_text("\n".join([ABOUT, *table(["weights", "lost", "differences"], rows)]) + "\n")
 
 
 if __name__ == "__main__":

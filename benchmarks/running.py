@@ -5,13 +5,9 @@ Writes running.json and running.md. Run (some ten minutes of one core): OMP_NUM_
 
 from __future__ import annotations
 
-import itertools
-import json
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,14 +16,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from benchmarks.data import digits, fashion_mnist
-from benchmarks.tiers import Batch, Run, adamw, characters, cnn, of, relu, sgd, tanh
+from benchmarks.lib.data import Batch, digits, fashion_mnist
+from benchmarks.lib.models import cnn, dense
+from benchmarks.lib.store import Store
+from benchmarks.lib.tables import table
+from benchmarks.lib.trainings import RUNS, Run, adamw, of, relu, sgd, step, tanh
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.eigen import largest_eigenvalues
 from gfs_core.linalg.power import RunningSharpness
 from gfs_core.linalg.vectors import Vector
 
-HERE = Path(__file__).parent
 FACTORS = (1.3, 2.0, 4.0, 10.0)
 BEFORE, AFTER = 25, 25  # measurements
 STEPS, COMPARED_EVERY, FIRST = 400, 20, 40
@@ -43,10 +41,7 @@ class Networks(nn.Module):
     def __init__(self, count: int, hidden: list[int], squared: bool) -> None:
         super().__init__()
         sizes = [64, *hidden, 1 if squared else 10]
-        self.members = nn.ModuleList(
-            nn.Sequential(*[m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())][:-1])
-            for _ in range(count)
-        )
+        self.members = nn.ModuleList(dense(*sizes) for _ in range(count))
         self.squared, self.scales = squared, [1.0] * count
 
     def loss(self, batch: Batch) -> Tensor:
@@ -81,9 +76,7 @@ class Scene:
         optimizer = torch.optim.Adam(self.weights, 3e-3)
         self.parts = self._drawn(torch.Generator().manual_seed(seed), 64)
         for _ in range(steps):
-            optimizer.zero_grad()
-            self.model.loss(next(self.parts)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            step(optimizer, self.model.loss(next(self.parts)))
         self.largest = [self._largest(member) for member in range(count)]
 
     def _drawn(self, generator: torch.Generator, count: int) -> Iterator[Batch]:
@@ -160,14 +153,10 @@ class Unmixed(RunningBlocks):
 
 
 def trainings() -> dict[str, Callable[[], Run]]:
-    return {
-        "digits, MLP, momentum 0.1": lambda: of(tanh, sgd, 0.1, digits(1437), 256, True),
-        "digits, MLP, AdamW 3e-3, constant rate": lambda: of(relu, adamw, 3e-3, digits(1437), 64, False),
+    return RUNS | {
         "digits, MLP, momentum 0.03, batch of 32, constant rate": lambda: of(relu, sgd, 0.03, digits(1437), 32, False),
         "digits, MLP, squared loss, momentum 0.05": lambda: of(tanh, sgd, 0.05, digits(1437), 64, True, True),
-        "Fashion-MNIST, CNN, momentum 0.03, constant rate": lambda: of(cnn, sgd, 0.03, fashion_mnist(2000), 256, False),
         "Fashion-MNIST, CNN, AdamW 2e-3, batch of 64": lambda: of(cnn, adamw, 2e-3, fashion_mnist(2000), 64, True),
-        "text, transformer, AdamW 3e-3": lambda: characters(True),
     }
 
 
@@ -184,13 +173,13 @@ def along(make: Callable[[], Run], seed: int) -> dict[str, list[tuple[float, flo
     monitors["not mixed"]._running = Unmixed()
     pairs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in monitors}
     latest: dict[str, float] = {}
-    for step, batch, loss in run.steps(STEPS, seed + 1):
+    for now, batch, loss in run.steps(STEPS, seed + 1):
         for kind, each in monitors.items():
-            found = each.step(run.loss, batch, step, loss=loss)
+            found = each.step(run.loss, batch, now, loss=loss)
             if found is not None and found.running_stability_ratio is not None:
                 latest[kind] = found.running_stability_ratio
-        if step % COMPARED_EVERY == 0 and step >= FIRST:
-            true = exact.step(run.loss, run.data, step)
+        if now % COMPARED_EVERY == 0 and now >= FIRST:
+            true = exact.step(run.loss, run.data, now)
             if true is not None and true.stability_ratio is not None:
                 for kind, value in latest.items():
                     pairs[kind].append((value, true.stability_ratio))
@@ -218,46 +207,58 @@ def mixing(seeds: range) -> dict[str, Any]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, Any]) -> str:
-    lines = [
-        "# The running estimate", "", "    OMP_NUM_THREADS=1 python -m benchmarks.running", "",
-        f"torch {found['torch']}, {found['machine']}. The estimator: "
-        "`gfs_core/linalg/power.py`, `gfs_core/linalg/blocks.py`.", "",
-        "## An eigenvalue that overtakes in another network", "",
-        "Networks that share no weight, on scikit-learn's digits; weights held still, one product on a new part of the",
-        f"data in each measurement. After {BEFORE} of them the last network's largest eigenvalue jumps from 0.5 to",
-        "the factor times the first's. A cell: estimate / true value 10 measurements later, median and smallest of",
-        f"{found['seeds']} seeds · of how many seeds it is at 0.8 or more by then. *Products*: in all {BEFORE + AFTER}",
-        "measurements, median; the solver's first products and the search for blocks included.", "",
-        "| | " + " | ".join(f"×{f:g}" for f in FACTORS) + " | products |", "|---" * (len(FACTORS) + 2) + "|",
-    ]  # fmt: skip
-    for name, cells in found.get("overtaking", {}).items():
+HEAD = """# The running estimate
+
+    OMP_NUM_THREADS=1 python -m benchmarks.running
+
+torch {torch}, Python {python}. The estimator: `gfs_core/linalg/power.py`, `gfs_core/linalg/blocks.py`.
+
+## An eigenvalue that overtakes in another network
+
+Networks that share no weight, on scikit-learn's digits; weights held still, one product on a new part of the
+data in each measurement. After {before} of them the last network's largest eigenvalue jumps from 0.5 to
+the factor times the first's. A cell: estimate / true value 10 measurements later, median and smallest of
+{seeds} seeds · of how many seeds it is at 0.8 or more by then. *Products*: in all {measurements}
+measurements, median; the solver's first products and the search for blocks included.
+"""
+MIXING = f"""
+With one direction an eigenvalue in another network is found once what is mixed into the direction has
+grown. With a direction in each block the value follows at once; what is left is the average over
+measurements, and how far a direction that single parts of the data turn lies from the eigenvector: from 4
+examples of a trained network either estimate is about half the true value. The search for blocks and the
+first turns cost some ten products once, after that one in 50.
+
+## What is mixed into the direction
+
+Trainings of {STEPS} steps, measured every 5, no budget; every {COMPARED_EVERY} steps the running ratio is
+held against the solved one on *all* the training data. Rank correlation · median of estimate / exact · worst
+factor, of each seed; mixed: a little of the gradient and of a random vector in every turn, the default.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    rows = []
+    for name, cells in results.get("overtaking", {}).items():
         each = []
         for factor in FACTORS:
             cell = cells[str(factor)]
             soon = sum(n is not None and n <= 10 for n in cell["needed"])
             each.append(f"{median(cell['at_10']):.2f}, {min(cell['at_10']):.2f} · {soon} of {len(cell['needed'])}")
         products = median(p for f in FACTORS for p in cells[str(f)]["products"])
-        lines.append(f"| {name.replace(' | ', ': ')} | {' | '.join(each)} | {products:.0f} |")
-    lines += [
-        "", "With one direction an eigenvalue in another network is found once what is mixed into the direction has",
-        "grown. With a direction in each block the value follows at once; what is left is the average over",
-        "measurements, and how far a direction that single parts of the data turn lies from the eigenvector: from 4",
-        "examples of a trained network either estimate is about half the true value. The search for blocks and the",
-        "first turns cost some ten products once, after that one in 50.", "",
-        "## What is mixed into the direction", "",
-        f"Trainings of {STEPS} steps, measured every 5, no budget; every {COMPARED_EVERY} steps the running ratio is",
-        "held against the solved one on *all* the training data. Rank correlation · median of estimate / exact · worst",
-        "factor, of each seed; mixed: a little of the gradient and of a random vector in every turn, the default.", "",
-        "| | mixed | not mixed |", "|---|---|---|",
-    ]  # fmt: skip
-    for name, kinds in found.get("mixing", {}).items():
-        cells = [
-            "<br>".join(f"{r['rank']:.2f} · {r['median']:.2f} · {r['worst']:.1f}" for r in kinds[kind])
-            for kind in ("mixed", "not mixed")
+        rows.append([name.replace(" | ", ": "), *each, f"{products:.0f}"])
+    kinds = ("mixed", "not mixed")
+    mixed = [
+        [
+            name,
+            *("<br>".join(f"{r['rank']:.2f} · {r['median']:.2f} · {r['worst']:.1f}" for r in found[k]) for k in kinds),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    ranks = {k: [r["rank"] for row in found.get("mixing", {}).values() for r in row[k]] for k in ("mixed", "not mixed")}
+        for name, found in results.get("mixing", {}).items()
+    ]
+    made, counts = results["environment"], {"before": BEFORE, "measurements": BEFORE + AFTER}
+    head = HEAD.format(torch=made["torch"], python=made["python"], seeds=results["seeds"], **counts)
+    lines = [head, *table(["", *(f"×{f:g}" for f in FACTORS), "products"], rows), MIXING, *table(["", *kinds], mixed)]
+    ranks = {k: [r["rank"] for row in results.get("mixing", {}).values() for r in row[k]] for k in kinds}
     if all(ranks.values()):
         both = ", ".join(f"{sum(v) / len(v):.3f} {k}" for k, v in ranks.items())
         lines += ["", f"Mean rank correlation: {both}.", ""]
@@ -266,15 +267,14 @@ def page(found: dict[str, Any]) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore", gfs.GFSWarning)
-    place, asked = HERE / "running.json", sys.argv[1:]
-    found = json.loads(place.read_text()) if place.exists() and asked else {}
-    found |= {"torch": torch.__version__, "machine": f"Python {platform.python_version()}", "seeds": 3}
+    asked = sys.argv[1:]
+    store = Store("running", fresh=not asked)
+    store.put("seeds", 3)
     if not asked or "overtaking" in asked:
-        found["overtaking"] = overtaking(range(3))
+        store.put("overtaking", overtaking(range(3)))
     if not asked or "mixing" in asked:
-        found["mixing"] = mixing(range(2))
-    place.write_text(json.dumps(found, indent=1))
-    (HERE / "running.md").write_text(page(found))
+        store.put("mixing", mixing(range(2)))
+    store.write_page(render(store.results))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ Writes spectra.json, and its section of eigenvalues.md. Run (1 minute): OMP_NUM_
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,10 +15,11 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from benchmarks.lib.store import FOLDER, Store
+from benchmarks.lib.tables import middle_and_largest, table
 from gfs_core.linalg.eigen import largest_eigenvalues
 from gfs_core.linalg.vectors import random_like
 
-HERE = Path(__file__).parent
 BEGIN = "<!-- benchmarks/spectra.py -->"
 TOL, MOST, SEEDS = 1e-2, 1000, 9
 STARTS = (None, 0.01, 0.1, 0.3)
@@ -184,7 +183,7 @@ def rounding() -> Iterator[dict[str, Any]]:
 
 def section() -> str:
     """The section of eigenvalues.md, from spectra.json."""
-    results = json.loads((HERE / "spectra.json").read_text())
+    results = Store("spectra").results
     return "\n".join([BEGIN, "", *_of_the_grid(results["grid"]), "", *_of_rounding(results["rounding"])]) + "\n"
 
 
@@ -199,8 +198,8 @@ def _of_the_grid(grid: list[dict[str, Any]]) -> list[str]:
         "and looks at the end of a cycle only. All ask for a residual of at most tol·|λ|. Stopped at",
         f"{MOST} products. *Error* is the worst relative one of ours among the converged; † not all of the starts",
         "converged.", "",
-        "| spectrum | start | gfs_core | thick restart, 6 | ARPACK, ncv 6 | error |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
+    rows = []
     for row in grid:
         cells = []
         for cell in row["solvers"].values():
@@ -208,8 +207,13 @@ def _of_the_grid(grid: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{cell['products']:g} ({cell['most']}){mark}")
         error = row["solvers"]["gfs_core"]["error"]
         name = row["spectrum"] + (", float32" if row["precision"] == "float32" else "")
-        lines.append(f"| {name} | {_start(row)} | {' | '.join(cells)} | {'–' if error is None else f'{error:.0e}'} |")
-    lines += ["", f"Of {len(grid)} rows the median of gfs_core is larger than:", ""]
+        rows.append([name, _start(row), *cells, "–" if error is None else f"{error:.0e}"])
+    lines += [
+        *table(["spectrum", "start", *SOLVERS, "error"], rows),
+        "",
+        f"Of {len(grid)} rows the median of gfs_core is larger than:",
+        "",
+    ]
     for other in (s for s in SOLVERS if s != "gfs_core"):
         behind = [r for r in grid if r["solvers"]["gfs_core"]["products"] > r["solvers"][other]["products"]]
         names = "; ".join(
@@ -238,21 +242,19 @@ def _of_rounding(rows: list[dict[str, Any]]) -> list[str]:
         "Full matrices of dimension 300 in float32, a top of 1 beside one eigenvalue far below, which a product's",
         f"rounding goes by; {SEEDS} matrices each, cold. *Within the bound*: an eigenvalue lies within the residual of",
         "the value, converged or not.", "",
-        "| far eigenvalue | products: median (largest) | called converged | worst error of these | within the bound |",
-        "|---|---|---|---|---|",
     ]  # fmt: skip
+    cells = []
     for r in rows:
         error = f"{max(r['errors']):.0e}" if r["errors"] else "–"
-        lines.append(
-            f"| {r['negative']:.0e} | {median(r['products']):g} ({max(r['products'])}) "
-            f"| {r['converged']} of {SEEDS} | {error} | {r['bounded']} of {SEEDS} |"
-        )
-    return lines
+        counts = [f"{r['converged']} of {SEEDS}", error, f"{r['bounded']} of {SEEDS}"]
+        cells.append([f"{r['negative']:.0e}", middle_and_largest(r["products"]), *counts])
+    head = ["far eigenvalue", "products: median (largest)", "called converged", "worst error of these"]
+    return [*lines, *table([*head, "within the bound"], cells)]
 
 
 def into_page(section: str) -> None:
     """Put a section, which begins with the comment that names its script, in the place of the former one."""
-    page = HERE / "eigenvalues.md"
+    page = FOLDER / "eigenvalues.md"
     begin = section.splitlines()[0]
     parts = re.split(r"(?m)^(?=<!-- benchmarks/)", page.read_text())
     kept = [p.rstrip("\n") + "\n" for p in parts if not p.startswith(begin)]
@@ -260,8 +262,9 @@ def into_page(section: str) -> None:
 
 
 def main() -> None:
-    results = {"grid": list(grid()), "rounding": list(rounding())}
-    (HERE / "spectra.json").write_text(json.dumps(results) + "\n")
+    store = Store("spectra", fresh=True)
+    store.put("grid", list(grid()))
+    store.put("rounding", list(rounding()))
     into_page(section())
 
 

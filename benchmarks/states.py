@@ -5,22 +5,24 @@ Writes states.json, and its section of eigenvalues.md. Run (6 minutes): OMP_NUM_
 
 from __future__ import annotations
 
-import itertools
-import json
 import pydoc_data.topics
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
-from sklearn.datasets import load_diabetes, load_digits
+from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
+from benchmarks.lib.data import digits
+from benchmarks.lib.models import dense, digits_cnn
+from benchmarks.lib.store import Store
+from benchmarks.lib.tables import middle_and_largest, table
+from benchmarks.lib.trainings import step as take_step
 from benchmarks.spectra import into_page
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.linalg.vectors import Vector, clone, mix_in, norm, random_like
@@ -28,7 +30,6 @@ from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 from gfs_core.signals.lab import MIX
 
-HERE = Path(__file__).parent
 BEGIN = "<!-- benchmarks/states.py -->"
 TOL, STATES, COLD_SEEDS = 1e-2, 70, 3
 
@@ -49,94 +50,41 @@ class Characters(nn.Module):
         return out
 
 
-def trainings() -> Iterator[tuple[str, nn.Module, Any, Tensor, Tensor, Any, int]]:
+Training = tuple[str, nn.Module, Any, Tensor, Tensor, Any, int]
+
+
+def trainings() -> Iterator[Training]:
     """Name, model, loss, inputs, targets, optimizer, batch; none of them was used to choose anything in the solver."""
     torch.manual_seed(7)
-    digits, patients = load_digits(), load_diabetes()
-    images, classes = torch.tensor(digits.data / 16.0, dtype=torch.float32), torch.tensor(digits.target)
+    patients, (images, classes) = load_diabetes(), digits(centre=0.0)
     inputs = torch.tensor(patients.data * 20, dtype=torch.float32)
     targets = torch.tensor((patients.target - patients.target.mean()) / patients.target.std(), dtype=torch.float32)
     text = re.sub(r"\s+", " ", "".join(str(t) for t in pydoc_data.topics.topics.values()))[:40_000].lower()
     kinds = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = torch.tensor([kinds[c] for c in text]).unfold(0, 25, 7)
-    entropy, squared = nn.CrossEntropyLoss(), nn.MSELoss()
-    optim, batches, shifted = torch.optim, ids[:, :24], ids[:, 1:]
+    entropy, squared, optim, act = nn.CrossEntropyLoss(), nn.MSELoss(), torch.optim, nn.GELU
 
-    def dense(*widths: int) -> nn.Module:
-        layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.GELU())]
-        return nn.Sequential(*layers[:-1])
+    def of_digits(name: str, model: nn.Module, optimizer: Any, batch: int) -> Training:
+        return name, model, entropy, images, classes, optimizer(model.parameters()), batch
 
-    def convolved() -> nn.Module:
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 10, 3), nn.GELU(), nn.Conv2d(10, 10, 3), nn.GELU(), nn.Flatten(),
-            nn.Linear(160, 10),
-        )  # fmt: skip
+    def of_patients(name: str, optimizer: Any, batch: int) -> Training:
+        model = nn.Sequential(dense(10, 64, 64, 1, act=act), nn.Flatten(0))
+        return name, model, squared, inputs, targets, optimizer(model.parameters()), batch
 
-    model = dense(64, 40, 40, 10)
-    yield (
-        "MLP, digits, momentum, batch 32",
-        model,
-        entropy,
-        images,
-        classes,
-        optim.SGD(model.parameters(), 0.02, 0.9),
-        32,
-    )
-    model = dense(64, 40, 40, 10)
-    yield (
-        "MLP, digits, Adam, batch 256",
-        model,
-        entropy,
-        images,
-        classes,
-        optim.Adam(model.parameters(), 3e-3),
-        256,
-    )
-    model = convolved()
-    yield "CNN, digits, SGD, batch 64", model, entropy, images, classes, optim.SGD(model.parameters(), 0.1), 64
-    model = convolved()
-    yield (
-        "CNN, digits, AdamW, batch 16",
-        model,
-        entropy,
-        images,
-        classes,
-        optim.AdamW(model.parameters(), 2e-3),
-        16,
-    )
-    model = nn.Sequential(dense(10, 64, 64, 1), nn.Flatten(0))
-    yield (
-        "MLP, diabetes, squared, SGD, batch 64",
-        model,
-        squared,
-        inputs,
-        targets,
-        optim.SGD(model.parameters(), 0.02),
-        64,
-    )
-    model = nn.Sequential(dense(10, 64, 64, 1), nn.Flatten(0))
-    yield (
-        "MLP, diabetes, squared, RMSprop, all",
-        model,
-        squared,
-        inputs,
-        targets,
-        optim.RMSprop(model.parameters(), 1e-3),
-        442,
-    )
-    model = Characters(len(kinds))
-    adam = optim.AdamW(model.parameters(), 3e-3)
-    yield "transformer, text, AdamW, batch 16", model, entropy, batches, shifted, adam, 16
-    model = Characters(len(kinds))
-    yield (
-        "transformer, text, SGD, batch 32",
-        model,
-        entropy,
-        ids[:, :24],
-        ids[:, 1:],
-        optim.SGD(model.parameters(), 0.3),
-        32,
-    )
+    def of_text(name: str, optimizer: Any, batch: int) -> Training:
+        model = Characters(len(kinds))
+        return name, model, entropy, ids[:, :24], ids[:, 1:], optimizer(model.parameters()), batch
+
+    sgd, momentum = partial(optim.SGD, lr=0.1), partial(optim.SGD, lr=0.02, momentum=0.9)
+    mlp, cnn = (64, 40, 40, 10), (10, 10, act)
+    yield of_digits("MLP, digits, momentum, batch 32", dense(*mlp, act=act), momentum, 32)
+    yield of_digits("MLP, digits, Adam, batch 256", dense(*mlp, act=act), partial(optim.Adam, lr=3e-3), 256)
+    yield of_digits("CNN, digits, SGD, batch 64", digits_cnn(*cnn), sgd, 64)
+    yield of_digits("CNN, digits, AdamW, batch 16", digits_cnn(*cnn), partial(optim.AdamW, lr=2e-3), 16)
+    yield of_patients("MLP, diabetes, squared, SGD, batch 64", partial(optim.SGD, lr=0.02), 64)
+    yield of_patients("MLP, diabetes, squared, RMSprop, all", partial(optim.RMSprop, lr=1e-3), 442)
+    yield of_text("transformer, text, AdamW, batch 16", partial(optim.AdamW, lr=3e-3), 16)
+    yield of_text("transformer, text, SGD, batch 32", partial(optim.SGD, lr=0.3), 32)
 
 
 def reference(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> float:
@@ -231,15 +179,13 @@ def states() -> Iterator[dict[str, Any]]:
                 else:
                     found = state.solve()[1]
                 vector = found.vector
-            optimizer.zero_grad()
-            loss(model(batch[0]), batch[1]).backward()
-            optimizer.step()
+            take_step(optimizer, loss(model(batch[0]), batch[1]))
         yield row
 
 
 def section() -> str:
     """The section of eigenvalues.md, from states.json."""
-    rows = json.loads((HERE / "states.json").read_text())
+    rows = Store("states").results["rows"]
     count = sum(len(r["warm"]) for r in rows)
     lines = [
         BEGIN, "", "## Errors over states of trainings", "",
@@ -247,33 +193,34 @@ def section() -> str:
         f"from {COLD_SEEDS} random vectors, and warm from the last state's eigenvector (on another batch); every tenth",
         f"warm start takes in the gradient and a random vector, as in a monitor. float32, tol {TOL}; errors relative",
         "to ARPACK in float64 at tol 1e-10. No training was used to choose anything in the solver.",
-        "", "| training | products cold: median (largest) | warm | error cold: median, 95 %, worst | warm |",
-        "|---|---|---|---|---|",
+        "",
     ]  # fmt: skip
+    cells = []
     kinds = ("warm", *COLD)
     pooled = {k: [v for r in rows for v in r[k]] for k in kinds}
     for row in [*rows, {"training": "**all**", **pooled}]:
         products = [_products(row[k]) for k in ("cold", "warm")]
         errors = [", ".join(f"{np.quantile([e for _, e in row[k]], q):.0e}" for q in (0.5, 0.95, 1.0))
                   for k in ("cold", "warm")]  # fmt: skip
-        lines.append(f"| {row['training']} | {' | '.join(products)} | {' | '.join(errors)} |")
+        cells.append([row["training"], *products, *errors])
+    head = ["training", "products cold: median (largest)", "warm", "error cold: median, 95 %, worst", "warm"]
+    failed = f"Not converged: {sum(r['failed'] for r in rows)} of {sum(len(v) for v in pooled.values())}."
     lines += [
-        "", f"Not converged: {sum(r['failed'] for r in rows)} of {sum(len(v) for v in pooled.values())}.", "",
+        *table(head, cells), "", failed, "",
         "### What *converged* means", "",
         "That the residual ‖Hx − λx‖ is at most tol·|λ|. So *an* eigenvalue lies that close (theorem). It does not",
         "mean that this is the largest one. A start that happens to have next to nothing in the direction of the",
         "largest eigenvalue leads to the second one first, and a residual cannot tell; every Krylov method has that in",
         "common. How often it happened, and what else was tried against it:", "",
-        "| start | values | off by more than 1 % | 5 % | worst | products: median (largest), mean |",
-        "|---|---|---|---|---|---|",
     ]  # fmt: skip
+    cells = []
     for kind, name in {**COLD, "warm": "the last state's eigenvector"}.items():
         some = [e for _, e in pooled[kind]]
-        lines.append(
-            f"| {name} | {len(some)} | {sum(e > 0.01 for e in some)} | {sum(e > 0.05 for e in some)} | {max(some):.0e} "
-            f"| {_products(pooled[kind])}, {np.mean([p for p, _ in pooled[kind]]):.1f} |"
-        )
+        counts = [len(some), sum(e > 0.01 for e in some), sum(e > 0.05 for e in some), f"{max(some):.0e}"]
+        cells.append([name, *counts, f"{_products(pooled[kind])}, {np.mean([p for p, _ in pooled[kind]]):.1f}"])
+    head = ["start", "values", "off by more than 1 %", "5 %", "worst", "products: median (largest), mean"]
     lines += [
+        *table(head, cells),
         "",
         "Neither is worth its price. A second look comes with the next measurement, at none: of the cold values that",
         "were more than 1 % off, the measurement of the next state, warm from the wrong vector, was within 1 % in",
@@ -290,14 +237,14 @@ def _right(rows: list[dict[str, Any]], kind: str) -> str:
 
 
 def _products(pairs: list[tuple[int, float]]) -> str:
-    return f"{median(p for p, _ in pairs):g} ({max(p for p, _ in pairs)})"
+    return middle_and_largest([p for p, _ in pairs])
 
 
 def main() -> None:
-    rows = []
+    store, rows = Store("states", fresh=True), []
     for row in states():
         rows.append(row)
-        (HERE / "states.json").write_text(json.dumps(rows) + "\n")
+        store.put("rows", rows)
         into_page(section())
         print(row["training"], _products(row["warm"]), max(e for _, e in row["warm"]), flush=True)
 

@@ -5,7 +5,6 @@ Writes verdicts.md and verdicts.json. Run (two processes): OMP_NUM_THREADS=1 pyt
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import multiprocessing
@@ -18,16 +17,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import exam, unseen
-from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD
-from benchmarks.lib.harmed import Ended, Fault, train
+from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD, Ended, Fault, train
+from benchmarks.lib.store import Store
+from benchmarks.lib.tables import table
 from gfs_report.runs import read_run
 from gfs_report.verdict import judge
 
-HERE = Path(__file__).parent
 _EVERY = (1, 10, 1, 25)  # steps between logged losses, in turn
 _MISSING = (0.1, 0.25)  # of the progress of the same training without the fault: below, healthy; above, destroyed
 _SHORT = 0.6  # of the steps in destroyed.py
@@ -56,8 +56,6 @@ class Judged:
 def main() -> None:
     """Train, judge, write; sets that are not named are taken from the last time."""
     began, sets = time.perf_counter(), sys.argv[1:] or list(_SETS)
-    record = HERE / "verdicts.json"
-    held = json.loads(record.read_text()) if record.exists() else {}
     jobs = [(name, task) for name in sets for task in [*_SETS[name], *ODD.get(name, {})]]
     found: dict[str, list[Judged]] = {name: [] for name in sets}
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -65,11 +63,11 @@ def main() -> None:
             found[name] += judged
             print(f"{time.perf_counter() - began:4.0f} s  {done}/{len(jobs)}  {name}: {task}", file=sys.stderr)
     seconds = time.perf_counter() - began
-    held |= {name: {"seconds": seconds * len(found[name]) / sum(map(len, found.values())), "runs":
-             [asdict(f) for f in found[name]]} for name in sets}  # fmt: skip
-    record.write_text(json.dumps(held, indent=0, ensure_ascii=False) + "\n")
-    runs = [Judged(**f) for name in _SETS if name in held for f in held[name]["runs"]]
-    (HERE / "verdicts.md").write_text(_page(runs, sum(h["seconds"] for h in held.values())), encoding="utf-8")
+    store = Store("verdicts", machine=platform.machine())
+    for name in sets:
+        share = len(found[name]) / sum(map(len, found.values()))
+        store.put(name, {"seconds": seconds * share, "runs": [asdict(f) for f in found[name]]})
+    store.write_page(render(store.results))
 
 
 def _judged_task(job: tuple[str, str]) -> list[Judged]:
@@ -147,12 +145,16 @@ _ABOUT = {
 }
 
 
-def _page(found: list[Judged], seconds: float) -> str:
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    held = [results[name] for name in _ABOUT if name in results]
+    found = [Judged(**f) for h in held for f in h["runs"]]
+    seconds, made = sum(h["seconds"] for h in held), results["environment"]
     out = [
         "# Is the first sentence of the report right?",
         "",
         f"`benchmarks/verdicts.py`, {seconds / 60:.0f} minutes in two processes on two cores that others used too; "
-        f"torch {torch.__version__}, {platform.machine()}. `python -m benchmarks.verdicts unseen` runs one set.",
+        f"torch {made['torch']}, {made['machine']}. `python -m benchmarks.verdicts unseen` runs one set.",
         "",
         f"{len(found)} runs: trainings, each without a fault and with changes, and some whose loss rises, jumps or "
         "hovers though nothing is wrong. All with default options; in the first two sets by a monitor in a plain loop "
@@ -169,26 +171,18 @@ def _page(found: list[Judged], seconds: float) -> str:
         counts = Counter((f.truth, f.call) for f in mine)
         tasks = ", ".join(dict.fromkeys(f.task for f in mine))
         out += ["", f"## {name}: {len(mine)} runs", "", about, "", f"{tasks}.", ""]
-        out += ["| what became of it | " + " | ".join(_CALLS) + " |", "|---|" + "---|" * len(_CALLS)]
-        out += [f"| {t} | " + " | ".join(str(counts[t, c]) for c in _CALLS) + " |" for t in _TRUTHS]
+        out += table(["what became of it", *_CALLS], [[t, *(counts[t, c] for c in _CALLS)] for t in _TRUTHS])
         missed = [f for f in mine if f.truth == "destroyed" and f.call == "all clear"]
         cried = [f for f in mine if f.truth in ("healthy", "slow") and f.call == "destroyed"]
         out += [
             "",
             f"Destroyed and called clear: {_named(missed)}. Healthy or slow and called destroyed: {_named(cried)}.",
         ]
-    out += [
-        "",
-        "## Every run",
-        "",
-        "| set | training | change | losses logged | missing | it is | called | first sentence |",
-    ]
-    out += ["|---|---|---|---|---|---|---|---|"]
-    out += [
-        f"| {f.group} | {f.task} | {f.fault} | {f.log} | {_percent(f.missing)} | {f.truth} | {f.call} | {f.summary} |"
-        for f in found
-    ]
-    return "\n".join(out) + "\n"
+    rows = [
+        [f.group, f.task, f.fault, f.log, _percent(f.missing), f.truth, f.call, f.summary] for f in found
+    ]  # fmt: skip
+    head = ["set", "training", "change", "losses logged", "missing", "it is", "called", "first sentence"]
+    return "\n".join([*out, "", "## Every run", "", *table(head, rows)]) + "\n"
 
 
 def _named(runs: list[Judged]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from benchmarks.data import digits, fashion_mnist
+from benchmarks.lib.data import digits, fashion_mnist
 
 HORIZONS = (1, 4, 16, 64, 256, 1024, 4096)
 LONGER = 4  # the third solution flows so many times as long

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import gfs_core as gfs
-from benchmarks.rk4 import rk4_step
+from benchmarks.lib.rk4 import rk4_step
 from examples.paper.networks import COVERED, SMALL, build, load, optimizer_of, squared
 
 CHECKED = {"cnn": (25, 50, 75), "cnn-slower": (40, 80, 440)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from benchmarks.memory import LiveBytes
+from benchmarks.lib.meters import LiveBytes
 from gfs_core.loss.batches import pieces
 from gfs_core.loss.memory import GIB
 from gfs_core.loss.objective import Objective

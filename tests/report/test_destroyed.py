@@ -18,10 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
-from benchmarks.data import digits
-from benchmarks.destroyed import DESIGN, EXAM, ODD
-from benchmarks.lib.harmed import Fault, jump, ramp, train
-from benchmarks.tiers import text
+from benchmarks.destroyed import DESIGN, EXAM, ODD, Fault, jump, ramp, train
+from benchmarks.lib.data import digits, text
 from gfs_report.cli import app
 from gfs_report.comparison.compare import compare
 from gfs_report.losses import FAILED, course

@@ -1,4 +1,4 @@
-"""A step of the classical Runge–Kutta method along gradient flow, as edge-of-stability research uses it."""
+"""The classical Runge–Kutta method along gradient flow, as edge-of-stability research uses it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def rk4_step(objective: gfs.Objective, h: float) -> None:
         torch._foreach_add_(weights, slope, alpha=-part * h)
     copy(start, weights)
     torch._foreach_add_(weights, total, alpha=-h)
+
+
+def rk4_flow(objective: gfs.Objective, time: float, sharpness: float, per_step: float) -> int:
+    """Move the weights for ``time`` in equal steps of at most ``per_step``/λ₁; the gradients used."""
+    steps = max(1, int(-(-time * sharpness / per_step // 1)))
+    for _ in range(steps):
+        rk4_step(objective, time / steps)
+    return objective.grad_evals

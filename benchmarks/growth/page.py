@@ -1,0 +1,31 @@
+"""The page of all parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.growth import cost, processes, step
+from benchmarks.growth.workload import LENGTH
+
+HEAD = f"""# Growth
+
+    OMP_NUM_THREADS=1 python -m benchmarks.growth
+
+A transformer of four blocks whose width grows, float32, sequences of {LENGTH} tokens, one thread. Nothing ran on an
+accelerator. Times are processor times, but for several processes. Other work shared the machine. AdamW at
+1e8 parameters was not run, for the time it takes.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page of the parts that there are."""
+    out = [HEAD]
+    if "remark" in results:
+        out += [results["remark"], ""]
+    for part, first in (("parameters", "parameters"), ("probe", "examples")):
+        if results.get(part):
+            out += cost.render(results[part], part, first)
+    for part, section in (("processes", processes.render), ("step", step.render_step), ("import", step.render_imports)):
+        if results.get(part):
+            out += section(results[part])
+    return "\n".join(out).rstrip() + "\n"

@@ -1,0 +1,46 @@
+"""Writes the pages again from the stored results, and measures nothing.
+
+Run: python -m benchmarks.render [NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks.lib.store import Store
+
+# What makes each page. Those without a line here are written by a benchmark that keeps no results.
+PAGES = {
+    "accelerator": "benchmarks.accelerator",
+    "control": "benchmarks.control.page",
+    "edge": "benchmarks.edge",
+    "eigenvalues": "benchmarks.eigenvalues.page",
+    "flow_cost": "benchmarks.flow_cost",
+    "growth": "benchmarks.growth.page",
+    "long_run": "benchmarks.long_run",
+    "noise": "benchmarks.noise",
+    "peers": "benchmarks.peers.page",
+    "peers_cuda": "benchmarks.peers.page",
+    "running": "benchmarks.running",
+    "tiers": "benchmarks.tiers.page",
+    "verdicts": "benchmarks.verdicts",
+}
+
+
+def page(name: str) -> str:
+    """The page that the stored results make."""
+    text: str = importlib.import_module(PAGES[name]).render(Store(name).results)
+    return text
+
+
+def main() -> None:
+    """Write the pages that are named, or all."""
+    parser = argparse.ArgumentParser("benchmarks.render", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("names", nargs="*", default=list(PAGES), metavar="NAME", help=", ".join(PAGES))
+    for name in parser.parse_args().names:
+        Store(name).write_page(page(name))
+
+
+if __name__ == "__main__":
+    main()

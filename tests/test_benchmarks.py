@@ -1,0 +1,77 @@
+"""The committed pages of the benchmarks are those that their committed results make, and every benchmark starts."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lib.store import FOLDER, Store, dumped, rounded
+from benchmarks.lib.tables import table
+from benchmarks.render import PAGES, page
+
+# Of benchmarks/requirements.txt, which the tests do not need.
+OTHERS = ("curvlinops", "hessian_eigenthings", "torchdiffeq", "schedulefree")
+COMMANDS = sorted(
+    [f"benchmarks.{p.stem}" for p in FOLDER.glob("*.py")]
+    + [f"benchmarks.{p.parent.name}.__main__" for p in FOLDER.glob("*/__main__.py")]
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_its_results_make(name: str) -> None:
+    assert page(name) == (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_imports(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in OTHERS:
+            raise
+        pytest.skip(f"{error.name} is not installed")
+
+
+def test_results_are_saved_after_each_row_and_not_made_again(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, float]:
+        made.append(1)
+        return {"loss": 0.5}
+
+    store = Store("some", tmp_path, device="none")
+    assert store.add("part", ("a", 1), make) == {"loss": 0.5}
+    again = Store("some", tmp_path)
+    assert again.add("part", ("a", 1), make) == {"loss": 0.5}
+    assert len(made) == 1
+    assert again.results["part"] == {"a | 1": {"loss": 0.5}}
+    assert again.results["environment"]["device"] == "none"
+    assert Store("some", tmp_path, fresh=True).results == {}
+
+
+def test_each_row_is_a_line_of_the_file() -> None:
+    text = dumped({"environment": {"torch": "2"}, "rows": [{"a": 1}, {"a": 2}], "runs": {"x": {"b": "×"}}, "empty": []})
+    assert text.splitlines() == [
+        "{",
+        ' "environment": {"torch": "2"},',
+        ' "rows": [',
+        '  {"a": 1},',
+        '  {"a": 2}',
+        " ],",
+        ' "runs": {',
+        '  "x": {"b": "×"}',
+        " },",
+        ' "empty": []',
+        "}",
+    ]
+
+
+def test_numbers_that_are_no_json_are_left_out() -> None:
+    assert rounded({"a": [1.23456, float("nan")], "b": (2, "c")}, 3) == {"a": [1.23, None], "b": [2, "c"]}
+
+
+def test_a_table() -> None:
+    assert table(["a", "b"], [[1, "x"], [2, ""]]) == ["| a | b |", "|---|---|", "| 1 | x |", "| 2 |  |"]

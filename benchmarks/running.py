@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import RUNS, Run, adamw, of, relu, sgd, step, tanh
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.eigen import largest_eigenvalues
-from gfs_core.linalg.power import RunningSharpness
+from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.linalg.vectors import Vector
 
 FACTORS = (1.3, 2.0, 4.0, 10.0)
@@ -115,7 +116,7 @@ class Scene:
             def gradient(dear: bool, batch: Batch = batch) -> Vector | None:
                 return list(torch.autograd.grad(self.model.loss(batch), self.weights)) if self.free or dear else None
 
-            found: Any = estimate.update(self.operator(batch, self.weights), self.weights, other, gradient)
+            found: Any = estimate.update(Sample(self.operator(batch, self.weights), self.weights, other, gradient))
             with torch.no_grad():
                 relative = float(self.model.loss(batch)) / float(self.model.loss(self.data))
             value = estimate.average(found, relative)
@@ -147,9 +148,9 @@ def overtaking(seeds: range) -> dict[str, Any]:
 class Unmixed(RunningBlocks):
     """Without what is mixed in."""
 
-    def update(self, operator: Any, like: Any, other: Any = None, gradient: Any = None) -> list[float]:
+    def update(self, sample: Sample) -> list[float]:
         """The same, without the gradient."""
-        return super().update(operator, like, other, None)
+        return super().update(replace(sample, gradient=None))
 
 
 def trainings() -> dict[str, Callable[[], Run]]:

@@ -25,7 +25,8 @@ from benchmarks.lib.tables import middle_and_largest, table
 from benchmarks.lib.trainings import step as take_step
 from benchmarks.spectra import into_page
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
-from gfs_core.linalg.vectors import Vector, clone, mix_in, norm, random_like
+from gfs_core.linalg.inner import WHOLE
+from gfs_core.linalg.vectors import Vector, clone, random_like
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 from gfs_core.signals.lab import MIX
@@ -124,8 +125,8 @@ class State:
     def mixed(self, vector: Vector) -> Vector:
         """A copy that the gradient and a random vector are mixed into, as a monitor does it."""
         start = clone(vector)
-        mix_in(self.hessian.gradient(), MIX, start)
-        mix_in(random_like(start, self.mixing), MIX, start)
+        WHOLE.mix_in(self.hessian.gradient(), MIX, start)
+        WHOLE.mix_in(random_like(start, self.mixing), MIX, start)
         return start
 
 
@@ -135,7 +136,7 @@ COLD = {"cold": "a random vector", "gradient": "… and the gradient, in equal p
 def cold(state: State, seed: int) -> tuple[dict[str, tuple[float, EigenResult]], dict[str, float]]:
     """What each way to start cold finds, and the errors of what is looked for from where the first went wrong."""
     start = random_like(state.hessian.objective.weights, torch.Generator().manual_seed(seed))
-    mix_in(state.hessian.gradient(), norm(start), start)
+    WHOLE.mix_in(state.hessian.gradient(), WHOLE.norm(start), start)
     tried = {
         "cold": state.solve(seed), "gradient": state.solve(seed, start), "further": state.solve(seed, tol=TOL / 3)
     }  # fmt: skip

@@ -21,6 +21,7 @@ from gfs_core.loss.memory import vector_bytes
 from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.scheduler import scheduler_of
+from gfs_core.signals.memory import peak_copies
 from gfs_report.jobs import Plan
 
 _FLUSH = 0.5  # seconds between two looks at the losses, each of which waits for an accelerator
@@ -201,7 +202,7 @@ def _stability(optimizer: Any) -> dict[str, Any]:
         "empirical": stability.empirical,
         "preconditioned": preconditioned,
         "no_threshold": stability.reason,
-        "vector_bytes": {tier: vector_bytes(params, {tier, "running"}, preconditioned) for tier in TIERS},
+        "vector_bytes": {tier: vector_bytes(params, peak_copies({tier, "running"}, preconditioned)) for tier in TIERS},
     }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gfs_core import MeasurementError, Objective, StateSnapshot
-from gfs_core.linalg.vectors import Vector, clone, dense, dots, local
+from gfs_core.linalg.inner import WHOLE, InnerProduct
+from gfs_core.linalg.vectors import Vector, clone, dense, local
 from gfs_core.loss.objective import LossFn
 from gfs_core.run.ranks import Ranks
 from hf_gfs.replay import Replay
@@ -47,6 +48,9 @@ def disagreement(
         raise GradientMissing(NO_GRADIENT)
     grads = [p.grad for p in params]
     true = [dense(local(g)) for g in grads if g is not None]
+    inner = WHOLE
+    if ranks is not None:
+        inner = ranks.inner_product([p for p, g in zip(params, grads, strict=True) if g is not None])
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with StateSnapshot(model, params, replay.again()) as isolation:
         sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
@@ -60,12 +64,12 @@ def disagreement(
         if ranks is not None and not sharded:
             again = clone(own)
             ranks.mean_of(loss, again)
-        apart = _apart(again, true)
+        apart = _apart(again, true, inner)
         if math.isnan(apart):
             raise MeasurementError("the gradient of the training step is not finite")
         noise = 0.0
         if apart > _COSINE:  # the same on all processes
-            noise = _apart(_where_some(grads, objective.gradient()[1]), own)
+            noise = _apart(_where_some(grads, objective.gradient()[1]), own, inner)
             noise = noise if ranks is None else ranks.mean(noise)
     if apart > _COSINE + 10 * noise:
         return f"gradients point apart, cosine {1 - apart:.6f}; replayed loss {loss:.6g}"
@@ -89,11 +93,11 @@ def _name(model: nn.Module, params: Sequence[Tensor]) -> str:
     return first if len(params) == 1 else f"{first} and {len(params) - 1} more"
 
 
-def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def _apart(a: Sequence[Tensor], b: Sequence[Tensor], inner: InnerProduct) -> float:
     """1 − cosine of the angle between two vectors."""
     first: Vector = [t.detach().double() for t in a]
     second: Vector = [t.detach().double() for t in b]
-    ab, aa, bb = dots([(first, second), (first, first), (second, second)])
+    ab, aa, bb = inner.dots([(first, second), (first, first), (second, second)])
     if aa == 0.0 or bb == 0.0:
         return 0.0 if aa == bb else 1.0
     return 1 - ab / math.sqrt(aa * bb)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from gfs_core import MeasurementError
 from gfs_core.loss.batches import batch_size, copied
+from gfs_core.loss.processes import alone
 from gfs_core.loss.python_state import PythonState, is_of_the_user
 from gfs_core.loss.streams import RandomState, rewinder
-from gfs_core.run.ranks import alone
 from hf_gfs.kept import end_step, keep, opened
 
 GivenLoss = Callable[[Any, Any], Any]  # loss_fn(model, inputs)

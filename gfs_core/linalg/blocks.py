@@ -14,14 +14,15 @@ weights move is looked at again now and then.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gfs_core.linalg.power import RunningSharpness
-from gfs_core.linalg.vectors import Vector, nonzero, norm, random_like, undivided, zeros_like
-from gfs_core.loss.products import Operator
+from gfs_core.linalg.operator import Operator
+from gfs_core.linalg.power import RunningSharpness, Sample
+from gfs_core.linalg.vectors import Vector, nonzero, random_like, zeros_like
 
 _MOST = 8  # blocks; what is left over from then on counts as one
 _START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
@@ -129,13 +130,7 @@ class RunningBlocks:
         """The largest of the blocks' :meth:`gfs_core.linalg.power.RunningSharpness.bound`."""
         return max((b for e in self._estimates if (b := e.bound(weight)) is not None), default=None)
 
-    def update(
-        self,
-        operator: Operator,
-        like: Sequence[Tensor],
-        other: Operator | None = None,
-        gradient: Callable[[bool], Vector | None] | None = None,
-    ) -> list[float]:
+    def update(self, sample: Sample) -> list[float]:
         """Turn all directions by one product; see :meth:`gfs_core.linalg.power.RunningSharpness.update`.
 
         The first call solves for the largest eigenvalue; the second looks for the blocks.
@@ -144,13 +139,13 @@ class RunningBlocks:
             A Rayleigh quotient for each block, to be taken in by :meth:`average`.
         """
         self._calls += 1
-        if self._calls == 2 and len(like) > 1 and undivided():
-            self._divide(operator, like, gradient)
+        if self._calls == 2 and len(sample.like) > 1 and sample.inner.whole:
+            self._divide(sample)
         elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _AGAIN == 0:
-            self._look_again(operator)
+            self._look_again(sample.operator)
         if self.blocks is None or len(self.blocks) == 1:
-            return [self._estimates[0].update(operator, like, other, gradient)]
-        return self._turn(self.blocks, operator, like, other, gradient)
+            return [self._estimates[0].update(sample)]
+        return self._turn(self.blocks, sample)
 
     def average(
         self, quotients: Sequence[float], relative_loss: float | None = None, stands_for: int = 1
@@ -159,54 +154,49 @@ class RunningBlocks:
         values = [e.average(q, relative_loss, stands_for) for e, q in zip(self._estimates, quotients, strict=True)]
         return max((v for v in values if v is not None), default=None)
 
-    def _turn(
-        self,
-        blocks: list[list[int]],
-        operator: Operator,
-        like: Sequence[Tensor],
-        other: Operator | None,
-        gradient: Callable[[bool], Vector | None] | None,
-    ) -> list[float]:
+    def _turn(self, blocks: list[list[int]], sample: Sample) -> list[float]:
+        """Turn the direction of every block by one product of all of them together, or a pair."""
         vector = self.vector
         assert vector is not None
-        product = operator(vector)
-        second = None if other is None else other(vector)
+        product = sample.operator(vector)
+        second = None if sample.other is None else sample.other(vector)
         drawn: dict[bool, Vector | None] = {}
 
         def gradient_in(block: list[int]) -> Callable[[bool], Vector | None] | None:
             def part(dear: bool) -> Vector | None:
-                assert gradient is not None
+                assert sample.gradient is not None
                 if dear not in drawn:
-                    drawn[dear] = gradient(dear)
+                    drawn[dear] = sample.gradient(dear)
                 whole = drawn[dear]
                 return None if whole is None else [whole[i] for i in block]
 
-            return None if gradient is None else part
+            return None if sample.gradient is None else part
 
         def within(whole: Vector, block: list[int]) -> Operator:
             return lambda _: [whole[i] for i in block]
 
         return [
             estimate.update(
-                within(product, block),
-                [like[i] for i in block],
-                None if second is None else within(second, block),
-                gradient_in(block),
+                replace(
+                    sample,
+                    operator=within(product, block),
+                    like=[sample.like[i] for i in block],
+                    other=None if second is None else within(second, block),
+                    gradient=gradient_in(block),
+                )
             )
             for block, estimate in zip(blocks, self._estimates, strict=True)
         ]
 
-    def _divide(
-        self, operator: Operator, like: Sequence[Tensor], gradient: Callable[[bool], Vector | None] | None
-    ) -> None:
+    def _divide(self, sample: Sample) -> None:
         """Look for blocks; the first direction goes on in the one that holds most of it, the others start."""
-        self.blocks = uncoupled(operator, like)
+        self.blocks = uncoupled(sample.operator, sample.like)
         if len(self.blocks) == 1:
             return
         (first,) = self._estimates
         whole = first.vector
         assert whole is not None
-        sizes = [norm([whole[i] for i in block]) for block in self.blocks]
+        sizes = [sample.inner.norm([whole[i] for i in block]) for block in self.blocks]
         noise = random_like(whole, torch.Generator().manual_seed(1))
         self._estimates = []
         for block, size in zip(self.blocks, sizes, strict=True):
@@ -214,7 +204,7 @@ class RunningBlocks:
             estimate.vector = [whole[i] if estimate is first else noise[i] for i in block]
             self._estimates.append(estimate)
         for _ in range(_START_TURNS):
-            quotients = self._turn(self.blocks, operator, like, None, gradient)
+            quotients = self._turn(self.blocks, replace(sample, other=None))
         for estimate, quotient in zip(self._estimates, quotients, strict=True):
             if estimate is not first:
                 estimate.value = quotient

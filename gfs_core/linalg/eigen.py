@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.linalg.vectors import Vector, axpy, dots, is_half, norm, random_like, scale
-from gfs_core.loss.products import Operator
+from gfs_core.linalg.inner import WHOLE, InnerProduct
+from gfs_core.linalg.operator import Operator
+from gfs_core.linalg.vectors import Vector, axpy, is_half, random_like, scale
 
 Solver: TypeAlias = Literal["lanczos", "power"]
 _FAR = 0.8  # a warm start is far from a Ritz vector where the cosine of the angle is less
@@ -93,6 +94,7 @@ def largest_eigenvalues(
     generator: torch.Generator | None = None,
     product_error: float = 0.0,
     basis: int | None = None,
+    inner: InnerProduct = WHOLE,
 ) -> EigenResult:
     """The ``k`` largest (algebraic) eigenvalues of ``operator``.
 
@@ -108,6 +110,7 @@ def largest_eigenvalues(
         product_error: relative error of the products, below which no residual can be asked for.
         basis: vectors that are multiplied before a restart, more than ``2 * k``: memory against products; by default
             ``3 * k + 3``.
+        inner: the inner product, which knows how vectors are spread over processes.
 
     Raises:
         MeasurementError: a product is not finite.
@@ -119,19 +122,40 @@ def largest_eigenvalues(
         >>> round(largest_eigenvalues(lambda v: [d * v[0]], [d], tol=1e-6).value, 6)  # not -9
         5.0
     """
-    dimension = sum(t.numel() for t in like)
-    if not 1 <= k <= dimension:
-        raise ValueError(f"`k` must be between 1 and the number of parameters ({dimension}), got {k}")
+    space = _Space(like, inner, torch.Generator().manual_seed(0) if generator is None else generator)
+    if not 1 <= k <= space.dimension:
+        raise ValueError(f"`k` must be between 1 and the number of parameters ({space.dimension}), got {k}")
     if solver not in get_args(Solver):
         raise ValueError(f"`solver` must be 'lanczos' or 'power', got {solver!r}")
     if solver == "power" and k > 1:
         raise ValueError(f"solver='power' finds one eigenvalue, and k is {k}; use 'lanczos'")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     if basis is not None and basis <= 2 * k:
         raise ValueError(f"`basis` must be more than twice `k`, got {basis} for k={k}")
     if solver == "power":
-        return _power(operator, like, tol, max_hvps, generator)
-    return _Lanczos(operator, like, k, tol, max_hvps, start or (), generator, product_error, basis or 3 * k + 3).run()
+        return _power(operator, space, tol, max_hvps)
+    return _Lanczos(operator, space, k, tol, max_hvps, start or (), product_error, basis or 3 * k + 3).run()
+
+
+@dataclass(frozen=True)
+class _Space:
+    """The vectors: their shapes, their inner product, and where random ones come from."""
+
+    like: Sequence[Tensor]
+    inner: InnerProduct
+    generator: torch.Generator
+
+    @property
+    def dimension(self) -> int:
+        return sum(t.numel() for t in self.like)
+
+    @property
+    def eps(self) -> float:
+        """Unit roundoff of their numbers."""
+        return torch.finfo(torch.float32 if is_half(self.like[0]) else self.like[0].dtype).eps
+
+    def random(self) -> Vector:
+        """A standard normal vector."""
+        return random_like(self.like, self.generator)
 
 
 class _Lanczos:
@@ -147,21 +171,18 @@ class _Lanczos:
     def __init__(
         self,
         operator: Operator,
-        like: Sequence[Tensor],
+        space: _Space,
         k: int,
         tol: float,
         max_hvps: int,
         start: Sequence[Vector],
-        generator: torch.Generator,
         product_error: float,
         most: int,
     ) -> None:
-        self.operator, self.like, self.k, self.tol, self.max_hvps = operator, like, k, tol, max_hvps
+        self.operator, self.space, self.k, self.tol, self.max_hvps = operator, space, k, tol, max_hvps
         self.product_error = product_error
-        self.generator = generator
         self.most = most  # vectors that are multiplied before a restart
-        self.dimension = sum(t.numel() for t in like)
-        self.eps = torch.finfo(torch.float32 if is_half(like[0]) else like[0].dtype).eps
+        self.eps = space.eps
         self.hvps = 0
         self.bound = 0.0
         self.warm = bool(start)
@@ -215,7 +236,7 @@ class _Lanczos:
         for vector in start:
             self._append(vector, 0)
         while len(self.basis) < self.k:
-            self._append(random_like(self.like, self.generator), 0)
+            self._append(self.space.random(), 0)
 
     def _is_far(self, values: list[float], s: Tensor) -> bool:
         """Whether the warm start has nothing to do with this operator: known after a second product of each vector."""
@@ -229,14 +250,14 @@ class _Lanczos:
         found = self.basis[: len(self.lost)]
         _rotate(found, s[:, -self.k :])
         for vector in found:
-            noise = random_like(vector, self.generator)
-            axpy(1 / norm(noise), noise, vector)
+            noise = self.space.random()
+            axpy(1 / self.space.inner.norm(noise), noise, vector)
         self._begin(found)
 
     def _append(self, vector: Vector, columns: int) -> None:
         """Take a start vector into the basis, a random one where nothing of it is new."""
         while not self._orthonormalise(vector)[1] > 0:
-            for a, b in zip(vector, random_like(vector, self.generator), strict=True):
+            for a, b in zip(vector, self.space.random(), strict=True):
                 a.copy_(b)
         self.basis.append(vector)
         self.coefficients = torch.cat([self.coefficients, torch.zeros(1, columns, dtype=torch.float64)])
@@ -275,9 +296,9 @@ class _Lanczos:
         if len(self.lost) == self.most:
             self._restart(theta, s)
         if len(self.basis) == len(self.lost):  # invariant: what is missing lies elsewhere
-            if len(self.basis) == self.dimension:
+            if len(self.basis) == self.space.dimension:
                 return False
-            self._append(random_like(self.like, self.generator), len(self.lost))
+            self._append(self.space.random(), len(self.lost))
         return True
 
     def _restart(self, theta: Tensor, s: Tensor) -> None:
@@ -307,7 +328,7 @@ class _Lanczos:
         total = [0.0] * len(self.basis)
         whole = 0.0
         while True:
-            square, *along = dots([(v, v), *((b, v) for b in self.basis)])
+            square, *along = self.space.inner.dots([(v, v), *((b, v) for b in self.basis)])
             whole = whole or square
             if not math.isfinite(square):
                 return total, math.nan
@@ -367,17 +388,15 @@ def _rotate(basis: list[Vector], s: Tensor) -> None:
             axpy(float(upper[i, j]), basis[i], basis[j])
 
 
-def _power(
-    operator: Operator, like: Sequence[Tensor], tol: float, max_hvps: int, generator: torch.Generator
-) -> EigenResult:
+def _power(operator: Operator, space: _Space, tol: float, max_hvps: int) -> EigenResult:
     """Power iteration that stops when the value changes by less than ``tol`` relative to itself."""
-    v = random_like(like, generator)
-    scale(1 / norm(v), v)
+    v = space.random()
+    scale(1 / space.inner.norm(v), v)
     value, hvps = math.inf, 0
     while True:
         image = operator(v)
         hvps += 1
-        new, square = dots([(v, image), (image, image)])
+        new, square = space.inner.dots([(v, image), (image, image)])
         if not math.isfinite(square):
             raise MeasurementError("a Hessian-vector product is not finite")
         residual = max(square - new * new, 0.0) ** 0.5

@@ -25,14 +25,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gfs_core.linalg.eigen import largest_eigenvalues
-from gfs_core.linalg.vectors import Vector, clone, combine, dots, mix_in, random_like
-from gfs_core.loss.products import Operator
+from gfs_core.linalg.inner import WHOLE, InnerProduct
+from gfs_core.linalg.operator import Operator
+from gfs_core.linalg.vectors import Vector, clone, combine, random_like
 
 _TURN = 0.5  # weight of the new product in the direction
 _MEMORY = 0.85  # weight of the past in the value
@@ -48,6 +50,30 @@ _NOISE = 0.03  # … and of a random vector
 _ABOVE = 2.0  # quotients above the value by this factor, …
 _PATIENCE = 3  # … so many one after the other, are another eigenvalue's: the value starts again from them
 _START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The curvature of one part of the data, as an estimate is turned by it.
+
+    Attributes:
+        operator: v ↦ H_B·v on the part.
+        like: tensors with the shapes of a vector.
+        other: the same on another part, for a pair of products; ``None``: there is none.
+        gradient: the gradient of the part, a new vector; of ``False``, where it is free, else ``None``. Without it
+            nothing is mixed into the direction.
+        inner: the inner product, which knows how vectors are spread over processes.
+    """
+
+    operator: Operator
+    like: Sequence[Tensor]
+    other: Operator | None = None
+    gradient: Callable[[bool], Vector | None] | None = None
+    inner: InnerProduct = WHOLE
+
+    def alone(self) -> Sample:
+        """Single products, and nothing mixed in."""
+        return replace(self, other=None, gradient=None)
 
 
 class RunningSharpness:
@@ -107,21 +133,8 @@ class RunningSharpness:
         """γ: by what power the curvature of a part grows with its loss; 0 to 1."""
         return min(max((self._products + _FIT_PRIOR) / (self._squares + _FIT_PRIOR), 0.0), 1.0)
 
-    def update(
-        self,
-        operator: Operator,
-        like: Sequence[Tensor],
-        other: Operator | None = None,
-        gradient: Callable[[bool], Vector | None] | None = None,
-    ) -> float:
-        """Turn the direction by one product; the first call solves for the eigenvalue, with up to 30.
-
-        Args:
-            operator: v ↦ H_B·v on this call's part of the data.
-            like: tensors with the shapes of a vector.
-            other: the same on another part, for a pair.
-            gradient: the gradient of this part, a new vector; of ``False``, where it is free, else ``None``. Without it
-                nothing is mixed in.
+    def update(self, sample: Sample) -> float:
+        """Turn the direction by one product, or a pair; the first call solves for the eigenvalue, with up to 30.
 
         Returns:
             The Rayleigh quotient of this part, or the mean of both, to be taken in by :meth:`average`.
@@ -130,18 +143,26 @@ class RunningSharpness:
             MeasurementError: the first products are not finite.
         """
         if self.vector is None:
-            first = largest_eigenvalues(operator, like, tol=1e-1, max_hvps=_START_HVPS, basis=_START_BASIS)
+            first = largest_eigenvalues(
+                sample.operator,
+                sample.like,
+                tol=1e-1,
+                max_hvps=_START_HVPS,
+                basis=_START_BASIS,
+                inner=sample.inner,
+            )
             self.vector = first.vector
             return first.value
-        product = operator(self.vector)
+        dots, mix_in = sample.inner.dots, sample.inner.mix_in
+        product = sample.operator(self.vector)
         self._since += 1
-        if other is None:
+        if sample.other is None:
             one, quotient, square = dots([(self.vector, self.vector), (self.vector, product), (product, product)])
             one = one or 1.0
             quotient, square = quotient / one, square / one
             self._lag_over(quotient, square)
         else:
-            v, p, q = self.vector, product, other(self.vector)
+            v, p, q = self.vector, product, sample.other(self.vector)
             one, *rest = dots([(v, v), (v, p), (v, q), (p, p), (q, q), (p, q)])
             one = one or 1.0
             vp, vq, pp, qq, pq = (x / one for x in rest)
@@ -154,8 +175,8 @@ class RunningSharpness:
             self._turn_to(product, quotient, square, math.sqrt(one))
         del product  # its memory is needed
         self._turns += 1
-        if gradient is not None:
-            mix_in(gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _MIX, self.vector)
+        if sample.gradient is not None:
+            mix_in(sample.gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _MIX, self.vector)
             mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _NOISE, self.vector)
         return quotient
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gfs_core.errors import MeasurementError
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, dots, norm, zeros_like
+from gfs_core.linalg.inner import InnerProduct
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, zeros_like
 from gfs_core.loss.objective import Objective
 
 ROUGH = 0.05  # differences that are less certain than this ask for shorter steps, and prove nothing
@@ -44,7 +45,7 @@ class Differences:
     """
 
     def __init__(self, objective: Objective, reach: float = math.inf) -> None:
-        self.objective, self.reach = objective, reach
+        self.objective, self.inner, self.reach = objective, objective.inner, reach
         self.error = self.noise = self.loss = 0.0
         self.at_kink = False
         self.resting = 0
@@ -107,20 +108,20 @@ class Differences:
         params = self.objective.weights
         if self._zeros is not None:
             vector = [torch.where(z, 0.0, v) for v, z in zip(vector, self._zeros, strict=True)]
-        length = norm(vector)
+        length = self.inner.norm(vector)
         if length == 0.0:
             return zeros_like(params)
         if self.objective.precision.choice == "training" and not self._slope:
             self.objective.gradient()  # tells in which precision the loss is computed
         eps = self.objective.eps
-        size = norm(params)
+        size = self.inner.norm(params)
         longest, shortest = min(self.reach, eps ** (1 / 3) * max(1.0, size)), 30 * eps * max(1.0, size)
         turn = 2 * eps ** (1 / 3)  # how far the gradient may turn, relative to its length
         step = longest if not self._steepest else min(longest, turn * self._slope / self._steepest)
         while True:
             step = max(step, shortest)
             product = self._difference(vector, step / length)
-            curvature = norm(product) / length
+            curvature = self.inner.norm(product) / length
             self._steepest = max(self._steepest, curvature)
             if step <= shortest or step * curvature <= 4 * turn * self._slope:
                 break
@@ -137,13 +138,13 @@ class Differences:
         self, vector: Vector, product: Vector, step: float, longest: float, shortest: float
     ) -> tuple[Vector, float]:
         """A better product and its step, if there is one: other step lengths tell what the method is worth here."""
-        length = norm(vector)
-        self.error = _apart(self._difference(vector, 2 * step / length), product)
+        length = self.inner.norm(vector)
+        self.error = _apart(self.inner, self._difference(vector, 2 * step / length), product)
         last, taken = product, step
         while self.error > ROUGH and taken > 8 * shortest:  # kinks on the way: shorter steps, until they agree
             taken /= 8
             finer = self._difference(vector, taken / length)
-            error = _apart(last, finer)
+            error = _apart(self.inner, last, finer)
             if error < self.error:
                 product, self.error, step = finer, error, taken
                 self.reach = step
@@ -151,7 +152,7 @@ class Differences:
         settled = self.error <= ROUGH
         if not settled or taken < _SUDDEN * longest:
             far = self._difference(vector, (longest if settled else 8 * taken) / length)
-            self.at_kink = _grown(last, far, settled)
+            self.at_kink = _grown(self.inner, last, far, settled)
         return product, step
 
     def _difference(self, vector: Vector, eps: float) -> Vector:
@@ -166,7 +167,7 @@ class Differences:
         finally:
             copy(held, params)
         self.loss = 0.5 * (ahead + behind)
-        after, before = (x**0.5 for x in dots([(plus, plus), (minus, minus)]))
+        after, before = (x**0.5 for x in self.inner.dots([(plus, plus), (minus, minus)]))
         self._slope = 0.5 * (after + before)
         axpy(-1.0, minus, plus)
         torch._foreach_div_(plus, 2 * eps)
@@ -175,19 +176,19 @@ class Differences:
         return plus
 
 
-def _apart(other: Vector, product: Vector) -> float:
+def _apart(inner: InnerProduct, other: Vector, product: Vector) -> float:
     """‖other − product‖ / ‖product‖."""
     axpy(-1.0, product, other)
-    pp, oo = dots([(product, product), (other, other)])
+    pp, oo = inner.dots([(product, product), (other, other)])
     axpy(1.0, product, other)
     return (oo / pp) ** 0.5 if pp > 0 else 0.0
 
 
-def _grown(near: Vector, far: Vector, settled: bool) -> bool:
+def _grown(inner: InnerProduct, near: Vector, far: Vector, settled: bool) -> bool:
     """Whether products have grown as the step shortened, by more than 4.
 
     A jump of the gradient gives one that grows as 1 / step, and keeps its direction; what rounding gives grows too, and
     has no direction. Products that have settled are not rounding.
     """
-    nn, ff, nf = dots([(near, near), (far, far), (near, far)])
+    nn, ff, nf = inner.dots([(near, near), (far, far), (near, far)])
     return nn > 16 * ff and (settled or nf > 0.5 * (nn * ff) ** 0.5)

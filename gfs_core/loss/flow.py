@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, norm, random_like, scale
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like, scale
 from gfs_core.loss.objective import Objective
 
 _DAMPING = 2 / 13
@@ -147,6 +147,7 @@ class Flow:
     ) -> None:
         self.objective, self.estimate_rho, self.preconditioner = objective, rho, preconditioner
         self.rtol, self.max_grads = rtol, max_grads
+        self.inner = objective.inner
         self.grad_evals = 0
         self.rho = 0.0  # what steps are limited by now
         self._rho_age = math.inf
@@ -199,9 +200,11 @@ class Flow:
                 copy(held, params)
                 state.step = h * min(max(fraction * (1 + 0.5 * _CUTOFF_REACHED), 1e-3), 0.999)
                 continue
-            size = norm(params)
+            size = self.inner.norm(params)
             lenient = min(max(1.0, h * rho), _MOST_LENIENT)
-            way = max(state.way + moved, norm(state.field) / rho)  # the fastest direction alone will come so far
+            way = max(
+                state.way + moved, self.inner.norm(state.field) / rho
+            )  # the fastest direction alone will come so far
             if state.refused is not None and h * rho <= 1.0:
                 # Of a smooth flow a step's error falls as h³; at a kink as h, and then no step is short enough.
                 longer, its = state.refused
@@ -262,11 +265,11 @@ class Flow:
             now, older = older, now
         self._move(y0, now, params)
         loss, f1 = self._field()
-        moved = norm(now)
+        moved = self.inner.norm(now)
         scale(-0.8, now)  # 0.8 (y0 − y1) + 0.4 h (F0 + F1)
         axpy(0.4 * h, f0, now)
         axpy(0.4 * h, f1, now)
-        return loss, f1, moved, norm(now)
+        return loss, f1, moved, self.inner.norm(now)
 
     def _noise(self, held: Vector, params: Vector, loss: float) -> float:
         """What rounding can do to the loss: several times what random changes of the weights' last bits do."""
@@ -290,7 +293,7 @@ class Flow:
         field = self._field()[1]
         copy(held, params)
         axpy(-1.0, state.field, field)
-        return norm(field)
+        return self.inner.norm(field)
 
     @staticmethod
     def _move(y0: Vector, by: Vector, params: Vector, factor: float = 1.0) -> None:

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from gfs_core.config import Tier
 from gfs_core.linalg.vectors import is_half, local
 
 GIB = 2**30
-# Copies of the weights at the peak of a measurement without and with a preconditioner, the layer in work aside; what
-# the running estimate keeps comes on top. The running estimate's peak is its start, not its pairs (5 and 6 copies).
-# Measured: benchmarks/memory.md.
-_COPIES: dict[Tier, tuple[int, int]] = {
-    "directional": (4, 4),
-    "running": (7, 8),
-    "batch_sharpness": (4, 5),
-    "sharpness": (10, 12),
-    "gfs": (11, 13),
-    "gfs_full": (11, 13),
-}
-_CHECK = 6  # … of the check of the parts
 
 
 class OverLimit(torch.OutOfMemoryError):
     """A measurement would take more memory than it may."""
 
 
-def vector_bytes(params: Sequence[Tensor], tiers: Collection[Tier], preconditioned: bool) -> int:
-    """Bytes of the vectors of a measurement at its peak, on this process, float32 copies of half precision included."""
-    copies = max(_COPIES[tier][preconditioned] for tier in tiers) + ("running" in tiers and len(tiers) > 1)
-    return _bytes_of(params, copies)
-
-
-def bytes_of_check(params: Sequence[Tensor]) -> int:
-    """The same of the check whether batches can be cut into parts."""
-    return _bytes_of(params, _CHECK)
-
-
-def _bytes_of(params: Sequence[Tensor], copies: int) -> int:
+def vector_bytes(params: Sequence[Tensor], copies: int) -> int:
+    """Bytes of so many vectors over ``params`` on this process, and of float32 copies of half-precision weights."""
     own = [local(p) for p in params]
     copies += any(is_half(t) for t in own)
     return copies * sum(t.numel() * max(t.element_size(), 4) for t in own)

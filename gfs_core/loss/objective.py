@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core.errors import MeasurementError, NoLoss
-from gfs_core.linalg.vectors import Vector, axpy, local, norm, owned, scale, spread
+from gfs_core.linalg.inner import WHOLE
+from gfs_core.linalg.vectors import Vector, axpy, local, owned, scale, spread
 from gfs_core.loss.batches import copied, pieces
 from gfs_core.loss.hooks import silent_accumulation
 from gfs_core.loss.memory import Allowance
 from gfs_core.loss.precision import Precision
+from gfs_core.loss.processes import Processes
 from gfs_core.loss.snapshot import StateSnapshot
-from gfs_core.run.ranks import Ranks
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -56,7 +57,7 @@ class Objective:
         batches: Sequence[Any],
         params: Sequence[Tensor] | None = None,
         isolation: StateSnapshot | None = None,
-        ranks: Ranks | None = None,
+        ranks: Processes | None = None,
         precision: Precision | None = None,
         micro_batch: int | None = None,
         memory: int | None = None,
@@ -80,6 +81,7 @@ class Objective:
                 "the weights are sharded over several processes: measure with a StabilityMonitor or a callback, "
                 "and sync='global'"
             )
+        self.inner = WHOLE if ranks is None else ranks.inner_product(self.params)
         self.padding = [] if self.sharded else _padding_rows(model, self.params)
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
@@ -200,7 +202,7 @@ class Objective:
             own = [g for g, p in zip(out, self.params, strict=True) if not hasattr(p, "to_local")]
             value = self.ranks.mean_of(value, own)
         finite(value)
-        if not math.isfinite(norm(out)):
+        if not math.isfinite(self.inner.norm(out)):
             raise MeasurementError(self._what_is_not_finite(value, out))
         return value, out
 

@@ -24,20 +24,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gfs_core.errors import own_fault
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, norm, random_like, spread
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like, spread
 from gfs_core.loss.batches import all_parts, examples_of, first_of_all
 from gfs_core.loss.learned import PrecisionChoice
-from gfs_core.loss.memory import GIB, OverLimit, bytes_of_check
+from gfs_core.loss.memory import GIB, OverLimit, vector_bytes
 from gfs_core.loss.objective import LossFn, Objective
 from gfs_core.loss.precision import Precision
+from gfs_core.loss.processes import Processes, alone
 from gfs_core.loss.snapshot import StateSnapshot
-from gfs_core.run.ranks import Ranks, alone
 
 _APART = 0.03  # relative difference that does no harm: single parts scatter by several times as much
 _ROUNDING = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
 _NOISE = 2.0  # of two differences between independent draws, the one over the other; in many dimensions it is near 1
 _SCATTER = 4.0  # standard errors
 _FEWEST = 8  # parts that are tried, where there are examples enough: the smaller they are, the plainer the difference
+_COPIES = 6  # of the weights, that trying holds at its peak
 _FAR = 0.1  # of the weights' length: how far the second place is away
 
 UNTRIED = "alone would keep more than `max_memory` allows"
@@ -68,7 +69,7 @@ def why_whole(
     *,
     precision: PrecisionChoice = "auto",
     seed: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
     max_memory: float | None = None,
 ) -> str:
     """Why the loss of these batches is not the mean over their parts, or could not be tried; empty where it is.
@@ -94,7 +95,7 @@ def why_whole(
     """
     computed = Precision(precision, model, params)
     ranks = ranks if any(spread(p) for p in params) else None
-    room = None if max_memory is None or ranks is not None else int(max_memory * GIB) - bytes_of_check(params)
+    room = None if max_memory is None or ranks is not None else int(max_memory * GIB) - vector_bytes(params, _COPIES)
     with StateSnapshot(model, params) as isolation, alone(model), computed.governing():
         while True:
             try:
@@ -112,6 +113,7 @@ def why_whole(
 
 
 def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> str:
+    norm = objective.inner.norm
     whole = _seen(objective, seed)
     objective.pieces = cut
     try:
@@ -144,6 +146,7 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> 
 
 def _seen(objective: Objective, seed: int, draw: int = 0) -> _Seen:
     """The pieces at the weights in place and near by; ``draw`` > 0: each of them with random numbers of its own."""
+    norm = objective.inner.norm
     objective.draw = draw
     loss, slope = objective.gradient()
     losses, length = objective.losses, norm(slope)

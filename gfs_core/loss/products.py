@@ -1,4 +1,4 @@
-"""Hessian-vector products of an :class:`~gfs_core.loss.objective.Objective`, and the preconditioned operator.
+"""Hessian-vector products of an :class:`~gfs_core.loss.objective.Objective`.
 
 Two ways, and a choice between them:
 
@@ -18,23 +18,20 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfs_core.errors import MeasurementError
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, dense, dots, norm, owned, scale, zeros_like
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, dense, owned, scale, zeros_like
 from gfs_core.loss.differences import ROUGH, Differences
 from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective, finite
 from gfs_core.loss.rounding import steps
-
-Operator: TypeAlias = Callable[[Vector], Vector]
-
 
 # How far uᵀJv and vᵀJu may be apart, in units of uᵀu, before the curvature counts as not symmetric. Models with a
 # symmetric one were below 0.001 with u = Jv and below 0.04 with u = Jv minus the exact product, those that hold
@@ -122,7 +119,7 @@ class Hessian:
         if method not in get_args(HvpMethod):
             raise ValueError(f"`hvp` must be 'auto', 'exact' or 'gradients', got {method!r}")
         self._learned = Learned() if learned is None else replace(learned)
-        self.objective = objective
+        self.objective, self.inner = objective, objective.inner
         self.method: HvpMethod = self._learned.hvp_for(method)
         self.hvps = 0
         self.loss = 0.0
@@ -153,7 +150,7 @@ class Hessian:
                         product = self._exact_on_all(vector)
                     if self.objective.precision.half is not None:
                         self.release()
-                if not math.isfinite(norm(product)):
+                if not math.isfinite(self.inner.norm(product)):
                     raise _NotFinite("it is not finite at these weights, as that of the norm of a zero vector")
                 if check is not None:
                     agrees = self._compare(product, check)
@@ -208,10 +205,10 @@ class Hessian:
         with self.objective.in_float32():
             weights = self.objective.weights
             _, gradient = self.objective.gradient()
-            length, held = norm(gradient), clone(weights)
+            length, held = self.inner.norm(gradient), clone(weights)
             if length == 0.0:
                 return False
-            step = self.objective.eps ** (1 / 3) * max(1.0, norm(weights)) / length
+            step = self.objective.eps ** (1 / 3) * max(1.0, self.inner.norm(weights)) / length
             try:
                 axpy(step, gradient, weights)
                 ahead = self.objective.loss()
@@ -231,10 +228,10 @@ class Hessian:
         """
         other = product if self._missed is None else self._missed
         self._missed = None
-        [square] = dots([(other, other)])
+        [square] = self.inner.dots([(other, other)])
         if square == 0.0 or self.error > ROUGH:
             return True
-        there, back = dots([(other, product), (vector, self._from_gradients(other))])
+        there, back = self.inner.dots([(other, product), (vector, self._from_gradients(other))])
         return abs(there - back) <= max(_ASYMMETRIC, 3 * self.error) * square
 
     def _check_symmetry(self, vector: Vector, product: Vector) -> None:
@@ -243,7 +240,7 @@ class Hessian:
         Of a loss that is linear in some weight it may not be known; that is taken for a part that is left out.
         """
         back = self._exact_on_all(product)
-        square, there = dots([(product, product), (vector, back)])
+        square, there = self.inner.dots([(product, product), (vector, back)])
         if not self.objective.on_all(not self._cut and abs(square - there) <= _ASYMMETRIC * square):
             raise _SilentlyWrong("a double backward leaves out part of the model without an error")
 
@@ -259,7 +256,7 @@ class Hessian:
         """
         missed = clone(check)
         axpy(-1.0, product, missed)
-        apart, exact, size = (x**0.5 for x in dots([(missed, missed), (product, product), (check, check)]))
+        apart, exact, size = (x**0.5 for x in self.inner.dots([(missed, missed), (product, product), (check, check)]))
         # Differences of gradients are noisy in low precision and at kinks; where they are, they prove nothing.
         doubt = max(max(0.1, 10 * self._differences.error) * max(exact, size), self._differences.noise)
         if self._compared and not self.objective.needs_backward:
@@ -298,9 +295,9 @@ class Hessian:
         """∇L·v at the present weights; free where the graph of an exact product is kept."""
         graph = self._kept
         if graph is None:
-            return dots([(self.objective.gradient()[1], vector)])[0]
+            return self.inner.dots([(self.objective.gradient()[1], vector)])[0]
         held = [(g.detach(), v) for g, v in zip(graph.gradient, vector, strict=True) if g is not None]
-        slope = dots([([g for g, _ in held], [v for _, v in held])])[0]
+        slope = self.inner.dots([([g for g, _ in held], [v for _, v in held])])[0]
         ranks = self.objective.ranks
         return slope if ranks is None else ranks.mean(slope)
 
@@ -436,38 +433,3 @@ class Hessian:
             product = self._differences(vector)
         self.loss = self._differences.loss
         return product
-
-
-class Preconditioned:
-    """The operator S·(H + shift)·S with a diagonal S: curvature in the coordinates of the optimizer.
-
-    Args:
-        hessian: H.
-        scale: the diagonal of S per parameter, a tensor of its shape or a number; ``None``: the identity.
-        shift: coupled weight decay per parameter, added to the diagonal of H; ``None``: none.
-    """
-
-    def __init__(
-        self, hessian: Hessian, scale: Iterable[Tensor | float] | None, shift: Sequence[float] | None = None
-    ) -> None:
-        self.hessian, self.scale, self.shift = hessian, scale, shift
-
-    def __call__(self, vector: Vector) -> Vector:
-        """S·(H + shift)·S·v."""
-        inner = vector if self.scale is None else [v * s for v, s in zip(vector, self.scale, strict=True)]
-        product = self.hessian(inner)
-        if self.shift is not None:
-            for h, v, shift in zip(product, inner, self.shift, strict=True):
-                h.add_(v, alpha=shift)
-        if self.scale is not None:
-            for h, s in zip(product, self.scale, strict=True):
-                h.mul_(s)
-        return product
-
-    def gradient(self, dear: bool = True) -> Vector | None:
-        """S·∇L, the gradient in the coordinates of the optimizer, as :meth:`Hessian.gradient`."""
-        gradient = self.hessian.gradient(dear)
-        if self.scale is not None and gradient is not None:
-            for g, s in zip(gradient, self.scale, strict=True):
-                g.mul_(s)
-        return gradient

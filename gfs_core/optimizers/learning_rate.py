@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gfs_core.errors import ConfigError
-from gfs_core.linalg.vectors import local, norm
+from gfs_core.linalg.inner import WHOLE
+from gfs_core.linalg.vectors import local
 from gfs_core.optimizers.thresholds import unwrap
 
 
@@ -97,7 +98,7 @@ class LearningRateHook:
             self._stepped, self._length = False, None
             return
         weights = [p for group in self.optimizer.param_groups for p in group["params"] if not is_lazy(p)]
-        length = norm([local(p) for p in weights]) if weights else 0.0
+        length = WHOLE.norm([local(p) for p in weights]) if weights else 0.0
         if self._length is not None and anywhere(math.isfinite(length) and length != self._length):
             self.passed_by += 1
         self._length = length

@@ -48,7 +48,7 @@ it a bound from single ones, by which a control goes; `benchmarks/noise.md` hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -57,6 +57,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
 from gfs_core.linalg.vectors import local
+from gfs_core.optimizers.preconditioner import Diagonal
 
 Group: TypeAlias = dict[str, Any]
 
@@ -109,43 +110,6 @@ def register_optimizer(
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise TypeError(f"expected a class of torch.optim.Optimizer, got {optimizer!r}")
     _RULES[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay, gain)
-
-
-class Diagonal:
-    """The diagonal of S, or a power of it, one parameter at a time: the tensors are computed when they are asked for.
-
-    As a list they would cost a copy of the weights for the whole measurement; computing them is cheap beside a
-    gradient.
-
-    Args:
-        optimizer: its second moments are read; ``None``: S holds numbers only.
-        params: the parameters, with the group and the relative scale of each.
-        power: exponent of every entry.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer | None,
-        params: Sequence[tuple[Tensor, Group, float]],
-        power: int = 1,
-    ) -> None:
-        self.optimizer, self.params, self.power = optimizer, params, power
-
-    def __iter__(self) -> Iterator[Tensor | float]:
-        for p, group, relative in self.params:
-            if self.optimizer is None:
-                yield relative**self.power
-            elif not _has_moments(self.optimizer, p):
-                yield 0.0
-            else:
-                preconditioner = _RULES[type(self.optimizer)].preconditioner
-                assert preconditioner is not None
-                diagonal = local(preconditioner(self.optimizer, group, p).rsqrt_()).to(local(p).dtype)
-                yield diagonal.mul_(relative).pow_(self.power)
-
-    def squared(self) -> Diagonal:
-        """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
-        return Diagonal(self.optimizer, self.params, 2 * self.power)
 
 
 @dataclass(frozen=True)
@@ -240,14 +204,20 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     if not math.isfinite(reference):
         return Stability(name, rate, None, adaptive=adaptive, reason="the learning rate is 0: no step, no threshold")
     where = {id(p): (g, t) for g, t in zip(groups, thresholds, strict=True) for p in g["params"]}
-    entries: list[tuple[Tensor, Group, float]] = []
+    entries: list[tuple[Tensor, float]] = []
     shift: list[float] = []
     for p in params:
         group, threshold = where[id(p)]
-        entries.append((p, group, math.sqrt(reference / threshold)))
+        entries.append((p, math.sqrt(reference / threshold)))
         shift.append(0.0 if _decoupled(rule, group) else float(group.get("weight_decay", 0.0)))
-    identity = not adaptive and all(relative == 1.0 for _, _, relative in entries)
-    scale = None if identity else Diagonal(inner if adaptive else None, entries)
+    identity = not adaptive and all(relative == 1.0 for _, relative in entries)
+
+    def moments(p: Tensor) -> Tensor | None:
+        assert rule is not None
+        assert rule.preconditioner is not None
+        return rule.preconditioner(inner, where[id(p)][0], p) if _has_moments(inner, p) else None
+
+    scale = None if identity else Diagonal(entries, moments if adaptive else None)
     leader = groups[thresholds.index(reference)]
     lead = float(leader["lr"])
     noise_factor = reference * lead * rule.gain(leader) / 2

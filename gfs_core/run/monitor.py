@@ -23,7 +23,7 @@ from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.detectors.early_warning import EarlyWarning
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, NoLoss, own_fault
 from gfs_core.linalg.blocks import RunningBlocks
-from gfs_core.linalg.vectors import Vector, clone, sharded
+from gfs_core.linalg.vectors import Vector, clone
 from gfs_core.loss.batches import (
     batch_size,
     changed,
@@ -49,6 +49,7 @@ from gfs_core.run.scheduler import scheduler_of
 from gfs_core.run.weights import Weights, fitted, moved, to_come
 from gfs_core.signals.base import Key, Reading
 from gfs_core.signals.measure import SOLVED, Running, WarmStart, measure
+from gfs_core.signals.memory import peak_copies
 from gfs_core.signals.training import STEP_RATE, BatchSizes, loss_readings
 
 T = TypeVar("T")
@@ -626,7 +627,7 @@ class StabilityMonitor:
         if self.ranks is None:
             yield
             return
-        with self.ranks.together(), sharded(self.ranks.sharding(parameters_of(self.optimizer))):
+        with self.ranks.together():
             yield
 
     def wants(self, step: int) -> bool:
@@ -647,7 +648,7 @@ class StabilityMonitor:
         return self.ranks if self.config.sync == "global" else None
 
     def _check_memory(self, params: list[Tensor], most: float, preconditioned: bool) -> None:
-        needed = vector_bytes(params, self.config.cadence(), preconditioned) / GIB
+        needed = vector_bytes(params, peak_copies(self.config.cadence(), preconditioned)) / GIB
         if needed >= most:
             raise ConfigError(
                 f"`max_memory` is {most} GiB, and the vectors of tier={self.config.tier!r} alone take {needed:.3g}; "
@@ -724,7 +725,7 @@ class StabilityMonitor:
         params = parameters_of(self.optimizer)
         self._weights.changed(params)
 
-        if self.ranks is not None and self.ranks.sharding(params) is not None:
+        if self.ranks is not None and not self.ranks.inner_product(params).whole:
             state = {k: v for k, v in state.items() if k not in ("warm", "before", "running")}  # another rank's shards
 
         raw, preconditioned = (fitted(v, params) for v in state.get("warm", [None, None]))

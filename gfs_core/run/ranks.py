@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core.errors import MeasurementError, NoLoss
-from gfs_core.linalg.vectors import Sharding, Vector
+from gfs_core.linalg.inner import WHOLE, InnerProduct, Sharding
+from gfs_core.linalg.vectors import Vector
 from gfs_core.run.record import Measurement
 
 TIMEOUT = 60.0  # seconds within which every process answers; between two words lies one gradient
@@ -144,15 +144,15 @@ class Ranks:
         }
         return replace(measurement or Measurement(0), **values)
 
-    def sharding(self, params: Sequence[Tensor]) -> Sharding | None:
-        """How ``params`` are spread over the processes; ``None``: every process holds all of them.
+    def inner_product(self, params: Sequence[Tensor]) -> InnerProduct:
+        """The inner product of vectors over ``params``: a sum over the processes where those are sharded.
 
         Raises:
-            MeasurementError: in a way that is not known here.
+            MeasurementError: they are sharded in a way that is not known here.
         """
         if not any(hasattr(p, "to_local") for p in params):
-            return None
-        return Sharding([self._share(p) for p in params], self.total, _WORD)
+            return WHOLE
+        return InnerProduct(Sharding([self._share(p) for p in params], self.total, _WORD))
 
     def _share(self, param: Any) -> float:
         if not hasattr(param, "to_local"):
@@ -198,20 +198,6 @@ class Ranks:
         if bad and not any(failed):
             raise OtherRankFailed(bad)
         return numbers
-
-
-@contextlib.contextmanager
-def alone(module: Any) -> Iterator[None]:
-    """Without what DistributedDataParallel exchanges in a forward pass: buffers, and gradients that it prepares for."""
-    if not isinstance(module, DistributedDataParallel):
-        yield
-        return
-    held, module.require_forward_param_sync = module.require_forward_param_sync, False
-    try:
-        with module.no_sync():
-            yield
-    finally:
-        module.require_forward_param_sync = held
 
 
 def _buckets(vector: Vector) -> Iterator[list[Tensor]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, dots
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 
@@ -50,7 +50,7 @@ def along_by_product(hessian: Hessian, step: Vector) -> Directional:
     """
     product = hessian(step)
     slope = hessian.slope_along(step)
-    curvature, square = dots([(step, product), (step, step)])
+    curvature, square = hessian.objective.inner.dots([(step, product), (step, step)])
     return Directional(curvature / square, _root(slope - curvature, curvature))
 
 
@@ -84,7 +84,7 @@ def _along_by_losses(objective: Objective, step: Vector) -> Directional:
     rounding = max(abs(x) for x in (start, end, beyond)) * objective.loss_eps
     if abs(second) <= _LOST * rounding:
         return Directional(None, None)
-    sharpness = second / dots([(step, step)])[0]
+    sharpness = second / objective.inner.dot(step, step)
     mean = {1.0: end - start, 2.0: (beyond - start) / 2}  # φ, the mean slope from the start on
     if mean[1.0] > 0:  # the loss rose already: what lies beyond tells little of where it began to
         mean[0.5] = (loss(0.5) - start) / 0.5
@@ -113,8 +113,9 @@ def along_the_gradient(hessian: Hessian, inverse: Iterable[Tensor | float] | Non
     """
     gradient = hessian.objective.gradient()[1]
     step = gradient if inverse is None else [g * s for g, s in zip(gradient, inverse, strict=True)]
-    length = dots([(gradient, step)])[0]
-    return dots([(step, hessian(step))])[0] / length if length > 0 else None
+    inner = hessian.objective.inner
+    length = inner.dot(gradient, step)
+    return inner.dot(step, hessian(step)) / length if length > 0 else None
 
 
 def _crossing(mean: dict[float, float]) -> float | None:

@@ -12,11 +12,13 @@ import torch
 
 from gfs_core.errors import Reason
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
-from gfs_core.linalg.vectors import Vector, dots, mix_in, random_like, scale
+from gfs_core.linalg.operator import negated
+from gfs_core.linalg.vectors import Vector, random_like
 from gfs_core.loss.flow import Flow, FlowState
 from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective
-from gfs_core.loss.products import Hessian, Preconditioned
+from gfs_core.loss.products import Hessian
+from gfs_core.optimizers.preconditioner import Preconditioned
 from gfs_core.optimizers.thresholds import Stability
 
 _GROWTH_TOL, _GROWTH_HVPS = 0.2, 20  # whether an eigenvalue is negative need not be known more closely
@@ -100,8 +102,8 @@ class Probe:
         """
         operator = self.operator(stability)
         if mix and start is not None:
-            mix_in(operator.gradient(), MIX, start)
-            mix_in(random_like(start, self.generator), MIX, start)
+            self.objective.inner.mix_in(operator.gradient(), MIX, start)
+            self.objective.inner.mix_in(random_like(start, self.generator), MIX, start)
         return largest_eigenvalues(
             operator,
             self.objective.weights,
@@ -110,6 +112,7 @@ class Probe:
             start=None if start is None else [start],
             generator=self.generator,
             product_error=self.hessian.error,
+            inner=self.objective.inner,
         )
 
     def in_half_precision(self) -> bool:
@@ -129,7 +132,7 @@ class Probe:
         """
         self.hessian.release()
         with self.objective.in_float32():
-            true = dots([(vector, self.operator(stability)(vector))])[0]
+            true = self.objective.inner.dot(vector, self.operator(stability)(vector))
         self.hessian.release()
         error = abs(value / true - 1) if true else math.inf
         precision = self.objective.precision
@@ -183,18 +186,14 @@ class Flowing:
         self.probe.hessian.release()
         operator = self.probe.operator(self.stability)
 
-        def negated(vector: Vector) -> Vector:
-            product = operator(vector)
-            scale(-1.0, product)
-            return product
-
         found = largest_eigenvalues(
-            negated,
+            negated(operator),
             self.probe.objective.weights,
             tol=_GROWTH_TOL,
             max_hvps=max(_GROWTH_HVPS, self.flow.grad_evals // 100),
             generator=self.probe.generator,
             product_error=self.probe.hessian.error,
+            inner=self.probe.objective.inner,
         )
         self.probe.hessian.release()
         known = (10 * self.flow.eps + 3 * self.probe.hessian.error) * self.flow.rho

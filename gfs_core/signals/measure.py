@@ -17,18 +17,20 @@ from gfs_core.config import Tier
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, Reason
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.eigen import EigenResult, Solver, largest_eigenvalues
-from gfs_core.linalg.vectors import Vector, axpy, clone, is_half, norm, scale
+from gfs_core.linalg.power import Sample
+from gfs_core.linalg.vectors import Vector, axpy, clone, is_half, scale
 from gfs_core.loss.learned import HvpMethod, Learned, PrecisionChoice
 from gfs_core.loss.memory import GIB, vector_bytes
 from gfs_core.loss.objective import LossFn, Objective
 from gfs_core.loss.precision import Precision
+from gfs_core.loss.processes import Processes, alone
 from gfs_core.loss.products import NOT_SYMMETRIC, ROUNDED
 from gfs_core.loss.snapshot import StateSnapshot
 from gfs_core.optimizers.thresholds import Stability, parameters_of, stability_of
-from gfs_core.run.ranks import Ranks, alone
 from gfs_core.run.record import Measurement
 from gfs_core.signals.directional import Directional, along_by_losses, along_by_product, along_the_gradient
 from gfs_core.signals.lab import FlowResult, Probe, flow_for
+from gfs_core.signals.memory import peak_copies
 from gfs_core.signals.solution import flow_to_the_end
 
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge and is less certain than this is left out
@@ -91,6 +93,7 @@ def sharpness(
             solver=solver,
             max_hvps=max_hvps,
             generator=torch.Generator().manual_seed(seed),
+            inner=objective.inner,
         )
         if not probe.hessian.symmetric:
             warnings.warn(f"gfs: {NOT_SYMMETRIC}", GFSWarning, stacklevel=2)
@@ -221,7 +224,7 @@ def measure(
     step: int = 0,
     warm: WarmStart | None = None,
     mix: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
 ) -> tuple[Measurement, Learned, dict[Tier, float]]:
     """One measurement of the chosen tiers, in isolation; ``warm`` is read and renewed.
 
@@ -259,7 +262,7 @@ def measure(
     ):
         room = None
         if max_memory is not None:
-            room = int(max_memory * GIB) - vector_bytes(params, tiers, not stability.plain)
+            room = int(max_memory * GIB) - vector_bytes(params, peak_copies(tiers, not stability.plain))
         objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, micro_batch, room)
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
@@ -362,7 +365,7 @@ def _along_the_step(probe: Probe, before: Vector, how: str) -> Directional:
     before = [b.float() if is_half(b) else b for b in before]
     scale(-1.0, before)
     axpy(1.0, probe.objective.weights, before)
-    if norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
+    if probe.objective.inner.norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
         return Directional(None, None)
     if how == "losses":
         return along_by_losses(probe.objective, before)
@@ -381,12 +384,14 @@ def _running(probe: Probe, running: Running, stability: Stability) -> dict[str, 
             return operator(vector)
 
     pairs = estimate.wants_pair and len(running.others) > 0
-    quotients = estimate.update(operator, probe.objective.weights, other if pairs else None, operator.gradient)
+    objective = probe.objective
+    sample = Sample(operator, objective.weights, other if pairs else None, operator.gradient, objective.inner)
+    quotients = estimate.update(sample)
     if first and estimate.vector is not None and probe.in_half_precision():
         error = probe.precision_error(stability, estimate.vector, quotients[0])
         if not probe.in_half_precision():
             estimate.restart()
-            quotients = estimate.update(operator, probe.objective.weights)
+            quotients = estimate.update(sample.alone())
     losses.append(probe.hessian.loss)
     loss, mean = sum(losses) / len(losses), running.mean_loss
     relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None

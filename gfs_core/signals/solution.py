@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 
 from gfs_core.errors import Reason
-from gfs_core.linalg.vectors import norm
 from gfs_core.loss.flow import Flow, FlowState
 from gfs_core.signals.lab import Flowing, FlowResult
 
@@ -85,6 +84,7 @@ def flow_to_the_end(flowing: Flowing, first: float, loss_cutoff: float | None = 
 
 def _is_rounding(flow: Flow, state: FlowState) -> bool:
     """Whether the gradient is no more than rounding makes of it: nothing moves any more, or not for a reason."""
+    norm = flow.objective.inner.norm
     speed = norm(state.field)
     if speed > 100 * flow.eps * flow.rho * norm(flow.objective.weights):  # ‖H·δ‖ for a δ of the last bits
         return False

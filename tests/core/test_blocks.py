@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gfs_core as gfs
 from gfs_core.linalg.blocks import RunningBlocks, uncoupled
+from gfs_core.linalg.power import Sample
 
 Batch = tuple[Tensor, Tensor]
 
@@ -63,7 +64,7 @@ class Products:
 
 def turn(estimate: RunningBlocks, products: Products, count: int) -> None:
     for _ in range(count):
-        estimate.average(estimate.update(products, products.weights, None, products.gradient))
+        estimate.average(estimate.update(Sample(products, products.weights, None, products.gradient)))
 
 
 def places(model: Networks, of: nn.Module) -> list[int]:
@@ -147,7 +148,7 @@ def test_saved_and_loaded_it_goes_on_the_same() -> None:
     products = Products(model)
     estimate = RunningBlocks()
     for _ in range(6):
-        estimate.average(estimate.update(products, products.weights, products, products.gradient))
+        estimate.average(estimate.update(Sample(products, products.weights, products, products.gradient)))
     stored = io.BytesIO()
     torch.save(estimate.state_dict(), stored)
     stored.seek(0)

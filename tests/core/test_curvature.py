@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gfs_core as gfs
 from gfs_core.linalg.vectors import random_like
-from gfs_core.loss.products import Preconditioned
+from gfs_core.optimizers.preconditioner import Preconditioned
 from tests.core.reference import MODELS, cross_entropy, data, dense_hessian, make, trainable
 
 

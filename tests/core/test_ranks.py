@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gfs_core as gfs
-from gfs_core.linalg.vectors import Sharding, dots, sharded
+from gfs_core.linalg.inner import WHOLE, InnerProduct, Sharding
 from tests.core import processes
 
 ALL = {
@@ -136,10 +136,11 @@ def test_inner_products_of_shards_count_each_part_once() -> None:
         return [2 * v for v in values]
 
     x, y = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])], [torch.tensor([5.0, 7.0]), torch.tensor([11.0])]
-    with sharded(Sharding([1.0, 0.5], total, 2)):
-        assert dots([(x, y), (x, x), (y, y)]) == [2 * 19 + 33, 2 * 5 + 9, 2 * 74 + 121]
+    inner = InnerProduct(Sharding([1.0, 0.5], total, 2))
+    assert inner.dots([(x, y), (x, x), (y, y)]) == [2 * 19 + 33, 2 * 5 + 9, 2 * 74 + 121]
     assert asked == [2, 1]
-    assert dots([(x, y)]) == [19 + 33]
+    assert not inner.whole
+    assert WHOLE.dots([(x, y)]) == [19 + 33]
 
 
 @FSDP2

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.linalg.power import RunningSharpness
-from gfs_core.linalg.vectors import mix_in
+from gfs_core.linalg.inner import WHOLE
+from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.loss.batches import rotating_part
 from gfs_core.run.losses import MeanLoss
 
@@ -33,11 +33,11 @@ def test_single_products_average_to_the_largest_eigenvalue() -> None:
     like = [torch.zeros(4, dtype=torch.float64)]
     values = []
     for _ in range(400):
-        values.append(estimate.average(estimate.update(noisy(0.0), like)))
+        values.append(estimate.average(estimate.update(Sample(noisy(0.0), like))))
     assert values[-1] == pytest.approx(4.0, rel=1e-6)  # not −11, the largest in magnitude
     assert abs(float(estimate.vector[0][0])) == pytest.approx(1.0, rel=1e-6)
     operator = noisy(0.2)
-    values = [estimate.average(estimate.update(operator, like)) for _ in range(400)]
+    values = [estimate.average(estimate.update(Sample(operator, like))) for _ in range(400)]
     assert sum(values) / 400 == pytest.approx(4.0, rel=0.03)
     assert max(values) < 1.5 * 4.0
 
@@ -55,7 +55,7 @@ def test_the_direction_turns_by_half_of_a_product_whatever_its_length(sign: floa
     for length in (1.0, 3.0):
         estimate = RunningSharpness()
         estimate.vector = [length * start.clone()]
-        assert estimate.update(lambda v: [hessian * v[0]], []) == pytest.approx(quotient, rel=1e-12)
+        assert estimate.update(Sample(lambda v: [hessian * v[0]], [])) == pytest.approx(quotient, rel=1e-12)
         assert torch.allclose(estimate.vector[0], turned / turned.norm(), rtol=1e-12)
 
 
@@ -126,7 +126,7 @@ def test_the_spread_of_the_curvature_is_found_from_single_products() -> None:
     assert estimate.noisy(1.0) is None
 
     def measured(operator) -> None:
-        estimate.average(estimate.update(operator, like, operator if estimate.wants_pair else None))
+        estimate.average(estimate.update(Sample(operator, like, operator if estimate.wants_pair else None)))
 
     for _ in range(100):
         measured(noisy(0.0))
@@ -163,7 +163,7 @@ def test_how_far_the_direction_lags_is_not_taken_for_noise() -> None:
         estimate = RunningSharpness()
         estimate.vector = [lagging.clone()]
         for _ in range(8):
-            estimate.average(estimate.update(part, [], part))
+            estimate.average(estimate.update(Sample(part, [], part)))
             estimate.vector = [lagging.clone()]
         quotient = float(lagging @ mean @ lagging)
         found.append((estimate.noisy(1.0) / estimate.value - 1) * quotient**2)
@@ -178,8 +178,8 @@ def test_one_pair_without_curvature_of_its_own_does_not_make_the_noise_infinite(
     """The direction begins as the first part's own: other parts may have next to no curvature along it."""
     estimate, like = RunningSharpness(), [torch.zeros(2, dtype=torch.float64)]
     first, other, third = (torch.tensor(d, dtype=torch.float64) for d in ([4.0, 0.0], [0.01, 1.0], [0.02, 2.0]))
-    estimate.average(estimate.update(lambda v: [first * v[0]], like))
-    estimate.average(estimate.update(lambda v: [other * v[0]], like, lambda v: [third * v[0]]))
+    estimate.average(estimate.update(Sample(lambda v: [first * v[0]], like)))
+    estimate.average(estimate.update(Sample(lambda v: [other * v[0]], like, lambda v: [third * v[0]])))
     assert estimate.value == pytest.approx(0.85 * 4 + 0.15 * 0.015, rel=1e-3)
     assert estimate.value <= estimate.noisy(1.0) < 1.01 * estimate.value
 
@@ -392,10 +392,10 @@ def test_which_way_an_eigenvector_points_does_not_matter_to_what_is_mixed_in() -
     for along in (1.0, -1.0):
         ahead, back = [torch.tensor([along, 0.5]).double()], [torch.tensor([-along, -0.5]).double()]
         expected = ahead[0] + math.copysign(0.2, 3 * along + 2) * torch.tensor([0.6, 0.8]).double()
-        mix_in(other, 0.2, ahead)
-        mix_in(other, 0.2, back)
+        WHOLE.mix_in(other, 0.2, ahead)
+        WHOLE.mix_in(other, 0.2, back)
         assert torch.allclose(ahead[0], expected, rtol=1e-12)
         assert torch.equal(back[0], -ahead[0])
-    mix_in([torch.zeros(2).double()], 0.2, ahead)
-    mix_in(None, 0.2, ahead)
+    WHOLE.mix_in([torch.zeros(2).double()], 0.2, ahead)
+    WHOLE.mix_in(None, 0.2, ahead)
     assert torch.equal(ahead[0], -back[0])

@@ -1,0 +1,91 @@
+"""The operator whose largest eigenvalue decides whether an optimizer is stable: S·(H + shift)·S with a diagonal S."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from gfs_core.linalg.vectors import Vector, local
+
+
+class Curvature(Protocol):
+    """The Hessian of a loss at the present weights, with the loss's gradient."""
+
+    def __call__(self, vector: Vector, /) -> Vector:
+        """H·v, a new vector."""
+
+    def gradient(self, dear: bool = True) -> Vector | None:
+        """∇L, a new vector; ``None`` where it has to be computed and ``dear`` is false."""
+
+
+class Diagonal:
+    """The diagonal of S, or a power of it, one parameter at a time: the tensors are computed when they are asked for.
+
+    As a list they would cost a copy of the weights for the whole measurement; computing them is cheap beside a
+    gradient.
+
+    Args:
+        params: the parameters, with the relative scale of each.
+        moments: the diagonal P of S = P^-1/2 for a parameter, a new tensor; or ``None`` where the optimizer has not
+            stepped the parameter yet, whose entries of S are then 0. Without it S holds the scales alone.
+        power: exponent of every entry.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[tuple[Tensor, float]],
+        moments: Callable[[Tensor], Tensor | None] | None = None,
+        power: int = 1,
+    ) -> None:
+        self.params, self.moments, self.power = params, moments, power
+
+    def __iter__(self) -> Iterator[Tensor | float]:
+        for p, relative in self.params:
+            if self.moments is None:
+                yield relative**self.power
+            elif (found := self.moments(p)) is None:
+                yield 0.0
+            else:
+                diagonal = local(found.rsqrt_()).to(local(p).dtype)
+                yield diagonal.mul_(relative).pow_(self.power)
+
+    def squared(self) -> Diagonal:
+        """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
+        return Diagonal(self.params, self.moments, 2 * self.power)
+
+
+class Preconditioned:
+    """The operator S·(H + shift)·S with a diagonal S: curvature in the coordinates of the optimizer.
+
+    Args:
+        hessian: H.
+        scale: the diagonal of S per parameter, a tensor of its shape or a number; ``None``: the identity.
+        shift: coupled weight decay per parameter, added to the diagonal of H; ``None``: none.
+    """
+
+    def __init__(
+        self, hessian: Curvature, scale: Iterable[Tensor | float] | None, shift: Sequence[float] | None = None
+    ) -> None:
+        self.hessian, self.scale, self.shift = hessian, scale, shift
+
+    def __call__(self, vector: Vector) -> Vector:
+        """S·(H + shift)·S·v."""
+        inner = vector if self.scale is None else [v * s for v, s in zip(vector, self.scale, strict=True)]
+        product = self.hessian(inner)
+        if self.shift is not None:
+            for h, v, shift in zip(product, inner, self.shift, strict=True):
+                h.add_(v, alpha=shift)
+        if self.scale is not None:
+            for h, s in zip(product, self.scale, strict=True):
+                h.mul_(s)
+        return product
+
+    def gradient(self, dear: bool = True) -> Vector | None:
+        """S·∇L, the gradient in the coordinates of the optimizer, as :meth:`Curvature.gradient`."""
+        gradient = self.hessian.gradient(dear)
+        if self.scale is not None and gradient is not None:
+            for g, s in zip(gradient, self.scale, strict=True):
+                g.mul_(s)
+        return gradient

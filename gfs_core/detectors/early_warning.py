@@ -6,7 +6,7 @@ rise is told of while the first lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gfs_core.detectors.base import Alert, AlertLevel, Detector
@@ -18,8 +18,8 @@ from gfs_core.detectors.profile import Profile
 from gfs_core.detectors.rate import RateDetector
 from gfs_core.signals.base import Reading
 
-# A new detector is listed here. Readings of one step are best given in the order of what these read.
-DETECTORS: tuple[Callable[[Profile, Context], Detector], ...] = (
+MakeDetector = Callable[[Profile, Context], Detector]
+DETECTORS: tuple[MakeDetector, ...] = (  # a new one is listed here
     RateDetector,
     LossDetector,
     running_ratio,
@@ -32,7 +32,8 @@ class EarlyWarning:
     """Watches a run by its readings: losses, learning rates and stability ratios.
 
     Args:
-        profile: the thresholds of all rules.
+        profile: the thresholds of all rules; ``None``: those of :class:`Profile`.
+        detectors: what makes each detector.
 
     Attributes:
         level: the present level, the gravest of what the detectors say: until the run is back.
@@ -48,11 +49,11 @@ class EarlyWarning:
         ALARM – the stability ratio rose to 0.9, 4.5 times its usual 0.2
     """
 
-    def __init__(self, profile: Profile | None = None) -> None:
+    def __init__(self, profile: Profile | None = None, detectors: Sequence[MakeDetector] = DETECTORS) -> None:
         self.level, self.reason = AlertLevel.QUIET, ""
         profile = Profile() if profile is None else profile
         self._context = Context(profile)
-        self._detectors = [make(profile, self._context) for make in DETECTORS]
+        self._detectors = [make(profile, self._context) for make in detectors]
         self._readers: dict[str, list[Detector]] = {}
         for detector in self._detectors:
             for name in detector.reads:

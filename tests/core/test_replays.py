@@ -20,9 +20,9 @@ Call = Sequence[Any]  # kind, step, value, and of a loss how many examples it is
 Told = list[Any]  # step, level, rule, reason
 
 
-def replayed(calls: Sequence[Call]) -> list[Told]:
+def replayed(calls: Sequence[Call], profile: gfs.Profile | None = None) -> list[Told]:
     """What the early warning tells of a stream of observations."""
-    warning = gfs.EarlyWarning()
+    warning = gfs.EarlyWarning(profile)
     told: list[Told] = []
     for kind, step, value, *examples in calls:
         if kind == "rate":

@@ -17,22 +17,10 @@ from typing import Any
 import torch
 
 import gfs_core as gfs
-from benchmarks.alarm import (
-    BATCH,
-    FAULTS,
-    HERE,
-    OPTIMIZERS,
-    WORKLOADS,
-    Ours,
-    all_rules,
-    cases,
-    delay,
-    false_alarms,
-    header,
-    number,
-    quantile,
-    workloads,
-)
+from benchmarks.alarm.compare import delay, false_alarms, quantile
+from benchmarks.alarm.page import header, number
+from benchmarks.lib.rules import Ours, all_rules
+from benchmarks.lib.streams import BATCH, FAULTS, FOLDER, OPTIMIZERS, WORKLOADS, cases, workloads
 
 BUDGET = 0.05
 SEEDS = range(5, 9)
@@ -80,7 +68,7 @@ def steps_between(ratios: list[float | None]) -> float:
 
 def from_the_start() -> list[dict[str, Any]]:
     """Runs whose rate is far too high from step 0, and who tells."""
-    held = {r["rule"]: r["value"] for r in json.loads((HERE / "alarm.json").read_text())["rules"]}
+    held = {r["rule"]: r["value"] for r in json.loads((FOLDER / "alarm.json").read_text())["rules"]}
     rules = [r for r in all_rules() if r.kind not in ("ours", "rate")]
     rows = []
     for (name, workload), optimizer, multiple, seed in itertools.product(
@@ -201,13 +189,13 @@ wrongly, {false_own} and {false_others}. Where both spoke the alarm was earlier 
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:] == ["render"]:
-        (HERE / "alarm_limits.md").write_text(render(json.loads((HERE / "alarm_limits.json").read_text())))
+        (FOLDER / "alarm_limits.md").write_text(render(json.loads((FOLDER / "alarm_limits.json").read_text())))
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = {"start": from_the_start(), "budget": budget()}
-    (HERE / "alarm_limits.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (HERE / "alarm_limits.md").write_text(render(results))
+    (FOLDER / "alarm_limits.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (FOLDER / "alarm_limits.md").write_text(render(results))
 
 
 if __name__ == "__main__":

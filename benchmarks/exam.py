@@ -20,25 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_gfs
 import lightning_gfs
-from benchmarks.data import digits
-from benchmarks.destroyed import (
-    Batch,
-    Ended,
-    Fault,
-    Recurrent,
-    Task,
-    bytes_of,
-    changed,
-    classes,
-    dense,
-    harm,
-    jump,
-    loss_of_all,
-    momentum,
-    ramp,
-    squares,
-    task_of,
-)  # fmt: skip
+from benchmarks.destroyed import Recurrent, bytes_of, classes, dense, momentum, squares
+from benchmarks.lib.data import digits
+from benchmarks.lib.harmed import Batch, Ended, Fault, Task, changed, harm, jump, loss_of_all, ramp, task_of
 
 Way = Callable[[Task, Fault, Path, bool], Ended]
 

@@ -1,7 +1,7 @@
 """What the early warning says: streams of losses, rates and stability ratios of real trainings, and its events.
 
-The streams are those of `benchmarks/alarm.py`, healthy and with each of its faults, around the start of the fault, and
-those of trainings of `benchmarks/golden.py`, with solved ratios and ratios in the mean square. Writes
+The streams are those of `benchmarks/lib/streams.py`, healthy and with each of its faults, around the start of a fault,
+and those of trainings of `benchmarks/golden.py`, with solved ratios and ratios in the mean square. Writes
 tests/golden/alarms.json, which tests/core/test_replays.py replays. Values are rounded to four digits before the events
 are taken, so that a replay is exact on every machine.
 
@@ -23,8 +23,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import gfs_core as gfs
-from benchmarks import alarm, golden
+from benchmarks import golden
 from benchmarks import golden_trainings as made
+from benchmarks.lib import streams as faulty
 from tests.core.test_replays import Call, replayed
 
 TARGET = Path(__file__).parents[1] / "tests" / "golden" / "alarms.json"
@@ -36,19 +37,19 @@ def of_benchmark() -> dict[str, list[Call]]:
     """Trainings of digits without a fault, and with each one."""
     streams: dict[str, list[Call]] = {}
     name = "digits, MLP"
-    workload = alarm.workloads()[name]
-    for optimizer in alarm.OPTIMIZERS:
-        held = alarm.recorded(name, workload, optimizer, SEED)
+    workload = faulty.workloads()[name]
+    for optimizer in faulty.OPTIMIZERS:
+        held = faulty.recorded(name, workload, optimizer, SEED)
         start = held["start"]
-        rates = {"constant": lambda step: 1.0, "schedule": alarm.warm_cosine}
+        rates = {"constant": lambda step: 1.0, "schedule": faulty.warm_cosine}
         for kind, rate in rates.items():
-            streams[f"{optimizer}, {kind}"] = _calls(held[kind], [rate(step) for step in range(alarm.LONG)], 0, 250)
+            streams[f"{optimizer}, {kind}"] = _calls(held[kind], [rate(step) for step in range(faulty.LONG)], 0, 250)
         for fault, after in held["faults"].items():
             whole = {key: held["constant"][key][:start] + after[key] for key in after}
-            factors = [1.0] * start + [alarm.FAULTS[fault].rate(k) for k in range(alarm.AFTER)]
+            factors = [1.0] * start + [faulty.FAULTS[fault].rate(k) for k in range(faulty.AFTER)]
             calls = _calls(whole, factors, start - BEFORE, start + AFTER)
             # The rule for the rate speaks first where it is asked: the second optimizer is recorded without it.
-            streams[f"{optimizer}, {fault}"] = [c for c in calls if c[0] != "rate" or optimizer == alarm.OPTIMIZERS[0]]
+            streams[f"{optimizer}, {fault}"] = [c for c in calls if c[0] != "rate" or optimizer == faulty.OPTIMIZERS[0]]
     return streams
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.destroyed import Batch, Fault, Task, classes, dense, jump, ramp, task_of
+from benchmarks.destroyed import classes, dense
 from benchmarks.exam import Way, by_lightning, by_trainer
 from benchmarks.lib.data import digits, text
+from benchmarks.lib.harmed import Batch, Fault, Task, jump, ramp, task_of
 from benchmarks.lib.models import Characters
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks import exam, unseen
-from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD, Ended, Fault, train
+from benchmarks.destroyed import DESIGN, EXAM, FAULTS, ODD
+from benchmarks.lib.harmed import Ended, Fault, train
 from benchmarks.lib.store import Store
 from benchmarks.lib.tables import table
 from gfs_report.runs import read_run

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
-from benchmarks.destroyed import DESIGN, EXAM, ODD, Fault, jump, ramp, train
+from benchmarks.destroyed import DESIGN, EXAM, ODD
 from benchmarks.lib.data import digits, text
+from benchmarks.lib.harmed import Fault, jump, ramp, train
 from gfs_report.cli import app
 from gfs_report.comparison.compare import compare
 from gfs_report.losses import FAILED, course

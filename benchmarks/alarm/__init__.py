@@ -1,0 +1,1 @@
+"""The early warning beside other rules, on recorded trainings with faults."""

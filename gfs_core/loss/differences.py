@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gfs_core.errors import MeasurementError
 from gfs_core.linalg.inner import InnerProduct
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, zeros_like
+from gfs_core.linalg.vectors import Vector, axpy, zeros_like
 from gfs_core.loss.objective import Objective
 
 ROUGH = 0.05  # differences that are less certain than this ask for shorter steps, and prove nothing
@@ -156,16 +156,7 @@ class Differences:
         return product, step
 
     def _difference(self, vector: Vector, eps: float) -> Vector:
-        params = self.objective.weights
-        held = clone(params)
-        try:
-            axpy(eps, vector, params)
-            ahead, plus = self.objective.gradient()
-            copy(held, params)
-            axpy(-eps, vector, params)
-            behind, minus = self.objective.gradient()
-        finally:
-            copy(held, params)
+        (ahead, plus), (behind, minus) = self.objective.on_both_sides(eps, vector, self.objective.gradient)
         self.loss = 0.5 * (ahead + behind)
         after, before = (x**0.5 for x in self.inner.dots([(plus, plus), (minus, minus)]))
         self._slope = 0.5 * (after + before)

@@ -10,14 +10,14 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gfs_core.errors import MeasurementError, NoLoss
 from gfs_core.linalg.inner import WHOLE
-from gfs_core.linalg.vectors import Vector, axpy, local, owned, scale, spread
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, local, owned, scale, spread
 from gfs_core.loss.batches import copied, pieces
 from gfs_core.loss.hooks import silent_accumulation
 from gfs_core.loss.memory import Allowance
@@ -25,6 +25,7 @@ from gfs_core.loss.precision import Precision
 from gfs_core.loss.processes import Processes
 from gfs_core.loss.snapshot import StateSnapshot
 
+T = TypeVar("T")
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _NEEDS_BACKWARD = re.compile(r"use_reentrant=True|backward\(\) must be called|not compatible with \.grad\(\)")
@@ -232,6 +233,18 @@ class Objective:
                     if reshard is not None:
                         reshard()
         return finite(value if self.ranks is None else self.ranks.mean(value))
+
+    def on_both_sides(self, step: float, vector: Vector, evaluate: Callable[[], T]) -> tuple[T, T]:
+        """What ``evaluate`` gives at the weights plus, and minus, ``step`` times ``vector``; they are put back then."""
+        held = clone(self.weights)
+        try:
+            axpy(step, vector, self.weights)
+            ahead = evaluate()
+            copy(held, self.weights)
+            axpy(-step, vector, self.weights)
+            return ahead, evaluate()
+        finally:
+            copy(held, self.weights)
 
     def _differentiate(self, batch: Any) -> tuple[float, Vector]:
         if not self.needs_backward:

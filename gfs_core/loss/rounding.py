@@ -26,6 +26,7 @@ from gfs_core.loss.objective import Objective
 
 _ROUNDING = ("round", "floor", "ceil", "trunc", "fake_quantize", "_fake_quantize", "quantize_per")
 _COMPARING = frozenset({"gt", "ge", "lt", "le", "argmax", "argmin", "bucketize", "searchsorted", "topk", "sign", "sgn"})
+_NO_SLOPE = 0.2  # of what the gradient says, how far a difference of losses may be off
 _CONSTANTS = ("lift_fresh", "scalar_tensor")
 
 
@@ -93,3 +94,21 @@ def steps(objective: Objective) -> Steps:
         loss = objective.forward(objective.pieces[0][0])
     of_the_loss = set(_places(loss))
     return Steps(not watch.rounded.isdisjoint(of_the_loss), not watch.compared.isdisjoint(of_the_loss))
+
+
+def is_stepwise(objective: Objective) -> bool:
+    """Whether the loss does not fall along its gradient as that says, as one that goes by steps of the weights.
+
+    Costs a gradient and two forward passes.
+    """
+    with objective.in_float32():
+        norm = objective.inner.norm
+        _, gradient = objective.gradient()
+        length = norm(gradient)
+        if length == 0.0:
+            return False
+        step = objective.eps ** (1 / 3) * max(1.0, norm(objective.weights)) / length
+        ahead, behind = objective.on_both_sides(step, gradient, objective.loss)
+        expected = 2 * step * length**2
+        rounding = 100 * objective.eps * (abs(ahead) + abs(behind))
+        return bool(abs(ahead - behind - expected) > _NO_SLOPE * expected + rounding)

@@ -24,12 +24,12 @@ from gfs_core.linalg.operator import Operator
 from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.linalg.vectors import Vector, nonzero, random_like, zeros_like
 
-_MOST = 8  # blocks; what is left over from then on counts as one
+_MOST_BLOCKS = 8  # blocks; what is left over from then on counts as one
 _START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
-_AGAIN = 50  # calls between two looks at whether the blocks are still apart
+_LOOK_EVERY = 50  # calls between two looks at whether the blocks are still apart
 
 
-def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST) -> list[list[int]]:
+def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST_BLOCKS) -> list[list[int]]:
     """The blocks of the Hessian, as places of the tensors in each, by products with vectors in a few of them.
 
     Args:
@@ -141,7 +141,7 @@ class RunningBlocks:
         self._calls += 1
         if self._calls == 2 and len(sample.like) > 1 and sample.inner.whole:
             self._divide(sample)
-        elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _AGAIN == 0:
+        elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _LOOK_EVERY == 0:
             self._look_again(sample.operator)
         if self.blocks is None or len(self.blocks) == 1:
             return [self._estimates[0].update(sample)]
@@ -213,7 +213,7 @@ class RunningBlocks:
         """One product with the direction of one block, each block in its turn: what it reaches belongs to it."""
         assert self.blocks is not None
         assert self.vector is not None
-        block, vector = self.blocks[self._calls // _AGAIN % len(self.blocks)], self.vector
+        block, vector = self.blocks[self._calls // _LOOK_EVERY % len(self.blocks)], self.vector
         if _reached(operator, _only(block, vector)) <= set(block):
             return
         largest = max(range(len(self.blocks)), key=lambda k: self._estimates[k].value or 0.0)

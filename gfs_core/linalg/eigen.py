@@ -35,9 +35,9 @@ from gfs_core.linalg.operator import Operator
 from gfs_core.linalg.vectors import Vector, axpy, is_half, random_like, scale
 
 Solver: TypeAlias = Literal["lanczos", "power"]
-_FAR = 0.8  # a warm start is far from a Ritz vector where the cosine of the angle is less
-_ROUNDING = 4  # what a product loses, in units of eps·‖H‖
-_NEAR = 100  # a residual that stays above the error of the products by more is slow, and not at its end
+_FAR_COSINE = 0.8  # a warm start is far from a Ritz vector where the cosine of the angle is less
+_PRODUCT_ROUNDING = 4  # what a product loses, in units of eps·‖H‖
+_NEAR_FLOOR = 100  # a residual that stays above the error of the products by more is slow, and not at its end
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class _Lanczos:
                 self.warm = False
                 self._begin_anew(s)
                 continue
-            rounding = _ROUNDING * self.eps * self.bound
+            rounding = _PRODUCT_ROUNDING * self.eps * self.bound
             residuals = [max(r, rounding) for r in residuals]
             over = [r / (self.tol * abs(v) or math.ulp(0.0)) for r, v in zip(residuals, values, strict=True)]
             worst = max(over)
@@ -210,7 +210,7 @@ class _Lanczos:
             if worst > 1:
                 open_ = max(r for r, o in zip(residuals, over, strict=True) if o > 1)
                 floor = max(rounding, 3 * self.product_error * self.bound)
-                in_vain = open_ <= _NEAR * floor or self._asymmetry() > floor
+                in_vain = open_ <= _NEAR_FLOOR * floor or self._asymmetry() > floor
                 if open_ <= floor or (self.product_error and stalled >= 15 * self.k and in_vain):
                     reason = Reason.INEXACT_PRODUCTS
                 elif self.hvps >= self.max_hvps:
@@ -243,7 +243,7 @@ class _Lanczos:
         if 0.0 in values:
             return True
         overlap = s[: self.k, -self.k :].square().sum(0).sqrt()
-        return len(self.lost) == 2 * self.k and float(overlap.min()) < _FAR
+        return len(self.lost) == 2 * self.k and float(overlap.min()) < _FAR_COSINE
 
     def _begin_anew(self, s: Tensor) -> None:
         """Start again, from the present Ritz vectors and random vectors in equal parts."""

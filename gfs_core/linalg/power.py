@@ -37,16 +37,16 @@ from gfs_core.linalg.operator import Operator
 from gfs_core.linalg.vectors import Vector, clone, combine, random_like
 
 _TURN = 0.5  # weight of the new product in the direction
-_MEMORY = 0.85  # weight of the past in the value
+_VALUE_MEMORY = 0.85  # weight of the past in the value
 _SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means at first
 _FIRST_PAIRS = 3  # pairs in a row at the start; …
 _PAIR_EVERY = 4  # … from then on one in so many products is one of a pair
 _FIT_MEMORY = 0.99  # … in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
 _START_HVPS = 30
-_MIX = 0.15  # length of the gradient that is mixed into the direction in each turn, …
+_GRADIENT_MIX = 0.15  # length of the gradient that is mixed into the direction in each turn, …
 _DEAR_EVERY = 5  # … or in one of so many where it has to be computed …
-_NOISE = 0.03  # … and of a random vector
+_RANDOM_MIX = 0.03  # … and of a random vector
 _ABOVE = 2.0  # quotients above the value by this factor, …
 _PATIENCE = 3  # … so many one after the other, are another eigenvalue's: the value starts again from them
 _START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
@@ -176,8 +176,8 @@ class RunningSharpness:
         del product  # its memory is needed
         self._turns += 1
         if sample.gradient is not None:
-            mix_in(sample.gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _MIX, self.vector)
-            mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _NOISE, self.vector)
+            mix_in(sample.gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _GRADIENT_MIX, self.vector)
+            mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _RANDOM_MIX, self.vector)
         return quotient
 
     def _turn_to(self, product: Vector, quotient: float, square: float, length: float) -> None:
@@ -230,7 +230,7 @@ class RunningSharpness:
                     self._squares = _FIT_MEMORY * self._squares + apart * apart
                     self._products = _FIT_MEMORY * self._products + apart * math.log(quotient / self.value)
                 quotient *= math.exp(-self.elasticity * apart)
-            self._take(quotient, _MEMORY**stands_for)
+            self._take(quotient, _VALUE_MEMORY**stands_for)
         return self.value if self.value is not None and self.value > 0 else None
 
     def _take(self, quotient: float, keep: float) -> None:

@@ -1,9 +1,8 @@
 """Gradient flow dw/dt = −D⁻¹∇L(w), integrated with a stabilised explicit method.
 
-The flow is stiff: at the edge of stability λ₁ ≈ 2/η, and an explicit method of fixed order is held to steps of
-about 2.8/λ₁ however smooth the path is. Runge–Kutta–Chebyshev of second order (RKC2: Sommeijer, Shampine and
-Verwer, "RKC: an explicit solver for parabolic PDEs", J. Comput. Appl. Math. 88, 1998) spends s gradients for a
-step of about 0.65·s²/λ₁.
+The flow is stiff: at the edge of stability λ₁ ≈ 2/η. Its steps are those of :mod:`gfs_core.linalg.chebyshev` (RKC2,
+Sommeijer, Shampine and Verwer 1998), which spend s gradients for a step of about 0.65·s²/λ₁. What is decided here is
+how long they may be, and which are accepted.
 
 Differences from that paper, and why:
 
@@ -31,63 +30,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gfs_core.errors import MeasurementError, Reason
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like, scale
+from gfs_core.linalg.chebyshev import Step, move, stability_interval, stages_needed, step
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like
 from gfs_core.loss.objective import Objective
 
-_DAMPING = 2 / 13
 _MAX_STAGES = 10_000
 _PER_WAY = 5.0  # measured with an MLP, a GPT-2 and a pretrained MiniLM: with 10 the error was up to 1.6 rtol
 _MOST_LENIENT = 30.0  # measured, benchmarks/flow_cost.py: without a limit a full solution was wrong by 6 rtol
-_ROUNDING = 0.3  # of ε·|w|, what rounding the weights changes; with 10, rtol < 1e-2 was out of a large model's reach
+# Of ε·|w|, what rounding the weights changes; with 10, rtol < 1e-2 was out of a large model's reach.
+_WEIGHT_ROUNDING = 0.3
 _CUTOFF_REACHED = 0.01  # the loss lands within 1 % below its cutoff
-
-
-class Stages(NamedTuple):
-    """Coefficients of an s-stage RKC2 step; index j of each tuple belongs to stage j."""
-
-    mu: tuple[float, ...]
-    nu: tuple[float, ...]
-    mu_tilde: tuple[float, ...]
-    gamma_tilde: tuple[float, ...]
-
-
-@lru_cache(maxsize=512)
-def stages(s: int) -> Stages:
-    """RKC2 coefficients for ``s ≥ 2`` stages (Sommeijer et al. 1998, eqs. 2.2–2.8)."""
-    w0 = 1 + _DAMPING / s**2
-    t, dt, ddt = [1.0, w0], [0.0, 1.0], [0.0, 0.0]
-    for _ in range(2, s + 1):
-        ddt.append(4 * dt[-1] + 2 * w0 * ddt[-1] - ddt[-2])
-        dt.append(2 * t[-1] + 2 * w0 * dt[-1] - dt[-2])
-        t.append(2 * w0 * t[-1] - t[-2])
-    w1 = dt[s] / ddt[s]
-    b = [0.0, 0.0] + [ddt[j] / dt[j] ** 2 for j in range(2, s + 1)]
-    b[0] = b[1] = b[2]
-    a = [1 - b[j] * t[j] for j in range(s + 1)]
-    mu, nu, mu_tilde, gamma_tilde = [0.0, 0.0], [0.0, 0.0], [0.0, b[1] * w1], [0.0, 0.0]
-    for j in range(2, s + 1):
-        mu.append(2 * b[j] * w0 / b[j - 1])
-        nu.append(-b[j] / b[j - 2])
-        mu_tilde.append(2 * b[j] * w1 / b[j - 1])
-        gamma_tilde.append(-a[j - 1] * mu_tilde[j])
-    return Stages(tuple(mu), tuple(nu), tuple(mu_tilde), tuple(gamma_tilde))
-
-
-def stability_interval(s: int) -> float:
-    """β(s): a step h is stable on the negative real axis while h·ρ ≤ β(s) (eq. 2.9)."""
-    return 2 / 3 * (s**2 - 1) * (1 - 2 / 15 * _DAMPING)
-
-
-def stages_needed(h_rho: float) -> int:
-    """The least number of stages, at least 2, whose stability interval holds h·ρ."""
-    return max(2, math.ceil(math.sqrt(1 + h_rho / stability_interval(2) * 3)))
 
 
 @dataclass
@@ -170,106 +127,100 @@ class Flow:
         if state.step == 0.0:
             state.step = self._first_step(until)
         held: Vector = []
-        moves: tuple[Vector, Vector] = ([], [])
+        room: tuple[Vector, Vector] = ([], [])
         while state.time < until * (1 - 1e-12):
-            if loss_cutoff is not None and state.loss <= loss_cutoff:
-                state.reason = Reason.LOSS_CUTOFF
-                break
-            if self.grad_evals >= self.max_grads:
-                state.reason = Reason.MAX_GRADIENTS
+            if reason := self._ended(state, loss_cutoff):
+                state.reason = reason
                 break
             if self._rho_is_old(state):
-                held, moves = [], ([], [])  # hold nothing now that the weights do not; the estimate needs the memory
+                held, room = [], ([], [])  # hold nothing now that the weights do not; the estimate needs the memory
                 self._estimate_rho()
             if not held:
-                held, moves = clone(params), (clone(params), clone(params))
-            rho = self.rho
-            remaining = until - state.time
-            h = min(state.step, remaining, stability_interval(self.max_stages) / rho)
-            if remaining < 2 * h and h < remaining:
-                h = remaining / 2  # two equal steps rather than one full and one sliver
-            s = stages_needed(h * rho)
+                held, room = clone(params), (clone(params), clone(params))
+            h = self._length(state, until)
             copy(params, held)
-            try:
-                loss, field, moved, error = self._step(state.field, held, moves, params, h, s)
-            except MeasurementError:  # a non-finite loss on the way: the step was far too long
-                loss, field, moved, error = math.inf, state.field, 0.0, math.inf
-            if loss_cutoff is not None and loss < loss_cutoff * (1 - _CUTOFF_REACHED) and state.loss > loss_cutoff:
-                # The step went past the cutoff: again, with the length at which an exponential decay meets it.
-                fraction = math.log(state.loss / loss_cutoff) / math.log(state.loss / max(loss, 1e-300))
+            trial = self._trial(state, held, room, h)
+            if loss_cutoff is not None and trial.value < loss_cutoff * (1 - _CUTOFF_REACHED):  # a shorter one
                 copy(held, params)
-                state.step = h * min(max(fraction * (1 + 0.5 * _CUTOFF_REACHED), 1e-3), 0.999)
+                state.step = h * _part_to(loss_cutoff, state.loss, trial.value)
                 continue
-            size = self.inner.norm(params)
-            lenient = min(max(1.0, h * rho), _MOST_LENIENT)
-            way = max(
-                state.way + moved, self.inner.norm(state.field) / rho
-            )  # the fastest direction alone will come so far
-            if state.refused is not None and h * rho <= 1.0:
-                # Of a smooth flow a step's error falls as h³; at a kink as h, and then no step is short enough.
-                longer, its = state.refused
-                state.kinks = state.kinks or error > its * (h / longer) ** 2
-            limit = self.rtol**1.5 * lenient * (size if state.kinks else min(size, _PER_WAY * way))
-            limit = max(limit, _ROUNDING * self.eps * size)
-            ratio = error / limit if limit > 0 else (math.inf if error else 0.0)
-            # Of a squared loss, rounding the outputs changes about the root of it.
-            known = state.noise * min(1.0, abs(state.loss) / state.noise_at) ** 0.5
-            noise = max(known, 20 * self.eps * abs(state.loss))
-            risen = loss > state.loss + noise
+            ratio = self._error_ratio(state, trial, h)
+            risen = self._risen(state, trial)
             if risen and ratio <= 1.0 and state.loss < 0.25 * state.noise_at:
                 state.noise, state.noise_at = self._noise(held, params, state.loss), state.loss
                 copy(held, params)
                 state.step = h  # the same again, held against what is known now
-                continue
-            if ratio <= 1.0 and not risen:
-                state.time = until if h == remaining else state.time + h
-                state.loss, state.field = loss, field
-                state.steps += 1
-                state.way += moved
-                state.refused = None
-                self._rho_age += h * rho
-                state.step = h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3))
+            elif ratio <= 1.0 and not risen:
+                self._accept(state, trial, h, ratio, until)
             else:
                 copy(held, params)
-                state.rejected += 1
-                state.refused = (h, error) if 0.0 < h * rho <= 1.0 and error < math.inf else None
-                self.doubtful = risen
-                self._rho_age = math.inf if risen else self._rho_age
-                shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
-                state.step = h * min(max(shrink, 0.1), 0.7)
+                rho = self.rho
+                self._reject(state, trial, h, ratio, risen)
                 if state.step * rho < 1e-4:
-                    held, moves = [], ([], [])
+                    held, room = [], ([], [])
                     self._estimate_rho()  # it may have grown by far, as when a flow leaves a plateau
                     if state.step * self.rho < 1e-4:
                         state.reason = Reason.STEP_TOO_SMALL
                         break
         return state
 
-    def _step(
-        self, f0: Vector, y0: Vector, moves: tuple[Vector, Vector], params: Vector, h: float, s: int
-    ) -> tuple[float, Vector, float, float]:
-        """One RKC2 step; the weights go from y0 to y1. Returns loss, field, ‖y1 − y0‖ and error estimate."""
-        c = stages(s)
-        now, older = moves  # d_j = y_j − y0 of two stages
-        torch._foreach_zero_(older)  # may hold what is not finite from a step that was far too long
-        copy(f0, now)
-        scale(h * c.mu_tilde[1], now)
-        for j in range(2, s + 1):
-            self._move(y0, now, params)
-            field = self._field()[1]
-            scale(c.nu[j], older)
-            axpy(c.mu[j], now, older)
-            axpy(h * c.mu_tilde[j], field, older)
-            axpy(h * c.gamma_tilde[j], f0, older)
-            del field
-            now, older = older, now
-        self._move(y0, now, params)
-        loss, f1 = self._field()
-        moved = self.inner.norm(now)
-        scale(-0.8, now)  # 0.8 (y0 − y1) + 0.4 h (F0 + F1)
-        axpy(0.4 * h, f0, now)
-        axpy(0.4 * h, f1, now)
-        return loss, f1, moved, self.inner.norm(now)
+    def _ended(self, state: FlowState, loss_cutoff: float | None) -> Reason:
+        if loss_cutoff is not None and state.loss <= loss_cutoff:
+            return Reason.LOSS_CUTOFF
+        return Reason.MAX_GRADIENTS if self.grad_evals >= self.max_grads else Reason.OK
+
+    def _length(self, state: FlowState, until: float) -> float:
+        """The length of the next step."""
+        remaining = until - state.time
+        h = min(state.step, remaining, stability_interval(self.max_stages) / self.rho)
+        if remaining < 2 * h and h < remaining:
+            h = remaining / 2  # two equal steps rather than one full and one sliver
+        return h
+
+    def _trial(self, state: FlowState, held: Vector, room: tuple[Vector, Vector], h: float) -> Step:
+        """A step that is not accepted yet; one with infinite loss where there is none."""
+        try:
+            start, s = (held, state.field), stages_needed(h * self.rho)
+            return step(self._field, self.objective.weights, start, room, h, s, self.inner)
+        except MeasurementError:  # a non-finite loss on the way: the step was far too long
+            return Step(math.inf, state.field, 0.0, math.inf)
+
+    def _error_ratio(self, state: FlowState, trial: Step, h: float) -> float:
+        """The error of a step relative to its limit; whether the field has kinks is found out on the way."""
+        rho, size = self.rho, self.inner.norm(self.objective.weights)
+        lenient = min(max(1.0, h * rho), _MOST_LENIENT)
+        fastest = self.inner.norm(state.field) / rho  # the fastest direction alone will come so far
+        way = max(state.way + trial.moved, fastest)
+        if state.refused is not None and h * rho <= 1.0:
+            # Of a smooth flow a step's error falls as h³; at a kink as h, and then no step is short enough.
+            longer, its = state.refused
+            state.kinks = state.kinks or trial.error > its * (h / longer) ** 2
+        limit = self.rtol**1.5 * lenient * (size if state.kinks else min(size, _PER_WAY * way))
+        limit = max(limit, _WEIGHT_ROUNDING * self.eps * size)
+        return trial.error / limit if limit > 0 else (math.inf if trial.error else 0.0)
+
+    def _risen(self, state: FlowState, trial: Step) -> bool:
+        """Whether a step has raised the loss, by more than rounding is known to."""
+        # Of a squared loss, rounding the outputs changes about the root of it.
+        known = state.noise * min(1.0, abs(state.loss) / state.noise_at) ** 0.5
+        return bool(trial.value > state.loss + max(known, 20 * self.eps * abs(state.loss)))
+
+    def _accept(self, state: FlowState, trial: Step, h: float, ratio: float, until: float) -> None:
+        state.time = until if h == until - state.time else state.time + h
+        state.loss, state.field = trial.value, trial.field
+        state.steps += 1
+        state.way += trial.moved
+        state.refused = None
+        self._rho_age += h * self.rho
+        state.step = h * min(5.0, 0.8 / max(ratio, 1e-6) ** (1 / 3))
+
+    def _reject(self, state: FlowState, trial: Step, h: float, ratio: float, risen: bool) -> None:
+        state.rejected += 1
+        state.refused = (h, trial.error) if 0.0 < h * self.rho <= 1.0 and trial.error < math.inf else None
+        self.doubtful = risen
+        self._rho_age = math.inf if risen else self._rho_age
+        shrink = 0.8 / ratio ** (1 / 3) if 1.0 < ratio < math.inf else 0.3
+        state.step = h * min(max(shrink, 0.1), 0.7)
 
     def _noise(self, held: Vector, params: Vector, loss: float) -> float:
         """What rounding can do to the loss: several times what random changes of the weights' last bits do."""
@@ -277,7 +228,7 @@ class Flow:
         for _ in range(2):
             bits = random_like(held, generator)
             torch._foreach_mul_(bits, held)
-            self._move(held, bits, params, self.eps)
+            move(params, held, bits, self.eps)
             del bits
             differences.append(abs(self.objective.loss() - loss))
         self.grad_evals += 1  # two forward passes
@@ -289,16 +240,11 @@ class Flow:
         held = clone(params)
         bits = random_like(held, torch.Generator().manual_seed(0))
         torch._foreach_mul_(bits, held)
-        self._move(held, bits, params, self.eps)
+        move(params, held, bits, self.eps)
         field = self._field()[1]
         copy(held, params)
         axpy(-1.0, state.field, field)
         return self.inner.norm(field)
-
-    @staticmethod
-    def _move(y0: Vector, by: Vector, params: Vector, factor: float = 1.0) -> None:
-        copy(y0, params)
-        axpy(factor, by, params)
 
     def _field(self) -> tuple[float, Vector]:
         self.grad_evals += 1
@@ -325,3 +271,9 @@ class Flow:
     def _first_step(self, until: float) -> float:
         self._estimate_rho()
         return min(until, max(8.0 / self.rho, 1e-3 * until))
+
+
+def _part_to(cutoff: float, before: float, after: float) -> float:
+    """The part of a step at which an exponential decay of the loss meets the cutoff that the step went past."""
+    fraction = math.log(before / cutoff) / math.log(before / max(after, 1e-300))
+    return min(max(fraction * (1 + 0.5 * _CUTOFF_REACHED), 1e-3), 0.999)

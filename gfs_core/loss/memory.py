@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from torch import Tensor
 from gfs_core.linalg.vectors import is_half, local
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an evaluation of the loss may hold at once.
+
+    Attributes:
+        examples: larger batches are cut into pieces of so many; ``None``: none is.
+        graph: bytes that the graph of a piece may keep for its backward pass; ``None``: any number.
+    """
+
+    examples: int | None = None
+    graph: int | None = None
+
+
+NO_LIMITS = Limits()
 
 
 class OverLimit(torch.OutOfMemoryError):

@@ -20,7 +20,7 @@ from gfs_core.linalg.inner import WHOLE
 from gfs_core.linalg.vectors import Vector, axpy, clone, copy, local, owned, scale, spread
 from gfs_core.loss.batches import copied, pieces
 from gfs_core.loss.hooks import silent_accumulation
-from gfs_core.loss.memory import Allowance
+from gfs_core.loss.memory import NO_LIMITS, Allowance, Limits
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.processes import Processes
 from gfs_core.loss.snapshot import StateSnapshot
@@ -38,14 +38,13 @@ class Objective:
         model: the module whose parameters the loss depends on.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor: the mean over the batch.
         batches: the probe. With several batches one graph is alive at a time.
-        memory: bytes that the graph of a piece may keep; ``None``: any number.
-        micro_batch: larger batches are cut into pieces of so many examples; ``None``: none is.
         params: the space in which curvature is measured; those with ``requires_grad`` count, each once.
             By default all parameters of ``model``.
         isolation: rewound before every evaluation, so that all evaluations are the same function.
         precision: how the loss is computed; ``None``: as it comes.
         ranks: the processes over whose losses the mean is taken as well; each evaluation is an exchange, and all of
             them make it. ``None``: this process alone.
+        limits: what an evaluation may hold at once.
 
     Raises:
         MeasurementError: where there is nothing to measure.
@@ -60,8 +59,7 @@ class Objective:
         isolation: StateSnapshot | None = None,
         ranks: Processes | None = None,
         precision: Precision | None = None,
-        micro_batch: int | None = None,
-        memory: int | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         given = list(model.parameters()) if params is None else params
         self.params: Vector = list({id(p): p for p in given if p.requires_grad}.values())
@@ -69,11 +67,11 @@ class Objective:
             raise MeasurementError("the model has no trainable parameter: every `requires_grad` is False")
         if not batches:
             raise MeasurementError("the probe is empty; give at least one batch")
-        self.model, self.loss_fn, self.isolation, self.micro_batch = model, loss_fn, isolation, micro_batch
+        self.model, self.loss_fn, self.isolation, self.limits = model, loss_fn, isolation, limits
         self._not_copied: list[Any] = [*model.modules(), *model.parameters(), *model.buffers()]
         self.batches = batches
         self.ranks = ranks
-        self.allowance = Allowance(memory, self.params)
+        self.allowance = Allowance(limits.graph, self.params)
         self.precision = Precision("training", model, self.params) if precision is None else precision
         self.weights: Vector = [local(p) for p in self.params]  # what is moved, and the shape of every vector
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
@@ -99,7 +97,7 @@ class Objective:
     @batches.setter
     def batches(self, batches: Sequence[Any]) -> None:
         self._batches = batches
-        self.pieces = pieces(batches, self.micro_batch)
+        self.pieces = pieces(batches, self.limits.examples)
 
     def on_all(self, flag: bool) -> bool:
         """Whether it is so on all processes that measure together."""

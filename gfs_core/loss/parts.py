@@ -27,19 +27,19 @@ from gfs_core.errors import own_fault
 from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like, spread
 from gfs_core.loss.batches import all_parts, examples_of, first_of_all
 from gfs_core.loss.learned import PrecisionChoice
-from gfs_core.loss.memory import GIB, OverLimit, vector_bytes
+from gfs_core.loss.memory import GIB, Limits, OverLimit, vector_bytes
 from gfs_core.loss.objective import LossFn, Objective
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.processes import Processes, alone
 from gfs_core.loss.snapshot import StateSnapshot
 
-_APART = 0.03  # relative difference that does no harm: single parts scatter by several times as much
-_ROUNDING = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
-_NOISE = 2.0  # of two differences between independent draws, the one over the other; in many dimensions it is near 1
+_HARMLESS = 0.03  # relative difference that does no harm: single parts scatter by several times as much
+_IN_ROUNDINGS = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
+_BETWEEN_DRAWS = 2.0  # of two differences between independent draws, one over the other; near 1 in many dimensions
 _SCATTER = 4.0  # standard errors
-_FEWEST = 8  # parts that are tried, where there are examples enough: the smaller they are, the plainer the difference
-_COPIES = 6  # of the weights, that trying holds at its peak
-_FAR = 0.1  # of the weights' length: how far the second place is away
+_FEWEST_PARTS = 8  # are tried, where there are examples enough: the smaller they are, the plainer the difference
+_TRIAL_COPIES = 6  # of the weights, that trying holds at its peak
+_SECOND_PLACE = 0.1  # of the weights' length: how far the second place is away
 
 UNTRIED = "alone would keep more than `max_memory` allows"
 
@@ -68,7 +68,6 @@ def why_whole(
     parts: int,
     *,
     precision: PrecisionChoice = "auto",
-    seed: int = 0,
     ranks: Processes | None = None,
     max_memory: float | None = None,
 ) -> str:
@@ -84,7 +83,6 @@ def why_whole(
         params: what the curvature is measured over.
         parts: that each batch is cut into; at least 8 are tried.
         precision: as in :class:`~gfs_core.GFSConfig`.
-        seed: of the direction.
         ranks: the processes, which have to act together where they share the weights; otherwise each tries by itself.
         max_memory: as in :class:`~gfs_core.GFSConfig`; of processes that share the weights none can do with less alone,
             and they take what they need.
@@ -95,13 +93,15 @@ def why_whole(
     """
     computed = Precision(precision, model, params)
     ranks = ranks if any(spread(p) for p in params) else None
-    room = None if max_memory is None or ranks is not None else int(max_memory * GIB) - vector_bytes(params, _COPIES)
+    room = None
+    if max_memory is not None and ranks is None:
+        room = int(max_memory * GIB) - vector_bytes(params, _TRIAL_COPIES)
     with StateSnapshot(model, params) as isolation, alone(model), computed.governing():
         while True:
             try:
-                objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, memory=room)
+                objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, Limits(graph=room))
                 with objective.in_float32():
-                    return _compared(objective, all_parts(batches, max(parts, _FEWEST)), seed)
+                    return _compared(objective, all_parts(batches, max(parts, _FEWEST_PARTS)))
             except torch.OutOfMemoryError as error:
                 count = examples_of(batches) or 0
                 if count > 2 and ranks is None:
@@ -112,28 +112,28 @@ def why_whole(
                     raise
 
 
-def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> str:
+def _compared(objective: Objective, cut: list[tuple[Any, float]]) -> str:
     norm = objective.inner.norm
-    whole = _seen(objective, seed)
+    whole = _seen(objective)
     objective.pieces = cut
     try:
-        split = _seen(objective, seed, draw=1)
-        rounding = _ROUNDING * objective.eps
+        split = _seen(objective, draw=1)
+        rounding = _IN_ROUNDINGS * objective.eps
         bend, apart = norm(whole.bend), norm(_less(split.bend, whole.bend))
-        allowed = _APART * bend + rounding * max(whole.slope, split.slope)
+        allowed = _HARMLESS * bend + rounding * max(whole.slope, split.slope)
         off = abs(split.loss - whole.loss)
         size = sum(map(abs, split.losses)) / len(split.losses)
-        bearable = (_APART + rounding) * max(size, abs(whole.loss))
+        bearable = (_HARMLESS + rounding) * max(size, abs(whole.loss))
         if objective.on_all(apart <= allowed and off <= bearable):
             return ""
         axpy(1.0, whole.bend, split.bend)
         whole.bend.clear()  # its memory is needed
-        again = _seen(objective, seed, draw=1 + 2 * len(cut))
+        again = _seen(objective, draw=1 + 2 * len(cut))
         noise = norm(_less(again.bend, split.bend))
         if noise > rounding * max(split.slope, again.slope) and not normalises_over_batch(objective.model):
             drawn = zip(split.losses, again.losses, cut, strict=True)
             scatter = math.sqrt(sum((share * (one - other)) ** 2 for one, other, (_, share) in drawn))
-            if objective.on_all(apart <= allowed + _NOISE * noise and off <= bearable + _SCATTER * scatter):
+            if objective.on_all(apart <= allowed + _BETWEEN_DRAWS * noise and off <= bearable + _SCATTER * scatter):
                 return ""
     except torch.OutOfMemoryError:
         raise
@@ -144,16 +144,16 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]], seed: int) -> 
     return _cause(objective.model, whole, split, off > bearable, apart / (bend or 1.0))
 
 
-def _seen(objective: Objective, seed: int, draw: int = 0) -> _Seen:
+def _seen(objective: Objective, draw: int = 0) -> _Seen:
     """The pieces at the weights in place and near by; ``draw`` > 0: each of them with random numbers of its own."""
     norm = objective.inner.norm
     objective.draw = draw
     loss, slope = objective.gradient()
     losses, length = objective.losses, norm(slope)
     held = clone(objective.weights)
-    way = random_like(held, torch.Generator().manual_seed(seed))
+    way = random_like(held, torch.Generator().manual_seed(0))
     try:
-        axpy(_FAR * max(norm(held), 1.0) / norm(way), way, objective.weights)
+        axpy(_SECOND_PLACE * max(norm(held), 1.0) / norm(way), way, objective.weights)
         del way
         objective.draw = draw
         bend = objective.gradient()[1]
@@ -176,7 +176,7 @@ def _less(x: Vector, y: Vector) -> Vector:
 
 def _cause(model: nn.Module, whole: _Seen, split: _Seen, loss_apart: bool, apart: float) -> str:
     count = len(split.losses)
-    if split.loss and abs(whole.loss / split.loss / count - 1) < _APART:
+    if split.loss and abs(whole.loss / split.loss / count - 1) < _HARMLESS:
         return f"it is a sum over the batch ({whole.loss:.4g}, and {split.loss:.4g} on average over {count} parts)"
     if normalises_over_batch(model):
         return "the model holds BatchNorm in training mode, for which a part is another batch"

@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_iter
 
 from gfs_core.loss.objective import Objective
 
-_ROUNDING = ("round", "floor", "ceil", "trunc", "fake_quantize", "_fake_quantize", "quantize_per")
-_COMPARING = frozenset({"gt", "ge", "lt", "le", "argmax", "argmin", "bucketize", "searchsorted", "topk", "sign", "sgn"})
+_ROUNDING_OPS = ("round", "floor", "ceil", "trunc", "fake_quantize", "_fake_quantize", "quantize_per")
+_COMPARING_OPS = frozenset(
+    {"gt", "ge", "lt", "le", "argmax", "argmin", "bucketize", "searchsorted", "topk", "sign", "sgn"}
+)
 _NO_SLOPE = 0.2  # of what the gradient says, how far a difference of losses may be off
-_CONSTANTS = ("lift_fresh", "scalar_tensor")
+_CONSTANT_OPS = ("lift_fresh", "scalar_tensor")
 
 
 class Steps(NamedTuple):
@@ -59,14 +61,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         taken, large = set(_places((args, kwargs))), set(_places((args, kwargs), least=2))
         out = func(*args, **(kwargs or {}))
         made = set(_places(out))
-        no_data = large <= self._no_data or func.overloadpacket.__name__ in _CONSTANTS
+        no_data = large <= self._no_data or func.overloadpacket.__name__ in _CONSTANT_OPS
         if no_data:
             self._no_data |= made
         if not taken.isdisjoint(self.moving):
             self.moving |= made
             if not taken.isdisjoint(self.rounded) or _rounds(func, out):
                 self.rounded |= made
-            if not taken.isdisjoint(self.compared) or (no_data and func.overloadpacket.__name__ in _COMPARING):
+            if not taken.isdisjoint(self.compared) or (no_data and func.overloadpacket.__name__ in _COMPARING_OPS):
                 self.compared |= made
         return out
 
@@ -75,7 +77,7 @@ def _rounds(func: Any, out: Any) -> bool:
     name = func.overloadpacket.__name__
     if name == "_to_copy" and isinstance(out, Tensor):
         return out.dtype.itemsize == 1 or not (out.dtype.is_floating_point or out.dtype.is_complex)
-    return bool(name.startswith(_ROUNDING))
+    return bool(name.startswith(_ROUNDING_OPS))
 
 
 def _places(tree: Any, least: int = 0) -> Iterator[StorageWeakRef]:

@@ -109,7 +109,7 @@ def register_optimizer(
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise TypeError(f"expected a class of torch.optim.Optimizer, got {optimizer!r}")
-    _RULES[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay, gain)
+    _OPTIMIZERS[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay, gain)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
     groups = [g for g in inner.param_groups if any(p.requires_grad for p in g["params"])]
     rates = [float(g["lr"]) for g in groups if "lr" in g]
     rate = max(rates, default=None)
-    rule = _RULES.get(type(inner))
+    rule = _OPTIMIZERS.get(type(inner))
     problem = _problem(groups, rates)
     if problem:
         return Stability(name, rate, None, reason=problem)
@@ -288,7 +288,7 @@ def _gradient_weight(beta: float) -> float:
 
 def _shrunk(inner: Optimizer, group: Group) -> float:
     """2 − ηλ with decoupled weight decay λ, 2 without."""
-    decoupled = _decoupled(_RULES[type(inner)], group)
+    decoupled = _decoupled(_OPTIMIZERS[type(inner)], group)
     return 2 - (float(group["lr"]) * float(group["weight_decay"]) if decoupled else 0.0)
 
 
@@ -349,7 +349,7 @@ def _rectification(beta: float, step: float) -> float | None:
     return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
 
 
-_RULES: dict[type[Optimizer], _Rule] = {
+_OPTIMIZERS: dict[type[Optimizer], _Rule] = {
     SGD: _Rule(_sgd, gain=_sgd_gain),
     Adam: _Rule(_adam, _adam_preconditioner),
     AdamW: _Rule(_adam, _adam_preconditioner, decoupled=True),

@@ -535,7 +535,6 @@ class StabilityMonitor:
                         parameters_of(self.optimizer),
                         self._parts,
                         precision=self._learned.precision_for(self.config.precision),
-                        seed=self.config.seed,
                         ranks=self._global,
                         max_memory=self.config.max_memory,
                     )

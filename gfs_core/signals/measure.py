@@ -20,7 +20,7 @@ from gfs_core.linalg.eigen import EigenResult, Solver, largest_eigenvalues
 from gfs_core.linalg.power import Sample
 from gfs_core.linalg.vectors import Vector, axpy, clone, is_half, scale
 from gfs_core.loss.learned import HvpMethod, Learned, PrecisionChoice
-from gfs_core.loss.memory import GIB, vector_bytes
+from gfs_core.loss.memory import GIB, Limits, vector_bytes
 from gfs_core.loss.objective import LossFn, Objective
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.processes import Processes, alone
@@ -263,7 +263,7 @@ def measure(
         room = None
         if max_memory is not None:
             room = int(max_memory * GIB) - vector_bytes(params, peak_copies(tiers, not stability.plain))
-        objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, micro_batch, room)
+        objective = Objective(model, loss_fn, batches, params, isolation, ranks, computed, Limits(micro_batch, room))
         if computed.full_for_products:
             stack.enter_context(objective.in_float32())
         probe = Probe(

@@ -9,8 +9,9 @@ from numpy.polynomial import Chebyshev
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from gfs_core.linalg.chebyshev import stability_interval, stages_needed, step
 from gfs_core.linalg.vectors import clone
-from gfs_core.loss.flow import _MAX_STAGES, stability_interval, stages_needed
+from gfs_core.loss.flow import _MAX_STAGES
 from tests.core.reference import cross_entropy, data, make
 
 
@@ -27,12 +28,15 @@ def quadratic(model: nn.Module, batch: object = None) -> Tensor:
 
 def fixed_steps(model: Quadratic, h: float, steps: int, s: int) -> None:
     objective = gfs.Objective(model, quadratic, [None])
-    flow = gfs.Flow(objective, lambda: float(model.h.max()))
     params = [p.detach() for p in objective.params]
-    state = flow.start()
+
+    def descent() -> tuple[float, list[Tensor]]:
+        loss, gradient = objective.gradient()
+        return loss, [-g for g in gradient]
+
+    field = descent()[1]
     for _ in range(steps):
-        loss, field, _, _ = flow._step(state.field, clone(params), (clone(params), clone(params)), params, h, s)
-        state.field, state.loss = field, loss
+        field = step(descent, params, (clone(params), field), (clone(params), clone(params)), h, s).field
 
 
 @pytest.mark.parametrize("s", [2, 5, 9])

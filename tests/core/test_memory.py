@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from benchmarks.lib.meters import LiveBytes
 from gfs_core.loss.batches import pieces
-from gfs_core.loss.memory import GIB
+from gfs_core.loss.memory import GIB, Limits
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.snapshot import StateSnapshot
 
@@ -133,6 +133,7 @@ def test_counting_changes_no_product() -> None:
     for memory in (None, GIB):
         model = make()
         with StateSnapshot(model) as isolation:
-            hessian = gfs.Hessian(Objective(model, loss_fn, [x], isolation=isolation, memory=memory), "exact")
+            objective = Objective(model, loss_fn, [x], isolation=isolation, limits=Limits(graph=memory))
+            hessian = gfs.Hessian(objective, "exact")
             vectors.append(hessian([torch.ones_like(p) for p in model.parameters()]))
     assert all(torch.equal(a, b) for a, b in zip(*vectors, strict=True))

@@ -163,11 +163,11 @@ class RunningBlocks:
         drawn: dict[bool, Vector | None] = {}
 
         def gradient_in(block: list[int]) -> Callable[[bool], Vector | None] | None:
-            def part(dear: bool) -> Vector | None:
+            def part(compute: bool) -> Vector | None:
                 assert sample.gradient is not None
-                if dear not in drawn:
-                    drawn[dear] = sample.gradient(dear)
-                whole = drawn[dear]
+                if compute not in drawn:
+                    drawn[compute] = sample.gradient(compute)
+                whole = drawn[compute]
                 return None if whole is None else [whole[i] for i in block]
 
             return None if sample.gradient is None else part

@@ -3,11 +3,11 @@
 Stochastic power iteration. Each call turns the direction v a little towards H_B·v on its own part B of the data and
 takes one Rayleigh quotient vᵀH_B·v; both are averaged over calls. To solve for the largest eigenvalue of a small part
 would find the part's own noise instead, which lies above the sharpness of the whole. The direction settles on the
-largest eigenvalue λ₁ while the most negative one is above −3λ₁: its component is multiplied by ½ + ½λ/λ₁ in each turn,
-without the noise. A product never leads out of a block of the Hessian (of an ensemble, of embeddings that a part does
-not touch), so a little of the part's gradient, which lies mostly along large curvature, and of a random vector is mixed
-in: an eigenvalue that overtakes is found. Many small products on changing
-parts are worth more than few large ones: `benchmarks/tiers.md`.
+largest eigenvalue λ₁ while the most negative one is above −3λ₁: without noise, each turn multiplies the component along
+an eigenvalue λ by ½ + ½λ/λ₁. A product never leads out of a block of the Hessian (of an ensemble, of embeddings that a
+part does not touch), so a little of the part's gradient, which lies mostly along large curvature, and of a random
+vector is mixed in: an eigenvalue that overtakes is found. Many small products on changing parts are worth more than few
+large ones: `benchmarks/tiers.md`.
 
 A part with a larger loss mostly has a larger curvature. The mean loss of training is known from every step for nothing,
 so a quotient is multiplied by (mean loss / loss of the part)^γ: a control variate. γ, between 0 and 1, is fitted to the
@@ -38,18 +38,18 @@ from gfs_core.linalg.vectors import Vector, clone, combine, random_like
 
 _TURN = 0.5  # weight of the new product in the direction
 _VALUE_MEMORY = 0.85  # weight of the past in the value
-_SPREAD_MEMORY = 0.8  # … in the two moments of the spread; their plain means at first
-_FIRST_PAIRS = 3  # pairs in a row at the start; …
-_PAIR_EVERY = 4  # … from then on one in so many products is one of a pair
-_FIT_MEMORY = 0.99  # … in the fit of γ
+_SPREAD_MEMORY = 0.8  # weight of the past in the two moments of the spread; they are plain means at first
+_FIRST_PAIRS = 3  # the first products at a direction are so many pairs
+_PAIR_EVERY = 4  # later one in so many products is one of a pair
+_FIT_MEMORY = 0.99  # weight of the past in the fit of γ
 _FIT_PRIOR = 10.0  # γ = 1 counts as much as this sum of squares of log(relative loss)
 _START_HVPS = 30
-_GRADIENT_MIX = 0.15  # length of the gradient that is mixed into the direction in each turn, …
-_DEAR_EVERY = 5  # … or in one of so many where it has to be computed …
-_RANDOM_MIX = 0.03  # … and of a random vector
-_ABOVE = 2.0  # quotients above the value by this factor, …
-_PATIENCE = 3  # … so many one after the other, are another eigenvalue's: the value starts again from them
-_START_BASIS = 4  # a rough start, and no more memory than the dearer tiers need in most measurements
+_GRADIENT_MIX = 0.15  # length of the gradient that each turn mixes into the direction
+_COMPUTE_EVERY = 5  # a gradient that is not free is computed and mixed in once in so many turns
+_RANDOM_MIX = 0.03  # length of the random vector that each turn mixes in
+_ABOVE = 2.0  # a quotient above the value by this factor may belong to another eigenvalue
+_PATIENCE = 3  # so many of them in a row do: the value starts again from their mean
+_START_BASIS = 4  # vectors of the first solve, which is rough: few, so that it needs no more memory than a full one
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Sample:
         operator: v ↦ H_B·v on the part.
         like: tensors with the shapes of a vector.
         other: the same on another part, for a pair of products; ``None``: there is none.
-        gradient: the gradient of the part, a new vector; of ``False``, where it is free, else ``None``. Without it
-            nothing is mixed into the direction.
+        gradient: ``gradient(compute)``, the gradient of the part, a new vector; ``gradient(False)`` is ``None`` where
+            it is not free. ``None``: nothing is mixed into the direction.
         inner: the inner product, which knows how vectors are spread over processes.
     """
 
@@ -89,11 +89,11 @@ class RunningSharpness:
         self.vector: Vector | None = None
         self._squares = 0.0
         self._products = 0.0
-        self._moments: list[float] = []  # means of ‖p − q‖²/2 and (vᵀp)(vᵀq), …
-        self._pairs = 0  # … over so many pairs
+        self._moments: list[float] = []  # means of ‖p − q‖²/2 and (vᵀp)(vᵀq) over the pairs
+        self._pairs = 0  # pairs so far
         self._since = 0  # products since the last pair
-        self._lagging: list[float] = []  # means of vᵀH_B·v and ‖H_B·v‖², …
-        self._seen = 0  # … over so many parts
+        self._lagging: list[float] = []  # means of |vᵀH_B·v| and ‖H_B·v‖² over the parts
+        self._seen = 0  # parts so far
         self._turns = 0
         self._above: list[float] = []  # the latest quotients, where they are far above the value
 
@@ -116,7 +116,7 @@ class RunningSharpness:
     def bound(self, weight: float) -> float | None:
         """λ + weight·σ²/λ from single products, σ² = E‖H_B·v‖² − λ²: a direction that lags counts as noise.
 
-        What a control goes by. It was tried with this; at the same margin :meth:`noisy` loses runs with momentum.
+        A control goes by this bound. With :meth:`noisy` in its place, at the same margin, it lost runs with momentum.
         """
         if not self._lagging or self._lagging[0] <= 0:
             return None
@@ -176,7 +176,7 @@ class RunningSharpness:
         del product  # its memory is needed
         self._turns += 1
         if sample.gradient is not None:
-            mix_in(sample.gradient(square == 0.0 or self._turns % _DEAR_EVERY == 1), _GRADIENT_MIX, self.vector)
+            mix_in(sample.gradient(square == 0.0 or self._turns % _COMPUTE_EVERY == 1), _GRADIENT_MIX, self.vector)
             mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _RANDOM_MIX, self.vector)
         return quotient
 

@@ -22,8 +22,8 @@ from gfs_core.linalg.inner import InnerProduct
 from gfs_core.linalg.vectors import Vector, axpy, zeros_like
 from gfs_core.loss.objective import Objective
 
-ROUGH = 0.05  # differences that are less certain than this ask for shorter steps, and prove nothing
-_SUDDEN = 1e-3  # a curvature that holds within so small a part of the longest step is looked at from further away
+ROUGH = 0.05  # relative error above which differences are tried with shorter steps, and prove nothing
+_SUDDEN = 1e-3  # a step so short, relative to the longest, is compared with one further out: there may be a kink
 
 
 class Differences:
@@ -34,7 +34,7 @@ class Differences:
         reach: the longest step, in the norm of the weights.
 
     Attributes:
-        reach: as given, or shorter where kinks of the loss ask for it.
+        reach: as given, or shorter where kinks of the loss make longer steps uncertain.
         error: relative error of a product, as the difference of two step lengths; found at the first one, and at the
             first with more entries than those before.
         noise: what rounding alone can make of the last product, as a norm.

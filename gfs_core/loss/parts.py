@@ -34,7 +34,7 @@ from gfs_core.loss.processes import Processes, alone
 from gfs_core.loss.snapshot import StateSnapshot
 
 _HARMLESS = 0.03  # relative difference that does no harm: single parts scatter by several times as much
-_IN_ROUNDINGS = 20.0  # … and besides, in units of the roundoff: the gradients of a part may be longer than their mean
+_IN_ROUNDINGS = 20.0  # roundings that do no harm: the gradients of parts may be longer than their mean
 _BETWEEN_DRAWS = 2.0  # of two differences between independent draws, one over the other; near 1 in many dimensions
 _SCATTER = 4.0  # standard errors
 _FEWEST_PARTS = 8  # are tried, where there are examples enough: the smaller they are, the plainer the difference

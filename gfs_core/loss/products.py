@@ -64,8 +64,8 @@ class Hessian:
     Attributes:
         hvps: products computed so far.
         method: how products are computed now; ``"auto"`` until the first product has settled it.
-        reason: what is to be known about the products; empty where they are exact, and those of the loss itself.
-        resting: that some weights are left out of the space; empty where none are.
+        reason: how the products differ from exact ones of the loss itself; empty where they do not.
+        resting: says which weights are left out of the space; empty where none are.
 
     Raises:
         ValueError: ``method`` is none of the three.
@@ -262,14 +262,14 @@ class Hessian:
         ranks = self.objective.ranks
         return slope if ranks is None else ranks.mean(slope)
 
-    def gradient(self, dear: bool = True) -> Vector | None:
-        """∇L at the present weights, a new vector: free where the graph of an exact product is kept.
+    def gradient(self, compute: bool = True) -> Vector | None:
+        """∇L at the present weights, a new vector.
 
-        Elsewhere it is computed, or ``None`` unless ``dear``.
+        It is free where the graph of an exact product is kept. Elsewhere it is computed if ``compute``, else ``None``.
         """
         kept = self._exact.kept
         if kept is None:
-            return self.objective.gradient()[1] if dear else None
+            return self.objective.gradient()[1] if compute else None
         gradient = owned([None if g is None else g.detach().clone() for g in kept[0]], self.objective.weights)
         if self.objective.ranks is not None:
             self.objective.ranks.mean_of(kept[1], gradient)

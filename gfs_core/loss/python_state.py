@@ -114,7 +114,7 @@ class PythonState:
             self._add_object(name, node, whole)
 
     def _follow(self, found: Iterable[tuple[str, Any, Any]], whole: bool, holder: Any = None) -> None:
-        """Names, values, and the keys under which ``holder`` holds them: what is to be entered, later."""
+        """Queue what was found: names, values, and the keys under which ``holder`` holds them."""
         for name, value, key in found:
             if isinstance(value, _ATOMS):
                 continue

@@ -60,8 +60,9 @@ class StateSnapshot:
         self._state = PythonState(roots, self.parameters, [("loss_fn", self.loss_fn)])
         self._rng = RandomState(self.parameters)
         self._evaluated = False
-        self._bound: list[Tensor] = []  # the data of weights and buffers before an evaluation, …
-        self._rebound: list[tuple[Tensor, Tensor, int]] = []  # … of those to which it gave other data, and where
+        self._bound: list[Tensor] = []  # the data of weights and buffers before an evaluation
+        # Weights and buffers to which the evaluation gave other data, with their data before, and where the new is.
+        self._rebound: list[tuple[Tensor, Tensor, int]] = []
         self._driven: list[int] | None = None  # parameters that the loss itself moves; not known yet
         self._modes = contextlib.ExitStack()
         if "torch._dynamo" in sys.modules:

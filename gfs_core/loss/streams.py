@@ -131,10 +131,10 @@ def stand_in(iterator: Any, name: str) -> Any:
     if isinstance(iterator, _COPIED):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python 3.12 announces that `itertools` will have no copies, …
+                warnings.simplefilter("ignore")  # from Python 3.12 on: copies of `itertools` will go
                 return copy.copy(iterator)
         except TypeError:
-            pass  # … and 3.14 has none
+            pass  # from Python 3.14 on there are none
     return Guard(iterator, name)
 
 

@@ -16,8 +16,8 @@ class Curvature(Protocol):
     def __call__(self, vector: Vector, /) -> Vector:
         """H·v, a new vector."""
 
-    def gradient(self, dear: bool = True) -> Vector | None:
-        """∇L, a new vector; ``None`` where it has to be computed and ``dear`` is false."""
+    def gradient(self, compute: bool = True) -> Vector | None:
+        """∇L, a new vector; ``None`` where it is not free and ``compute`` is false."""
 
 
 class Diagonal:
@@ -82,9 +82,9 @@ class Preconditioned:
                 h.mul_(s)
         return product
 
-    def gradient(self, dear: bool = True) -> Vector | None:
+    def gradient(self, compute: bool = True) -> Vector | None:
         """S·∇L, the gradient in the coordinates of the optimizer, as :meth:`Curvature.gradient`."""
-        gradient = self.hessian.gradient(dear)
+        gradient = self.hessian.gradient(compute)
         if self.scale is not None and gradient is not None:
             for g, s in zip(gradient, self.scale, strict=True):
                 g.mul_(s)

@@ -1,4 +1,4 @@
-"""Several processes that train one model with gloo, and what each of them does; imports little, as each imports it."""
+"""Several processes that train one model with gloo, and what each of them does."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import gfs_core as gfs
 import gfs_core.run.ranks
 from gfs_core.linalg.vectors import local
 from tests.core import engines
+from tests.forks import START
 
 BATCH = 32
 PATIENCE = 300.0  # seconds until processes that hang are ended; with all else on two cores, a test takes two minutes
@@ -28,7 +29,9 @@ PATIENCE = 300.0  # seconds until processes that hang are ended; with all else o
 
 def run(work: Callable[..., Any], size: int, folder: Path, *args: Any) -> list[Any]:
     """What ``work(rank, size, *args)`` returns on each of ``size`` processes."""
-    context = torch.multiprocessing.spawn(_enter, (size, str(folder), work, args), size, join=False)
+    context = torch.multiprocessing.start_processes(
+        _enter, (size, str(folder), work, args), size, join=False, start_method=START
+    )
     ends = time.monotonic() + PATIENCE
     try:
         while not context.join(timeout=1.0):

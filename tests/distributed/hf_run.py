@@ -1,14 +1,13 @@
-"""Trainings by the Hugging Face Trainer. Run: python -m tests.distributed.hf_run FOLDER add_callback|set_trainer …"""
+"""Trainings by the Hugging Face Trainer, by one process or by several."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -39,7 +38,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"x": self.x[i], "labels": self.y[i]}
 
 
-def main(folder: str, mode: str) -> None:
+def train(folder: str, mode: str) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         folder,
@@ -73,10 +72,3 @@ def main(folder: str, mode: str) -> None:
         },
         f"{folder}/{trainer.args.process_index}.pt",
     )
-
-
-if __name__ == "__main__":
-    for chosen in sys.argv[2:]:
-        main(f"{sys.argv[1]}/{chosen}", chosen)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -1,10 +1,9 @@
-"""Lightning trainings, by one process or by several. Run: python -m tests.distributed.lightning_run FOLDER MODE …"""
+"""Lightning trainings, by one process or by several."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import sys
 import warnings
 from typing import Any
 
@@ -47,7 +46,7 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), 0.02)
 
 
-def main(folder: str, mode: str) -> None:
+def train(folder: str, mode: str) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parts = [examples(step) for step in range(12)]
     data = TensorDataset(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
@@ -60,7 +59,7 @@ def main(folder: str, mode: str) -> None:
         accelerator="cpu",
         devices=size,
         strategy=sharding if shard else "ddp" if size > 1 else "auto",
-        max_steps=12,
+        max_steps=7 if shard or mode == "gradients" else 12,  # its solves are dear
         callbacks=[] if mode.endswith("without") else [callback],
         logger=CSVLogger(folder, version="run"),
         enable_progress_bar=False,
@@ -83,8 +82,3 @@ def main(folder: str, mode: str) -> None:
         },
         f"{folder}/{trainer.global_rank}.pt",
     )
-
-
-if __name__ == "__main__":
-    for chosen in sys.argv[2:]:
-        main(f"{sys.argv[1]}/{chosen}", chosen)

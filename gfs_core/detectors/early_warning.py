@@ -63,8 +63,9 @@ class EarlyWarning:
         """Take in a reading; one that no detector reads, that has no value or that is of one layer is passed over.
 
         Args:
-            reading: of a key that is known by its name. A loss may be not finite; a ratio or a rate that is not finite
-                and > 0 is a failed measurement, and passed over.
+            reading: of a key that is known by its name. Those of one step come in this order: learning rate, examples,
+                loss, ratios. A loss may be not finite; a ratio or a rate that is not finite and > 0 is a failed
+                measurement, and passed over.
 
         Returns:
             The change of level that follows; ``None`` where there is none.

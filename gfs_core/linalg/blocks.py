@@ -6,9 +6,9 @@ what is mixed into the direction has grown. But a single product H·v with v = (
 is (H₁·v₁, H₂·v₂, …): it turns all directions at once. So every block has its estimate
 (:class:`~gfs_core.linalg.power.RunningSharpness`), for the same number of products. The largest is that of the whole.
 
-Which weights share a block is seen from products: a tensor belongs to it where the product of a vector in the block is
-not exactly zero. One product tells an ordinary network, whose weights all share one. Whether blocks stay apart while
-weights move is looked at again now and then.
+Products show which weights share a block: a tensor belongs to it where the product of a vector in the block is not
+exactly zero. For an ordinary network, whose weights all share one, a single product shows that. Now and then it is
+checked whether the blocks are still apart.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gfs_core.linalg.operator import Operator
 from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.linalg.vectors import Vector, nonzero, random_like, zeros_like
 
-_MOST_BLOCKS = 8  # blocks; what is left over from then on counts as one
-_START_TURNS = 4  # of the new directions, where blocks are found; the first direction had a solver
-_LOOK_EVERY = 50  # calls between two looks at whether the blocks are still apart
+_MOST_BLOCKS = 8  # the last of them takes in what is left over
+_START_TURNS = 4  # turns of the directions when blocks are found: only the first direction comes from a solver
+_LOOK_EVERY = 50  # calls between two checks that the blocks are still apart
 
 
 def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST_BLOCKS) -> list[list[int]]:

@@ -70,7 +70,7 @@ class Allowance:
         def pack(tensor: Tensor) -> Tensor:
             nonlocal kept
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:  # what a graph keeps stays where it is, so the place tells it apart
+            if storage.data_ptr() not in known:  # what a graph keeps is not moved, so its address identifies it
                 known.add(storage.data_ptr())
                 kept += storage.nbytes()
             if kept > limit:

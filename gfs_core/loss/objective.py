@@ -85,8 +85,10 @@ class Objective:
         self.grad_evals = 0
         self.loss_eps = 0.0  # unit roundoff of the last loss
         self.needs_backward = self.sharded  # gradients only arrive through .backward(): re-entrant checkpointing, FSDP
-        self.losses: list[float] = []  # of the pieces, at the last gradient; on this process
-        self.draw = 0  # 0: every evaluation has the same random state; otherwise each the next of a series of its own
+        self.losses: list[float] = []  # of the pieces at the last gradient, on this process
+        self.draw = (
+            0  # 0: every evaluation has the same random state; n > 0: the next has the n-th of a series, and n goes up
+        )
         self._unused_are_unused = False
 
     @property
@@ -112,7 +114,7 @@ class Objective:
     def in_float32(self) -> Iterator[None]:
         """The loss is computed in float32 here, unless training's precision is asked for (:class:`Precision`).
 
-        Moves of half-precision weights are lost at the end, so a flow is to stay inside.
+        What moves half-precision weights is lost at the end, so a whole flow stays inside.
         """
         if not (self.precision.proven or self.sharded):  # a forward pass alone would leave gathered weights behind
             self._try_float32()
@@ -134,7 +136,7 @@ class Objective:
             try:
                 self.forward(self.pieces[0][0])
             except (MeasurementError, torch.OutOfMemoryError):
-                raise  # not for its precision
+                raise  # precision is not the cause
             except Exception as error:
                 problem = error
         failed = problem is not None if self.ranks is None else self.ranks.any(problem is not None)

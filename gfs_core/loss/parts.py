@@ -1,6 +1,6 @@
 """Whether the loss of a batch is the mean of the losses of its parts.
 
-Much that measuring does to be cheap rests on it: single products on parts, a smaller probe, pieces that stream through.
+Cheap measurements assume it: single products on parts, a smaller probe, pieces that stream through.
 For a mean over examples it is a theorem. It is wrong for a sum over the batch, for BatchNorm in training mode, for
 losses that compare the examples with each other, for graphs and flat inputs with offsets, where the first dimension is
 time, and for a mean over tokens of which the parts have unequal numbers. None of that shows in a model's type, so it is
@@ -36,7 +36,7 @@ from gfs_core.loss.snapshot import StateSnapshot
 _HARMLESS = 0.03  # relative difference that does no harm: single parts scatter by several times as much
 _IN_ROUNDINGS = 20.0  # roundings that do no harm: the gradients of parts may be longer than their mean
 _BETWEEN_DRAWS = 2.0  # of two differences between independent draws, one over the other; near 1 in many dimensions
-_SCATTER = 4.0  # standard errors
+_SCATTER = 4.0  # standard errors by which the loss may be off
 _FEWEST_PARTS = 8  # are tried, where there are examples enough: the smaller they are, the plainer the difference
 _TRIAL_COPIES = 6  # of the weights, that trying holds at its peak
 _SECOND_PLACE = 0.1  # of the weights' length: how far the second place is away

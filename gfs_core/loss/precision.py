@@ -1,9 +1,9 @@
 """The precision in which the loss is computed while it is measured.
 
 Products by double backward bear half precision well: under bfloat16 autocast the sharpness was off by 0.1 to 2 %
-(measured, `benchmarks/precision.py`). Differences of gradients do not, nor does a flow of the weights: they are off by
-anything. So ``"auto"`` takes training's own precision for exact products and float32 for everything else, and for all
-of it where it is float16, which underflows.
+(measured, `benchmarks/precision.py`). Differences of gradients do not, nor does a flow of the weights: rounding may be
+all that they show. So ``"auto"`` takes training's own precision for exact products and float32 for everything else, and
+for all of it where it is float16, which underflows.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Precision:
         proven: whether the loss is known to work in float32.
 
     Attributes:
-        choice: as it is now: ``"auto"`` settles on another where it does not do.
+        choice: as given; ``"auto"`` becomes another where it is found not to work.
         proven: as given.
-        reason: why it settled; empty where it did not.
+        reason: why ``"auto"`` became another; empty where it did not.
         half: the half-precision type in which the loss is computed outside of :meth:`full`; ``None``: none was seen.
     """
 
@@ -61,7 +61,7 @@ class Precision:
 
         def watched(autocast: Any) -> Any:
             entered = enter(autocast)
-            self._saw(autocast.device)
+            self._entered(autocast.device)
             return entered
 
         def set_unless_half(dtype: torch.dtype) -> None:
@@ -79,7 +79,8 @@ class Precision:
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
             torch.set_default_dtype = set_default
 
-    def _saw(self, device: str) -> None:
+    def _entered(self, device: str) -> None:
+        """The loss has entered an autocast."""
         if not torch.is_autocast_enabled(device):
             return
         torch.set_autocast_cache_enabled(False)  # it would keep casts of weights that move on

@@ -48,7 +48,7 @@ class LearningRateHook:
     never sees the scale. Tensor rates are changed in place, so that compiled and captured steps see them.
 
     It acts through torch's hooks on ``optimizer.step``. An optimizer that moves the weights by other methods (the two
-    halves of a sharpness-aware step, a step inside the backward pass) passes them by: :meth:`look` notices.
+    halves of a sharpness-aware step, a step inside the backward pass) passes the hooks by; :meth:`look` notices that.
 
     Args:
         optimizer: a torch optimizer or a wrapper of one.
@@ -98,6 +98,7 @@ class LearningRateHook:
             self._stepped, self._length = False, None
             return
         weights = [p for group in self.optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+        # Of sharded weights the length of this process's part: it changes when the weights do.
         length = WHOLE.norm([local(p) for p in weights]) if weights else 0.0
         if self._length is not None and anywhere(math.isfinite(length) and length != self._length):
             self.passed_by += 1
@@ -105,7 +106,7 @@ class LearningRateHook:
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._stepped, self.passed_by = True, 0
-        self._restore()  # of a step that broke off
+        self._restore()  # the rates of a step that broke off
         closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
         if closure is None:
             self._apply()

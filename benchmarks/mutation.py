@@ -1,11 +1,11 @@
 """Would the tests notice? Small changes of the code, one at a time, and the tests that fail for them.
 
-Of `stability`, `eigen`, `flow` and `control`: comparison, arithmetic and Boolean operators are exchanged, numbers
+Of the modules in ``TESTS``: comparison, arithmetic and Boolean operators are exchanged, numbers
 changed, conditions turned round, statements left out. What the tests need is imported once; each mutant is tested in a
 fork of that process, where `gfs_core` is imported with the change, by the module's own tests, until one fails. The
 ready-made tools start an interpreter for each mutant, ten seconds with torch. Adds to mutation.json, and writes
 mutation.md from it and from mutation_survivors.json, where each mutant that no test finds is explained.
-Run (an hour and a half): OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 40] [MODULE …]
+Run (hours): OMP_NUM_THREADS=1 python -m benchmarks.mutation [--count 40] [MODULE …], for example gfs_core.linalg.eigen
 """
 
 from __future__ import annotations
@@ -33,15 +33,23 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import torch
 
-HERE = Path(__file__).parent
-CODE = HERE.parent / "gfs_core"
-TESTS = {
-    "stability": ["tests/core/test_stability.py"],
-    "eigen": ["tests/core/test_eigen.py"],
-    "flow": ["tests/core/test_flow.py"],
-    "control": ["tests/core/test_control.py"],
+from benchmarks.lib.store import FOLDER, Store
+from benchmarks.lib.tables import table
+
+CODE = FOLDER.parent
+DETECTORS = ("test_detectors", "test_early_warning", "test_alarm_ends", "test_profile")
+TESTS = {  # of each module
+    "gfs_core.optimizers.thresholds": ["tests/core/test_stability.py"],
+    "gfs_core.linalg.eigen": ["tests/core/test_eigen.py"],
+    "gfs_core.loss.flow": ["tests/core/test_flow.py"],
+    "gfs_core.actions.rate": ["tests/core/test_control.py"],
+    **{
+        f"gfs_core.detectors.{name}": [f"tests/core/{test}.py" for test in DETECTORS]
+        for name in ("baseline", "early_warning", "edge", "loss", "rate", "trend")
+    },
 }
-SLOW = {"flow": "full_solution_of_scalar or kinks_do or end_of_the_flow"}  # minutes; run where the others pass
+# Tests that take minutes; run where the others pass.
+SLOW = {"gfs_core.loss.flow": "full_solution_of_scalar or kinks_do or end_of_the_flow"}
 PATIENCE = 3  # times what the tests take as it is, and 20 s; a mutant that takes longer counts as found
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -119,14 +127,14 @@ class Outcome:
 
 
 def tested(name: str, tree: ast.Module, tests: list[str], limit: float) -> Outcome:
-    """The tests, in a fork, with ``gfs_core.<name>`` made of ``tree``."""
+    """The tests, in a fork, with the module ``name`` made of ``tree``."""
     begin = time.perf_counter()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         signal.setitimer(signal.ITIMER_REAL, limit)  # SIGALRM ends the process
-        os.write(write, json.dumps(_in_fork(f"gfs_core.{name}", tree, tests)).encode())
+        os.write(write, json.dumps(_in_fork(name, tree, tests)).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -163,32 +171,35 @@ def _in_fork(module: str, tree: ast.Module, tests: list[str]) -> tuple[int, str]
     return code, failed[0] if failed else f"pytest ended with {code}"
 
 
-def table(results: dict[str, Any], reasons: dict[str, str]) -> str:
-    """As Markdown."""
-    lines = [
-        "# Mutation test",
-        "",
-        "    OMP_NUM_THREADS=1 python -m benchmarks.mutation",
-        "",
-        "One small change of the code at a time (an operator exchanged, a number changed, a condition turned round, a",
-        "statement left out), drawn at random from all that are possible, and the module's own tests alone: do they",
-        "fail? A change that makes the tests run three times as long, without an end, counts as found. Of a first draw",
-        "of 50 in `eigen` 26 were found; tests were written for the others, and for those of `stability`, `flow` and",
-        "`control`. *Found* is after that; the draw of `eigen` is a second one.",
-        "",
-        "| module | possible | drawn | found | score |",
-        "|---|---|---|---|---|",
-    ]
-    for name, result in results.items():
+HEAD = """# Mutation test
+
+    OMP_NUM_THREADS=1 python -m benchmarks.mutation
+
+One small change of the code at a time (an operator exchanged, a number changed, a condition turned round, a
+statement left out), drawn at random from all that are possible, and the module's own tests alone: do they
+fail? A change that makes the tests run three times as long, without an end, counts as found. Of a first draw
+of 50 in `linalg.eigen` 26 were found; tests were written for the others, and for those of `optimizers.thresholds`,
+`loss.flow` and `actions.rate`. *Found* is after that; the draw of `linalg.eigen` is a second one.
+"""
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page, with the reasons in mutation_survivors.json."""
+    why = FOLDER / "mutation_survivors.json"
+    reasons = json.loads(why.read_text()) if why.exists() else {}
+    scores, survived = [], []
+    for name, result in results["modules"].items():
         rows = result["mutants"]
         found = sum(not row["survived"] for row in rows)
-        lines.append(f"| `{name}` | {result['possible']} | {len(rows)} | {found} | {found / len(rows):.0%} |")
-    lines += ["", "## What no test found", "", "| module | was | became | why |", "|---|---|---|---|"]
-    for name, result in results.items():
-        for row in result["mutants"]:
+        scores.append([f"`{name}`", result["possible"], len(rows), found, f"{found / len(rows):.0%}"])
+        for row in rows:
             if row["survived"]:
-                cells = [name, *(f"`{row[k]}`".replace("|", "\\|").replace("\n", " ") for k in ("before", "after"))]
-                lines.append(f"| {' | '.join(cells)} | {reasons.get(key(name, row), 'not looked into')} |")
+                cells = [f"`{row[k]}`".replace("|", "\\|").replace("\n", " ") for k in ("before", "after")]
+                survived.append([f"`{name}`", *cells, reasons.get(key(name, row), "not looked into")])
+    lines = [
+        HEAD, *table(["module", "possible", "drawn", "found", "score"], scores), "",
+        "## What no test found", "", *table(["module", "was", "became", "why"], survived),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -203,16 +214,16 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE")
     parser.add_argument("--count", type=int, default=40, help="of each module, drawn at random (seed 0)")
     parser.add_argument("--again", action="store_true", help="only those that survived, after tests were added")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("same each time", derandomize=True, database=None)
     hypothesis.settings.load_profile("same each time")
     assert not any(name.startswith(("gfs_core", "tests")) for name in sys.modules)
-    file, why = given.out / "mutation.json", given.out / "mutation_survivors.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    store = Store("mutation", given.out)
+    results: dict[str, Any] = store.results.get("modules", {})
     for name in given.modules:
-        tree = ast.parse((CODE / f"{name}.py").read_text())
+        tree = ast.parse((CODE / f"{name.replace('.', '/')}.py").read_text())
         parts = [["-k", f"not ({SLOW[name]})"], ["-k", SLOW[name]]] if name in SLOW else [[]]
         plain = [tested(name, tree, [*TESTS[name], *part], 3600) for part in parts]
         assert all(p.survived for p in plain), f"the tests of {name} fail as it is: {plain}"
@@ -240,9 +251,8 @@ def main() -> None:
                 rows.append(row)
             print(name, f"{outcome.seconds:.0f} s", row, flush=True)
             results[name] = {"possible": len(possible), "mutants": rows}
-            file.write_text(json.dumps(results, indent=1) + "\n")
-        reasons = json.loads(why.read_text()) if why.exists() else {}
-        (given.out / "mutation.md").write_text(table(results, reasons))
+            store.put("modules", results)
+        store.write_page(render(store.results))
 
 
 if __name__ == "__main__":

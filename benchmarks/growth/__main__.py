@@ -1,7 +1,8 @@
 """What measuring costs as models, probes and numbers of processes grow, and a model of that cost.
 
 Writes growth.json and growth.md. Run: OMP_NUM_THREADS=1 python -m benchmarks.growth [--quick] [PART …]
-The parts are parameters, probe, processes, step and import. `--model` prints the table of docs/cost.md, nothing else.
+The parts are parameters, probe and processes; a step without a measurement and the import are in `benchmarks.idle`.
+`--model` prints the table of docs/cost.md, nothing else.
 Times are seconds of the processor, not of the clock, so that other work on the machine disturbs them less; but for
 several processes, which wait for each other.
 """

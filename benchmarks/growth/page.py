@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.growth import cost, processes, step
+from benchmarks.growth import cost, processes
 from benchmarks.growth.workload import LENGTH
 
 HEAD = f"""# Growth
@@ -25,7 +25,6 @@ def render(results: dict[str, Any]) -> str:
     for part, first in (("parameters", "parameters"), ("probe", "examples")):
         if results.get(part):
             out += cost.render(results[part], part, first)
-    for part, section in (("processes", processes.render), ("step", step.render_step), ("import", step.render_imports)):
-        if results.get(part):
-            out += section(results[part])
+    if results.get("processes"):
+        out += processes.render(results["processes"])
     return "\n".join(out).rstrip() + "\n"

@@ -1,10 +1,11 @@
 """What watching costs where nothing is measured: an idle step of the monitor, and the import of the package.
 
-Writes idle.json and idle.md. Run (half a minute): OMP_NUM_THREADS=1 python -m benchmarks.idle
+Writes idle.json and idle.md. Run (half a minute): OMP_NUM_THREADS=1 python -m benchmarks.idle [steps] [import]
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -86,8 +87,8 @@ def idle_steps() -> list[Row]:
         case.train(STEPS)
     for _ in range(BLOCKS):
         for case, idle, training in zip(cases, watched, trained, strict=True):
-            idle.append(1e6 * timed(partial(case.watch, STEPS), time.perf_counter)[0] / STEPS)
-            training.append(1e6 * timed(partial(case.train, STEPS // 10), time.perf_counter)[0] / (STEPS // 10))
+            idle.append(1e6 * timed(partial(case.watch, STEPS), time.process_time)[0] / STEPS)
+            training.append(1e6 * timed(partial(case.train, STEPS // 10), time.process_time)[0] / (STEPS // 10))
     return [
         {**c.name, "median": median(w), "least": min(w), "training_step": median(t)}
         for c, w, t in zip(cases, watched, trained, strict=True)
@@ -108,8 +109,8 @@ HEAD = f"""# Where nothing is measured
 
     OMP_NUM_THREADS=1 python -m benchmarks.idle
 
-torch {{torch}}, Python {{python}}, one thread. Other work shared the machine: ratios and the least times say more than
-medians.
+torch {{torch}}, Python {{python}}, one thread. Times are of the processor. Other work shared the machine: ratios and
+the least times say more than medians.
 
 ## An idle step
 
@@ -120,7 +121,7 @@ steps, by turns with the other cases. Beside it a training step of the same smal
 IMPORT = f"""
 ## The import
 
-Milliseconds of the processor for `import torch`, and for `import gfs_core` after it, in {INTERPRETERS} fresh
+Milliseconds for `import torch`, and for `import gfs_core` after it, in {INTERPRETERS} fresh
 interpreters with byte code beside the sources, as an installed package has it: median, least.
 """
 
@@ -147,11 +148,15 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Both, and the page."""
+    """The parts that are named, or both, and the page."""
     torch.set_num_threads(1)
-    store = Store("idle", fresh=True)
-    store.put("steps", idle_steps())
-    store.put("import", imports())
+    parser = argparse.ArgumentParser("benchmarks.idle", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("parts", nargs="*", default=["steps", "import"], metavar="PART", help="steps, import")
+    parts = parser.parse_args().parts
+    store = Store("idle")
+    for name, make in (("steps", idle_steps), ("import", imports)):
+        if name in parts:
+            store.put(name, make())
     store.write_page(render(store.results))
 
 

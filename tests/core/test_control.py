@@ -55,6 +55,13 @@ def test_cap_starts_low_grows_by_two_per_cent_and_falls_at_once() -> None:
     assert control.scale(0.0) == 1.0
 
 
+def test_a_limit_without_a_step_at_any_rate_scales_nothing() -> None:
+    control = Control("follow")
+    for _ in range(4):
+        control.measured(RATE, measured(1.0))
+    assert control.scale(0.0) == 1.0
+
+
 def test_another_profile_is_gone_by_and_is_no_part_of_the_state() -> None:
     profile = ControlProfile(
         margin_adaptive=0.2, growth_adaptive=1.5, first=2, first_scale=0.25, first_share=0.5, free=3,

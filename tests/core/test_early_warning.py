@@ -158,6 +158,17 @@ def test_a_second_rise_is_told_of_while_the_first_lasts() -> None:
     assert [state for _, state in losses(alarm, [1.0] * 200, 1200)] == [AlertLevel.WATCH, AlertLevel.QUIET]
 
 
+def test_after_a_rise_that_is_over_a_later_one_has_to_come_back_to_its_own_level() -> None:
+    alarm = EarlyWarning()
+    noisy = [0.1 * (k % 10) for k in range(2000)]
+    assert losses(alarm, [1.0 + v for v in noisy[:300]], 0) == []
+    first = losses(alarm, [9.0] + [1.0 + v for v in noisy[:200]], 300)
+    assert [level for _, level in first] == [AlertLevel.ALARM, AlertLevel.WATCH, AlertLevel.QUIET]
+    assert losses(alarm, [1.0 + 0.001 * k + v for k, v in enumerate(noisy)], 501) == []  # drifts to 3
+    second = losses(alarm, [19.0] + [3.0 + v for v in noisy[:200]], 2501)
+    assert [level for _, level in second] == [AlertLevel.ALARM, AlertLevel.WATCH, AlertLevel.QUIET]
+
+
 def test_ratios_of_other_weights_begin_anew() -> None:
     alarm = settled()
     observe_ratio(alarm, 300, 0.6, solved=False)

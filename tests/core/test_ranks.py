@@ -199,11 +199,11 @@ def test_a_monitor_that_one_process_alone_makes_says_so(tmp_path: Path) -> None:
 def test_the_budget_is_that_of_one_clock(tmp_path: Path) -> None:
     options = {"tier": "gfs", "every": 1, "directional_every": 2, "max_overhead": 0.3}
     poor = {"poor": 1}  # the other's allows nothing after the first measurement
-    ranks = processes.run(functools.partial(processes.train, **poor), 2, tmp_path, "sgd", options, 150, None, 10.0)
+    ranks = processes.run(functools.partial(processes.train, **poor), 2, tmp_path, "sgd", options, 400, None, 10.0)
     tiers = [[(m["step"], m["sharpness"], m["running_sharpness"]) for m in rank["found"]] for rank in ranks]
     assert tiers[0] == tiers[1]
     counts = [sum(m[i] is not None for m in tiers[0]) for i in (1, 2)]
-    assert 0 < counts[0] < 150  # not all of them
+    assert 0 < counts[0] < 400  # not all of them
     assert counts[1] > 1
     assert not ranks[0]["lost"]
 

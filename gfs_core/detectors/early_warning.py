@@ -73,7 +73,7 @@ class EarlyWarning:
         readers = self._readers.get(reading.key.name)
         if readers is None or reading.value is None or reading.layer:
             return None
-        lately = self._lately()
+        lately = AlertLevel.QUIET if self.level is AlertLevel.QUIET else self._lately()  # never above the level
         found = [(d.track, finding) for d in readers if (finding := d.observe(reading)) is not None]
         if not found:
             return None

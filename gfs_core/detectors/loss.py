@@ -58,6 +58,8 @@ class LossDetector:
             return Finding(rising=rising)
         far = (loss - usual.median) / usual.spread
         by_spike, by_mean = level_of(far, self._profile.spike), self._mean_level(mean, usual.median, usual.spread)
+        if by_spike is by_mean is AlertLevel.QUIET:
+            return Finding(rising=rising)
         if by_spike >= by_mean:
             reason = (
                 f"the loss is {loss:.3g}, {far:.1f} times as far above its median {usual.median:.3g} as nine in ten are"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,16 +12,30 @@ import pytest
 
 import gfs_core as gfs
 from gfs_report.comparison.compare import compare
+from tests.forks import START
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENDS = range(28, 1000, 29)  # steps that end an epoch of 1797 digits in batches of 64: with 5, which are not measured
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What it prints, as ``python EXAMPLES/script ARGUMENTS`` would."""
+    out, told = folder / "printed", folder / "told"
+    started = multiprocessing.get_context(START).Process(target=_run, args=(folder, script, arguments, out, told))
+    started.start()
+    started.join()
+    assert started.exitcode == 0, told.read_text()
+    return out.read_text()
+
+
+def _run(folder: Path, script: str, arguments: tuple[str, ...], out: Path, told: Path) -> None:
+    os.chdir(folder)
+    for number, path in ((1, out), (2, told)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(EXAMPLES / script), *arguments]
+    sys.path.insert(0, str((EXAMPLES / script).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
 
 
 def printed(measurement: gfs.Measurement) -> str:

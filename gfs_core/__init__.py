@@ -3,6 +3,7 @@
 Only the names listed here are public; modules of this package may change.
 """
 
+from gfs_core.api import gfs_sharpness, sharpness, stability
 from gfs_core.config import GFSConfig
 from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.detectors.early_warning import EarlyWarning
@@ -20,14 +21,14 @@ from gfs_core.run.history import read as read_history
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.run.record import Measurement, log_keys
 from gfs_core.run.scheduler import EdgeOfStabilityLR
-from gfs_core.signals.base import Key, Reading
-from gfs_core.signals.lab import FlowResult
-from gfs_core.signals.measure import gfs_sharpness, sharpness, stability
+from gfs_core.signals.base import Cost, Key, Reading, Signal
+from gfs_core.signals.flowing import FlowResult
 
 __all__ = [
     "Alert",
     "AlertLevel",
     "ConfigError",
+    "Cost",
     "EarlyWarning",
     "EdgeOfStabilityLR",
     "EigenResult",
@@ -45,6 +46,7 @@ __all__ = [
     "Profile",
     "Reading",
     "Reason",
+    "Signal",
     "Stability",
     "StabilityMonitor",
     "StateSnapshot",

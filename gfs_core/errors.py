@@ -1,4 +1,4 @@
-"""What can go wrong, as types and in words."""
+"""Errors, warnings, and the reasons why a computation ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ConfigError(GFSError, ValueError):
 
 
 class MeasurementError(GFSError, RuntimeError):
-    """A value could not be had. A monitor reports it and goes on; ``strict=True`` raises it."""
+    """A value could not be measured. A monitor warns and training goes on; with ``strict=True`` it is raised."""
 
 
 class NoLoss(MeasurementError):
@@ -26,11 +26,11 @@ class NoLoss(MeasurementError):
 
 
 class GFSWarning(UserWarning):
-    """Something the user should know; each text is shown once per run."""
+    """Something the user should know. Most texts are shown once per run, whatever numbers they hold."""
 
 
 class Reason(str, Enum):
-    """How a computation ended. The text is the advice; success is the empty string."""
+    """How a computation ended: what happened and what to do about it, in words; empty on success."""
 
     OK = ""
     MAX_PRODUCTS = (
@@ -63,10 +63,11 @@ class Reason(str, Enum):
 
 
 def own_fault(error: BaseException) -> str:
-    """In words, that ``error`` was raised by this package's own code, and where; empty where it was not.
+    """A sentence that this package's own code is at fault for ``error``, with the place; empty where it is not.
 
-    That is where the innermost frame of its traceback lies in this package. A call of the user's function with
-    arguments that it does not take fails in the frame that calls it, and is the function's.
+    The package is at fault where the innermost frame of the traceback lies in it, with three exceptions: errors that it
+    raises on purpose; errors of CUDA or for lack of memory; and a function of the user's that does not take the
+    arguments that it is called with, which fails in the calling frame.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

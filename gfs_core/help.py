@@ -1,4 +1,4 @@
-"""The help of options and log keys, put into the docstrings of the adapters."""
+"""Fills the help of the options and log keys into the docstrings of the adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gfs_core.run.record import log_keys
 
 
 def filled_in(docstring: str | None) -> str:
-    """``docstring`` with a line per option in place of ``{options}``, and per log key in place of ``{keys}``."""
+    """``docstring`` with one line per option in place of ``{options}``, and one per log key in place of ``{keys}``."""
     lines = {
         "options": [f"{name}: {text}" for name, text in GFSConfig.help().items()],
         "keys": [f"``{key}``: {text}" for key, text in log_keys().items()],

@@ -1,11 +1,13 @@
-"""The torchmetrics face: the measurements as metrics that accumulate, sync across ranks and plot.
+"""Measurements as torchmetrics metrics, which accumulate, sync across ranks and plot.
 
-Not imported by ``gfs_core`` itself, which needs torch and nothing more. One class per log key, over one base.
+``gfs_core`` itself needs nothing but torch, and so does not import this module. Each class gives one field of a
+:class:`~gfs_core.Measurement`.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from gfs_core.loss.objective import LossFn
 from gfs_core.optimizers.thresholds import named_in_full, parameters_of, stability_of
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.run.record import Measurement
+from gfs_core.signals.lab import Accuracy
 
 try:
     from torchmetrics import Metric
@@ -40,21 +43,24 @@ __all__ = [
 
 
 class _Subject:
-    # What is measured. Not a module, without a __dict__, and copied in its own way, so that …
-    # - … the model does not become a part of the metric: its weights stay out of the metric's state_dict and .to(),
-    #   and a metric that is an attribute of the module it measures makes no circle of modules;
-    # - … the isolation of a measurement does not find the monitor behind such a metric, and undo its warm start;
-    # - … a clone of the metric refers to the same model, and the metric in a copied module to the copy.
-    __slots__ = ("config", "loss_fn", "model", "monitor", "optimizer")
+    # What is measured. Three choices keep it apart from the metric and the model:
+    # - It is no module. So the weights of the model stay out of the metric's state_dict and .to(), and a metric that is
+    #   an attribute of the module that it measures makes no cycle of modules.
+    # - It has no __dict__. So the snapshot of a measurement does not find the monitor behind such a metric, and does
+    #   not undo its warm start.
+    # - It has its own __deepcopy__. So a clone of the metric refers to the same model, and the metric inside a copied
+    #   module refers to the copy.
+    __slots__ = ("accuracy", "config", "loss_fn", "model", "monitor", "optimizer")
 
-    def __init__(self, model: Any, loss_fn: Any, optimizer: Any, config: GFSConfig) -> None:
+    def __init__(self, model: Any, loss_fn: Any, optimizer: Any, config: GFSConfig, accuracy: Accuracy) -> None:
         self.model, self.loss_fn, self.optimizer, self.config = model, loss_fn, optimizer, config
+        self.accuracy = accuracy
         self.monitor: StabilityMonitor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Subject:
-        # No monitor yet: a module that is being copied may be empty still.
+        # The copy has no monitor yet: a module that is being copied may still be empty.
         model, optimizer = (memo.get(id(x), x) for x in (self.model, self.optimizer))
-        return _Subject(model, self.loss_fn, optimizer, self.config)
+        return _Subject(model, self.loss_fn, optimizer, self.config, self.accuracy)
 
     def check(self) -> None:
         if not isinstance(self.model, nn.Module) or not callable(self.loss_fn):
@@ -81,11 +87,12 @@ class _Subject:
     def measure(self, batch: Any) -> Measurement | None:
         if self.monitor is None:
             self.check()
-            # Where no optimizer is asked for, the plainest: it costs no eigenvalue but that of H.
+            # Without an optimizer: plain SGD, which needs no eigenvalue but that of H.
             optimizer = SGD(self.model.parameters(), lr=1.0) if self.optimizer is None else self.optimizer
-            self.monitor = StabilityMonitor(  # torchmetrics syncs, and its mean is over every batch
+            self.monitor = StabilityMonitor(  # torchmetrics syncs, and averages over every batch
                 self.model, optimizer, self.config, alone=True, short_batches=True
             )
+            self.monitor.measuring.accuracy = self.accuracy
         return self.monitor.step(lambda b: self.loss_fn(self.model, b), batch)
 
 
@@ -106,30 +113,35 @@ class _Measured(Metric):
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, optimizer: Any, **options: Any) -> None:
         own = {name: options.pop(name) for name in self.own_options if name in options}
-        super().__init__(**options)
+        try:
+            super().__init__(**options)
+        except ValueError as error:
+            names = ", ".join(sorted(self.own_options))
+            raise ValueError(f"{error}; the options of {type(self).__name__} are {names}") from None
+        accuracy = Accuracy(**{f.name: own.pop(f.name) for f in fields(Accuracy) if f.name in own})
         config = GFSConfig(tier=self.tier, every=1, running_every=None, max_overhead=None, **own)
-        self.subject = _Subject(model, loss_fn, optimizer, config)
+        self.subject = _Subject(model, loss_fn, optimizer, config, accuracy)
         self.subject.check()
         self.why = ""  # the last measurement's reasons
-        # A MetricCollection merges, for good, metrics whose states were equal once: a ratio whose threshold is 1 and a
-        # sharpness, or two models that begin alike. NaN equals nothing. First: torchmetrics 1.4 looks no further.
+        # A MetricCollection permanently merges metrics whose states are equal once, such as those of two models that
+        # begin alike. NaN equals nothing. This state comes first, as torchmetrics 1.4 compares the first one only.
         self.add_state("never_merged", torch.tensor(torch.nan), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
         self.to(next(model.parameters()).device)
 
     def update(self, batch: Any) -> None:
-        """Measure on one batch; the value counts if it was had.
+        """Measure on one batch; the value counts if there is one.
 
         Args:
-            batch: what ``loss_fn`` takes. A list is *one* batch too, as data loaders give them. Read only.
+            batch: what ``loss_fn`` takes. A list is *one* batch too, as a DataLoader gives it. It is not changed.
         """
-        # A validation loop runs in inference mode, whose tensors autograd refuses: out of it (which turns gradients on
-        # as well), and on with copies, which are ordinary tensors.
+        # A validation loop may run in inference mode, and autograd refuses inference tensors. So inference mode is left
+        # (which turns gradients on as well), and the batch is copied: the copies are ordinary tensors.
         with torch.inference_mode(False):
             measurement = self.subject.measure(copied(batch))
         if measurement is None:
-            return  # the monitor has told why
+            return  # the monitor has warned
         self.why = "; ".join(measurement.reasons)
         value = self._value(measurement)
         if value is not None:
@@ -137,14 +149,14 @@ class _Measured(Metric):
             self.total, self.count = self.total + value, self.count + 1
 
     def compute(self) -> Tensor:
-        """Mean of the values counted, over all ranks; a 0-dim tensor, NaN with a warning where there is none."""
+        """Mean of the values of all updates on all ranks, a 0-dim tensor; NaN with a warning where there is none."""
         if self.update_called and not self.count:
             why = f": {self.why}" if self.why else ""
             warnings.warn(f"gfs: {type(self).__name__} is NaN, no update gave a value{why}", GFSWarning, stacklevel=3)
         return self.total / self.count
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value of ``forward`` or ``compute``, or a sequence of them; by default what ``compute`` gives.
+        """Plot one value of ``forward`` or ``compute``, or a sequence of them; by default the value of ``compute``.
 
         Returns:
             Figure and axes of matplotlib; the figure is ``None`` where ``ax`` was given.
@@ -159,8 +171,8 @@ class _Measured(Metric):
 class Sharpness(_Measured):
     """Largest eigenvalue λ₁ of the loss Hessian on each batch.
 
-    ``compute`` gives the plain mean over the updates, of all ranks: every batch counts the same. λ₁ is convex in H, so
-    with batches of one size that mean is never below the sharpness of their union; for the latter use
+    ``compute`` gives the plain mean over the updates on all ranks: every batch counts the same. λ₁ is convex in H. So
+    with batches of one size the mean is never below the sharpness of their union; for that, use
     ``gfs_core.sharpness(model, loss_fn, [batch, …])``. ``forward`` gives the value on its batch. The model is left
     exactly as it was, also in ``no_grad`` and ``inference_mode``. ``reset`` forgets the values and keeps the
     eigenvector, so that later measurements are cheap.
@@ -169,12 +181,13 @@ class Sharpness(_Measured):
     raises.
 
     Args:
-        model: the module measured, referred to and not owned: clones measure the same one, its weights are not part of
-            the metric. All its parameters with ``requires_grad`` are the space.
-        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch. To pickle the metric, a function
-            that can be pickled.
-        **options: ``tol``, ``max_hvps``, ``hvp``, ``probe_size``, ``seed``, ``strict`` as in
-            :class:`~gfs_core.GFSConfig`; all others are those of ``torchmetrics.Metric``.
+        model: the module measured. The metric refers to it and does not own it: clones measure the same module, and its
+            weights are not part of the metric. The Hessian is over all its parameters with ``requires_grad``.
+        loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch. The metric can be pickled if this
+            function can.
+        **options: ``tol`` and ``max_hvps`` as in :func:`gfs_core.sharpness` (by default 1e-2 and 100), ``hvp``,
+            ``probe_size``, ``seed`` and ``strict`` as in :class:`~gfs_core.GFSConfig`. All others are those of
+            ``torchmetrics.Metric``.
 
     Raises:
         ConfigError: an option is out of its range, or there is nothing to measure.
@@ -198,19 +211,20 @@ class Sharpness(_Measured):
 
 
 class StabilityRatio(_Measured):
-    """(Preconditioned) sharpness / threshold of the optimizer as it stands; 1 is the edge of stability.
+    """(Preconditioned) sharpness / threshold of the optimizer in its present state; 1 is the edge of stability.
 
-    For gradient descent λ₁η/2. Adaptive optimizers have no threshold before their first step: such a value is not
-    counted. All else is as in :class:`Sharpness`.
+    For gradient descent it is λ₁η/2. Adaptive optimizers have no threshold before their first step, and an update
+    without a threshold is not counted. All else is as in :class:`Sharpness`.
 
     Args:
         model: the module measured.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor, the mean over the batch.
-        optimizer: the torch optimizer that steps it, or a wrapper of one; its parameters are the space.
+        optimizer: the torch optimizer that steps it, or a wrapper of one; the Hessian is over its parameters.
         **options: as for :class:`Sharpness`.
 
     Raises:
-        ConfigError: also where the optimizer's threshold is not known, or it is another model's.
+        ConfigError: as for :class:`Sharpness`; also where the optimizer's threshold is not known, or where the
+            optimizer belongs to another model.
 
     Example:
         >>> import torch
@@ -225,9 +239,10 @@ class StabilityRatio(_Measured):
 
 
 class PreconditionedSharpness(_Measured):
-    """Largest eigenvalue in the optimizer's own coordinates, of S·(H + shift)·S; with plain SGD, of H.
+    """Largest eigenvalue of S·(H + shift)·S, the Hessian in the optimizer's coordinates; with plain SGD, of H.
 
-    Arguments and errors are those of :class:`StabilityRatio`; S and the shift: :mod:`gfs_core.optimizers.thresholds`.
+    S and the shift are defined in :mod:`gfs_core.optimizers.thresholds`. Arguments and errors are those of
+    :class:`StabilityRatio`.
     """
 
     quantity = "preconditioned_sharpness"
@@ -238,10 +253,11 @@ class PreconditionedSharpness(_Measured):
 
 
 class GFSSharpness(_Measured):
-    """(Preconditioned) sharpness after gradient flow for ``horizon`` learning rates: without the swing of the edge.
+    """(Preconditioned) sharpness after gradient flow for a time of ``horizon`` learning rates.
 
-    A *short* stretch of flow, not the quantity of Kreisler et al. 2023, which :class:`GFSSharpnessFull` gives.
-    Arguments and errors are those of :class:`StabilityRatio`, with the options ``horizon``, ``rtol`` and ``max_grads``.
+    The flow removes the oscillation of the weights at the edge of stability. It is *short*: the quantity of Kreisler et
+    al. 2023 is that of :class:`GFSSharpnessFull`. Arguments and errors are those of :class:`StabilityRatio`, with the
+    options ``horizon``, ``rtol`` and ``max_grads`` as in :func:`gfs_core.stability`.
     """
 
     quantity = "gfs_sharpness"
@@ -250,7 +266,7 @@ class GFSSharpness(_Measured):
 
 
 class GFSStabilityRatio(_Measured):
-    """:class:`GFSSharpness` / threshold of the optimizer as it stands."""
+    """:class:`GFSSharpness` / threshold of the optimizer in its present state."""
 
     quantity = "gfs_stability_ratio"
     tier: ClassVar[Tier] = "gfs"
@@ -260,8 +276,8 @@ class GFSStabilityRatio(_Measured):
 class GFSSharpnessFull(_Measured):
     """Sharpness at the *end* of gradient flow (Kreisler et al. 2023, arXiv:2305.13064). For small models.
 
-    Arguments are those of :class:`GFSSharpness`; of the optimizer, only the parameters and the learning rate (for the
-    first stretch of flow) are used.
+    Arguments are those of :class:`GFSSharpness`. Of the optimizer, only the parameters and the learning rate are used:
+    the rate sets the time of the first stretch of flow, after which its end is looked for.
     """
 
     quantity = "gfs_sharpness_full"

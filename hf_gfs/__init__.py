@@ -1,4 +1,4 @@
-"""The Hugging Face face: ``trainer.add_callback(GFSCallback())``."""
+"""The adapter for the Hugging Face ``Trainer``: ``trainer.add_callback(GFSCallback())``."""
 
 try:
     from hf_gfs.arguments import GFSArguments

@@ -1,4 +1,4 @@
-"""Whether a loss that is evaluated again is the one that the trainer has differentiated."""
+"""Whether the loss that is evaluated again is the one that the trainer has differentiated."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gfs_core.loss.objective import LossFn
 from gfs_core.run.ranks import Ranks
 from hf_gfs.replay import Replay
 
-_COSINE = 1e-5  # 1 − cosine of two gradients of the same loss in float32 stays below; a loss term left out does not
-_LENGTH = 1e-3
+_COSINE = 1e-5  # 1 − cosine of two gradients; in float32 the same loss stays below, one without a term of it does not
+_LENGTH = 1e-3  # relative difference of their lengths
 NO_GRADIENT = (
     "no gradient is left when the optimizer is called, as where the steps are taken inside of the backward pass: the "
     "loss cannot be compared with the trainer's"
@@ -34,11 +34,12 @@ class GradientMissing(MeasurementError):
 def disagreement(
     replay: Replay, model: nn.Module, params: Sequence[Tensor], reference: Reference | None, ranks: Ranks | None = None
 ) -> str:
-    """Whether the replayed loss is what the trainer differentiated: a description of the difference, empty if none.
+    """How the replayed loss differs from the one that the trainer differentiated, in words; empty where it does not.
 
-    The replayed gradient is compared with the ``.grad`` fields in direction (they may have been clipped), and with
-    ``reference`` in length. Where the same evaluation twice does not give the same gradient, that noise is allowed for.
-    With several processes, ``ranks``, the ``.grad`` fields hold the mean over them, and the reference does not.
+    The direction of the replayed gradient is compared with the ``.grad`` fields, which may have been clipped. Its
+    length is compared with ``reference``. Where two evaluations of the replayed loss give different gradients, the
+    tolerance grows with that difference. With several processes (``ranks``) the ``.grad`` fields hold the mean over
+    them; the reference is of this process.
 
     Raises:
         GradientMissing: no ``.grad`` is left, or none for some weight that the loss depends on.
@@ -53,7 +54,7 @@ def disagreement(
         inner = ranks.inner_product([p for p, g in zip(params, grads, strict=True) if g is not None])
     loss_fn: LossFn = lambda _model, inputs: replay.loss(inputs)  # noqa: E731
     with StateSnapshot(model, params, replay.again()) as isolation:
-        sharded = any(hasattr(p, "to_local") for p in params)  # whose gradients are a mean already
+        sharded = any(hasattr(p, "to_local") for p in params)  # their gradients are a mean already
         objective = Objective(model, loss_fn, replay.inputs, params, isolation, ranks if sharded else None)
         loss, all_of_it = objective.gradient()
         used = [p for p, g, own in zip(params, grads, all_of_it, strict=True) if g is None and bool(own.any())]
@@ -81,7 +82,7 @@ def disagreement(
 
 
 def _where_some(grads: Sequence[Tensor | None], vector: Vector) -> Vector:
-    """The tensors of ``vector`` in the places of which there is a gradient."""
+    """The tensors of ``vector`` whose parameter has a gradient."""
     return [v for g, v in zip(grads, vector, strict=True) if g is not None]
 
 
@@ -104,7 +105,7 @@ def _apart(a: Sequence[Tensor], b: Sequence[Tensor], inner: InnerProduct) -> flo
 
 
 class Reference:
-    """The gradient of one parameter before clipping, as a measure of the loss's scale."""
+    """The gradient of one parameter before clipping, which shows the scale of the trainer's loss."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.param = params[-1]

@@ -24,7 +24,10 @@ class _Options:
 
 
 def _flag_type(hint: Any) -> Any:
-    """What ``HfArgumentParser`` reads a flag with: of ``T | None`` it would take T alone, and nothing turns it off."""
+    """The function or type that ``HfArgumentParser`` reads a flag with.
+
+    From ``T | None`` the parser would take ``T`` alone, so that no text could turn the option off.
+    """
     return _reader(get_args(hint)[0]) if may_be_off(hint) else hint
 
 

@@ -20,13 +20,14 @@ from gfs_core.optimizers.thresholds import parameters_of
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
 from hf_gfs.agreement import GradientMissing, Reference, disagreement
+from hf_gfs.handle import TrainerControlHandle
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import GivenLoss, ModelReplay, Replay, StepReplay, TrainerReplay
 
 STATE_FILE = "gfs_state.pt"
 _SET_TRAINER = "use `GFSCallback(...).set_trainer(trainer)` in place of `trainer.add_callback(GFSCallback(...))`"
 _GIVE_LOSS = "give a loss that can be evaluated beside training, `GFSCallback(loss_fn=...)`"
-_TRIES = 3  # due steps at which the loss may fail before it is given up: one bad batch is no reason
+_TRIES = 3  # due steps at which the loss fails before measuring ends: one bad batch is no reason
 _measured: weakref.WeakKeyDictionary[nn.Module, tuple[int, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -34,29 +35,33 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     """Logs how close the optimizer is to instability.
 
     Just before an optimizer step that is due, the loss of that step is evaluated again on its own micro-batches, with
-    the same dropout masks, in isolation: training goes on bitwise as without the callback. Added with
-    ``trainer.add_callback(GFSCallback())``, the loss is the one that the model returns; the first measurement compares
-    its gradient with the trainer's, and refuses where they differ (label smoothing, ``compute_loss_func``, an
-    overridden ``compute_loss``). ``GFSCallback().set_trainer(trainer)`` replays the trainer's own ``compute_loss``
-    instead; a trainer whose ``training_step`` never calls that needs ``GFSCallback(loss_fn=...).set_trainer(trainer)``.
+    the same dropout masks. Its effects are undone: training goes on bitwise as without the callback. There are three
+    ways to the loss:
+
+    - ``trainer.add_callback(GFSCallback())`` takes the loss that the model returns. Before the first measurement its
+      gradient is compared with the trainer's. Where they differ (label smoothing, ``compute_loss_func``, an overridden
+      ``compute_loss``), nothing is measured.
+    - ``GFSCallback().set_trainer(trainer)`` calls the trainer's own ``compute_loss`` again. It is compared likewise.
+    - ``GFSCallback(loss_fn=...).set_trainer(trainer)`` is for a trainer whose ``training_step`` never calls
+      ``compute_loss``.
 
     Args:
-        config: all options at once, from :class:`~hf_gfs.GFSArguments` for instance.
+        config: all options at once, for instance from :class:`~hf_gfs.GFSArguments`.
         loss_fn: ``loss_fn(model, inputs)``, the mean loss of one micro-batch, a 0-dim tensor, to measure instead of the
-            trainer's. After ``set_trainer``, ``inputs`` is what ``training_step`` gets; otherwise a dictionary of what
-            the model's ``forward`` gets, and the early warning then goes by the stability ratios alone. That its
-            gradient is not the trainer's is told once.
-        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Alert`.
+            trainer's. After ``set_trainer``, ``inputs`` is what ``training_step`` gets. Without it, ``inputs`` is a
+            dictionary of what the model's ``forward`` gets, and the early warning uses the stability ratios alone. One
+            warning tells where its gradient is not the trainer's.
+        on_alarm: called with each :class:`~gfs_core.Alert` of the early warning.
         **options: those of :class:`~gfs_core.GFSConfig`, by name:
             {options}
 
-    Logs, under the optimizer steps taken so far:
+    Logs, under the number of optimizer steps taken so far:
         {keys}
 
     Raises:
         ConfigError: an option is unknown or out of its range; at the start of training, where one does not fit the
             optimizer.
-        MeasurementError: with ``strict=True``, nothing can be measured.
+        MeasurementError: with ``strict=True``, in training, where a measurement fails or nothing can be measured.
 
     Example:
         >>> from hf_gfs import GFSCallback
@@ -86,11 +91,12 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         self._replay: Replay | None = None
         self._reference: Reference | None = None
         self._publisher: Publisher | None = None
+        self._handle = TrainerControlHandle()
         self._verified = False
-        self._failures = 0  # of the loss before it was verified
+        self._failures = 0  # how often the loss failed before it was verified
 
     def set_trainer(self, trainer: Any) -> GFSCallback:
-        """Measure the trainer's own loss; adds this callback to the trainer where it is not there yet.
+        """Measure the trainer's own loss, or ``loss_fn``; add this callback to the trainer unless it is there.
 
         Raises:
             ConfigError: ``trainer`` is not a trainer of transformers.
@@ -105,14 +111,14 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     @guarded
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Build the monitor, and resume where a checkpoint holds its state."""
+        """Build the monitor; load its state where training resumes from a checkpoint that holds it."""
         self._close()
         trainer = self._trainer() if self._trainer is not None else None
-        # Trainers with a model class of their own hand that over; a trainer that is known has the module.
+        # Some trainers pass a model class of their own to callbacks. A known trainer holds the module itself.
         model = kwargs.get("model") if trainer is None else trainer.model
         optimizer = kwargs.get("optimizer")
         if problem := unmeasurable(model, optimizer):
-            held = trainer is None and not isinstance(model, nn.Module)  # by a trainer that hands over another class
+            held = trainer is None and not isinstance(model, nn.Module)  # the trainer may hold a module
             raise MeasurementError(f"{problem}. If the trainer holds one: {_SET_TRAINER}" if held else problem)
         assert isinstance(model, nn.Module)
         step, other = _measured.get(model, (0, None))
@@ -120,10 +126,10 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             _warn("there is a second GFSCallback on this trainer; it does nothing")
             return
         _measured[model] = (id(state), weakref.ref(self))
-        on_alarm_later = None if self.on_alarm is None else self._guard.events.append
-        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=on_alarm_later)
-        if self.monitor.history is None and state.is_world_process_zero:
-            self.monitor.history = Path(args.output_dir) / "history.jsonl"
+        later = None if self.on_alarm is None else self._guard.alerts.append
+        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=later, trainer=self._handle)
+        if self.monitor.journal.path is None and state.is_world_process_zero:
+            self.monitor.journal.path = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
         if trainer is None:
             self._replay = ModelReplay(model, self.loss_fn)
@@ -147,30 +153,31 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
 
     @guarded
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure: the weights are still those of the step, its micro-batches are all known."""
+        """Measure here: all micro-batches of the step are known, and the weights have not yet been stepped."""
         if self.monitor is None or self._replay is None:
             return
         monitor, replay, due = self.monitor, self._replay, self._replay.keeping
+        self._handle.control = control
         try:
             replay.end()
             usable = due and (self._verified or self._verify(monitor, replay))
             if self._failures == _TRIES:
                 self._close()
                 return
-            if self.loss_fn is None or (self._verified and not monitor.remarks):  # else they are of another loss
+            if self.loss_fn is None or (self._verified and not monitor.remarks):  # else `loss_fn` is another loss
                 for loss, examples in replay.losses:
                     monitor.record_loss(loss, examples)
             if usable:
                 measurement = monitor.step(replay.again(), replay.inputs, state.global_step, micro_batches=True)
             else:
-                measurement = monitor.watch(state.global_step)
+                measurement = monitor.update_detectors(state.global_step)
         finally:
             replay.clear()
         self._publish(measurement, state, control)
 
     @guarded
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the monitor's state beside the trainer's own checkpoint."""
+        """Save the monitor's state in the trainer's checkpoint folder."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.monitor is None or not state.is_world_process_zero or not folder.is_dir():
             return
@@ -193,32 +200,30 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         self._close()
 
     def _publish(self, measurement: Measurement | None, state: Any, control: Any) -> None:
-        """Log a measurement, and hand on what the early warning asks for."""
-        if self.monitor is None or self._publisher is None:
-            return
-        if measurement is not None:
+        """Log a measurement, where there is one."""
+        if measurement is not None and self._publisher is not None:
             with self._guard.tolerated("a target of `report_to` has not taken the values"):
                 self._publisher.publish(measurement.as_log_dict(), state, control)
-        if self.monitor.wants_checkpoint:
-            self.monitor.wants_checkpoint = False
-            control.should_save = True
-        if self.monitor.should_stop:
-            control.should_training_stop = True
 
     def _verify(self, monitor: StabilityMonitor, replay: Replay) -> bool:
-        """Whether the replayed loss can be measured. Where it is not the trainer's, measuring ends."""
+        """Whether the replayed loss can be measured.
+
+        Raises:
+            MeasurementError: it is not the trainer's, and no ``loss_fn`` was given; with ``strict=True``, also where it
+                could not be evaluated.
+        """
         ranks, problem, unchecked = monitor.ranks, "", ""
         monitor.remarks = ()
         params = parameters_of(monitor.optimizer)
         try:
-            with monitor.together():
+            with monitor.measuring.together():
                 if not replay.inputs:
                     raise MeasurementError(replay.unseen)
                 try:
                     problem = disagreement(replay, monitor.model, params, self._reference, ranks)
                 except GradientMissing as error:
                     if isinstance(replay, ModelReplay) and self.loss_fn is None:
-                        raise  # the model's loss may be another than the trainer's
+                        raise  # the model's loss may not be the trainer's
                     which = "some" if any(p.grad is not None for p in params) else "all"
                     unchecked = f"{error}; the values belong to the weights after the step, which {which} have taken"
                 if ranks is not None and ranks.any(bool(problem)) and not problem:
@@ -246,7 +251,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         return True
 
     def _not_evaluated(self, error: Exception) -> None:
-        """The loss has failed before it was once verified: told once, and given up after several times."""
+        """Count a failure of the loss before it was verified, and warn of the first."""
         self._failures += 1
         why = own_fault(error)
         if not why:

@@ -1,8 +1,4 @@
-"""A micro-batch with what belongs to it beside its inputs.
-
-That goes along under a key of its own, as plain data, into copies, parts and checkpoints: a micro-batch of a fixed
-probe is measured long after its step.
-"""
+"""A kept micro-batch of the Trainer: its inputs, and how its loss is weighted in the step."""
 
 from __future__ import annotations
 
@@ -11,62 +7,52 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gfs_core.loss.batches import batch_size
-from gfs_core.loss.streams import RandomState
-
-_BESIDE = "beside the inputs"
+from gfs_core.run import micro_batches
 
 
 class Beside(NamedTuple):
-    """What belongs to a micro-batch, or to a part of one.
+    """How the loss of a micro-batch, or of a part of one, is weighted.
 
     Attributes:
-        whole: whether it is all of the micro-batch.
-        items: ``num_items_in_batch`` of its step; of a part, its share of them; ``None``: the loss is a mean.
-        weight: of its loss, so that the mean over micro-batches is the trainer's objective.
+        items: ``num_items_in_batch`` of its step; for a part, its share of them; ``None``: the loss is a mean.
+        weight: factor of its loss, so that the mean over the micro-batches is the trainer's objective.
     """
 
-    whole: bool = False
     items: Any = None
     weight: float = 1.0
 
 
-def keep(inputs: Mapping[str, Any], random: RandomState, items: Any, weight: float) -> dict[str, Any]:
-    """The inputs of one micro-batch with what belongs to them."""
-    beside = {"examples": batch_size(dict(inputs)), "random": random.as_text(), "items": items, "weight": weight}
-    return {**inputs, _BESIDE: beside}
-
-
 def end_step(kept: list[dict[str, Any]], sums: bool) -> None:
-    """All micro-batches of a step are known, and so how many items there are for each label.
+    """Set, in place, how the losses are weighted, once all micro-batches of a step are known.
 
     Args:
         kept: the micro-batches.
         sums: whether their losses are shares of a sum over the items of the step, to be added and not averaged.
     """
-    labels = sum(map(labels_in, kept))
-    for batch in kept:
-        beside = batch[_BESIDE]
+    held = [micro_batches.opened(batch, rewind=False) for batch in kept]
+    labels = sum(labels_in(own.batch) for own in held)
+    for own in held:
+        beside = own.beside
         if beside["items"] is not None:
             beside["per_label"] = beside["items"] / labels if labels else None
             beside["weight"] = float(len(kept)) if sums else beside["weight"]
 
 
-def opened(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Beside]:
-    """The inputs, and what belongs to them; the random state is set to that of a whole micro-batch.
+def opened(kept: dict[str, Any]) -> tuple[dict[str, Any], Beside]:
+    """The inputs and their weighting; for a whole micro-batch the random state is set to the one kept with it.
 
-    The items of a part are counted by its labels. Its mean is another loss where the trainer counts more items than
-    there are targets: of a causal model it may count the first label of each row, which is none.
+    The items of a part are counted by its labels. A plain mean over the part would be another loss where the trainer
+    counts more items than there are targets. With a causal model, it may count the first label of each row, which is no
+    target.
     """
-    inputs = {key: value for key, value in batch.items() if key != _BESIDE}
-    beside = batch.get(_BESIDE)
-    if beside is None:
+    batch, beside, whole = micro_batches.opened(kept)
+    inputs = dict(batch)
+    if not beside:
         return inputs, Beside()
-    if batch_size(inputs) == beside["examples"]:
-        RandomState.from_text(beside["random"]).restore()
-        return inputs, Beside(True, beside["items"], beside["weight"])
+    if whole:
+        return inputs, Beside(beside["items"], beside["weight"])
     labels, per_label = labels_in(inputs), beside.get("per_label")
-    return inputs, Beside(False, per_label * labels if labels and per_label is not None else None)
+    return inputs, Beside(per_label * labels if labels and per_label is not None else None)
 
 
 def labels_in(inputs: Mapping[str, Any]) -> int:

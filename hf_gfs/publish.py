@@ -1,4 +1,4 @@
-"""Where the values go: everything in ``report_to``, the trainer's log history, without touching its own logging."""
+"""Sends the values to everything in ``report_to`` and to the log history, without the trainer's own logging."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gfs_core import GFSWarning
 from gfs_core.charts import WandbPanel, add_to_tensorboard
 
 _EVENTS = "events.out.tfevents"
-_STEP = "train/global_step"  # the trainer's key for it
+_STEP = "train/global_step"  # the trainer's key for the step
 
 
 class Publisher:
     """Writes values under their own keys, at the trainer's step.
 
-    Trainers rewrite the keys of what goes through their ``log`` and drop their own next record, so that road is not
-    taken: values go to the TensorBoard folder and to the active W&B, trackio or MLflow run directly, to
-    ``state.log_history``, and, where the trainer is known, to its other reporting callbacks.
+    The trainer's ``log`` is not used: trainers rewrite the keys of what it gets, and then drop their own next record.
+    The values go directly to the TensorBoard folder, to the active W&B, trackio or MLflow run, and to
+    ``state.log_history``. Where the trainer is known, they also go to its other reporting callbacks.
 
     Args:
         args: the training arguments.
@@ -67,7 +67,7 @@ class Publisher:
             mlflow.log_metrics(values, step=state.global_step)
 
     def close(self) -> None:
-        """Close the event file, where it is ours, and finish the panel."""
+        """Close the event file if this object opened it, and draw the panel for the last time."""
         if self._panel is not None:
             self._panel.draw()
             self._panel = None
@@ -97,7 +97,7 @@ class Publisher:
         return SummaryWriter(str(folder))
 
     def _folder(self) -> Path | None:
-        """The trainer's TensorBoard folder: its callback ran before this one and has just made an event file there."""
+        """The trainer's TensorBoard folder: where its callback, which ran before this one, has made an event file."""
         named = os.environ.get("TENSORBOARD_LOGGING_DIR")
         if named:
             return Path(named).expanduser()
@@ -108,7 +108,7 @@ class Publisher:
         return list(self.trainer.callback_handler.callbacks) if self.trainer is not None else []
 
     def _others(self) -> list[Any]:
-        """Reporting callbacks of the trainer other than those whose run was reached directly."""
+        """The trainer's reporting callbacks, without those whose targets have been reached directly."""
         ours = ("TensorBoardCallback", "WandbCallback", "TrackioCallback")
         return [
             c

@@ -1,10 +1,13 @@
 """The loss of a training step, kept so that it can be evaluated again.
 
-Three ways to it. :class:`TrainerReplay` wraps the trainer's ``compute_loss`` and calls it again on the same prepared
-inputs: exact for every trainer whose ``training_step`` uses it. :class:`StepReplay` wraps ``training_step`` and gives
-its inputs to a loss of the user's. :class:`ModelReplay` sees the model's inputs through a forward hook and takes the
-loss that the model returns, or the user's; the former is the trainer's own unless something changes it behind the
-model's back, which :func:`~hf_gfs.agreement.disagreement` finds out from the gradients.
+There are three ways:
+
+- :class:`TrainerReplay` wraps the trainer's ``compute_loss`` and calls it again on the same prepared inputs. That is
+  exact for every trainer whose ``training_step`` uses it.
+- :class:`StepReplay` wraps ``training_step`` and gives its inputs to a loss of the user's.
+- :class:`ModelReplay` sees the model's inputs through a forward hook. It takes the loss that the model returns, or the
+  user's. The trainer may change the loss that the model returns; :func:`~hf_gfs.agreement.disagreement` detects that
+  from the gradients.
 """
 
 from __future__ import annotations
@@ -23,16 +26,17 @@ from gfs_core import MeasurementError
 from gfs_core.loss.batches import batch_size, copied
 from gfs_core.loss.processes import alone
 from gfs_core.loss.python_state import PythonState, is_of_the_user
-from gfs_core.loss.streams import RandomState, rewinder
-from hf_gfs.kept import end_step, keep, opened
+from gfs_core.loss.streams import rewinder
+from gfs_core.run.micro_batches import keep
+from hf_gfs.kept import end_step, opened
 
 GivenLoss = Callable[[Any, Any], Any]  # loss_fn(model, inputs)
 _ARGS = "__positional__"
-_WHOLE = "__inputs__"  # of a training_step whose inputs are no mapping
+_WHOLE = "__inputs__"  # holds the inputs of a training_step that are no mapping
 
 
 class Replay:
-    """The micro-batches of a step, kept while ``keeping``; the ways to their loss build upon it.
+    """The micro-batches of a step, kept while ``keeping``; base of the three ways to their loss.
 
     Args:
         model: the module that is trained.
@@ -40,10 +44,11 @@ class Replay:
 
     Attributes:
         inputs: the micro-batches kept so far.
-        losses: what training has computed on each micro-batch of the step so far, scaled as :meth:`loss` scales it,
-            with the number of its examples, if known.
-        unseen: in words, that there was no micro-batch to be kept.
-        sums: whether losses that know the items of a step are shares of a sum, to be added and not averaged.
+        losses: training's loss on each micro-batch of the step so far, scaled as by :meth:`loss`, with the number of
+            its examples if known.
+        keeping: whether micro-batches are kept now.
+        unseen: the message for a step without any micro-batch that could be kept.
+        sums: whether losses that are given ``num_items_in_batch`` are shares of a sum, to be added and not averaged.
     """
 
     unseen = ""
@@ -56,12 +61,12 @@ class Replay:
         self.keeping = False
 
     def start(self, keeping: bool) -> None:
-        """A step begins; its micro-batches are kept, or not."""
+        """Begin a step, and keep its micro-batches if ``keeping``."""
         self.clear()
         self.keeping = keeping
 
     def end(self) -> None:
-        """All micro-batches of the step are known."""
+        """Finish a step: all its micro-batches are known."""
         self.keeping = False
         end_step(self.inputs, self.sums)
 
@@ -78,16 +83,15 @@ class Replay:
         raise NotImplementedError
 
     def again(self) -> Callable[[dict[str, Any]], Tensor]:
-        """:meth:`loss` as a function that shows the user's: what that holds is put back after a measurement."""
+        """:meth:`loss` as a function that also refers to the user's loss, so that a snapshot finds what that holds."""
         return functools.partial(_loss_of, self, self.loss_fn)
 
     def _remember(self, inputs: Mapping[str, Any], items: Any = None, weight: float = 1.0) -> None:
-        random = RandomState([next(self.model.parameters())])
         try:
-            own = copied(dict(inputs))  # training may do with its own what it likes
+            own = copied(dict(inputs))  # training may change its own
         except (MeasurementError, torch.OutOfMemoryError):  # the measurement will say so
             own = dict(inputs)
-        self.inputs.append(keep(own, random, items, weight))
+        self.inputs.append(keep(own, [next(self.model.parameters())], items=items, weight=weight))
 
 
 class TrainerReplay(Replay):
@@ -134,7 +138,7 @@ class TrainerReplay(Replay):
         return _micro_batches(self.trainer) if scaled else 1.0
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
-        """The loss of one micro-batch as the trainer computes it; of a part of one, with the part's share."""
+        """The loss of one micro-batch as the trainer computes it; for a part, with the part's share of the items."""
         own, beside = opened(inputs)
         with _kept(self.trainer, self.model), self.trainer.compute_loss_context_manager(), alone(self._module):
             loss = self._compute_loss(self._module, own, num_items_in_batch=beside.items)
@@ -144,7 +148,7 @@ class TrainerReplay(Replay):
 
 
 class StepReplay(Replay):
-    """Gives a loss of the user's what the trainer's ``training_step`` has got.
+    """Gives the inputs of the trainer's ``training_step`` to a loss of the user's.
 
     Args:
         trainer: any trainer of transformers or built upon it; its ``training_step`` is wrapped until :meth:`close`.
@@ -167,7 +171,7 @@ class StepReplay(Replay):
                 self._module = model
                 self._remember(inputs if isinstance(inputs, Mapping) else {_WHOLE: inputs})
             loss = training_step(model, inputs, *args, **kwargs)
-            if isinstance(loss, Tensor) and loss.numel() == 1:  # its share of the step's
+            if isinstance(loss, Tensor) and loss.numel() == 1:  # the trainer has divided it
                 self.losses.append((loss.detach() * _micro_batches(trainer), examples))
             return loss
 
@@ -187,10 +191,10 @@ class StepReplay(Replay):
 
 
 class ModelReplay(Replay):
-    """Calls the model again and takes the loss it returns, or gives its inputs to a loss of the user's.
+    """Calls the model again and takes the loss that it returns, or gives its inputs to a loss of the user's.
 
     Args:
-        model: the module that is trained; it carries hooks around its forward until :meth:`close`.
+        model: the module that is trained; it has forward hooks until :meth:`close`.
         loss_fn: ``loss_fn(model, inputs)``, the mean loss of one micro-batch; ``None``: what the model returns.
     """
 
@@ -199,7 +203,7 @@ class ModelReplay(Replay):
 
     def __init__(self, model: nn.Module, loss_fn: GivenLoss | None = None) -> None:
         super().__init__(model, loss_fn)
-        self._items: list[bool] = []  # of each loss: whether it is a sum over items, divided by those of the whole step
+        self._items: list[bool] = []  # for each loss: whether it is a sum over items, divided by those of the step
         self._again = False
         before, after = (torch.compiler.disable(hook) for hook in (self._hook, self._seen_loss))  # type: ignore[no-untyped-call]
         self._handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
@@ -207,7 +211,7 @@ class ModelReplay(Replay):
             self._handles.append(model.register_forward_hook(after, with_kwargs=True))
 
     def end(self) -> None:
-        """All micro-batches of the step are known: where the loss of each is its share of a sum, how many there are."""
+        """Finish a step: losses that are shares of a sum are multiplied by the number of micro-batches."""
         super().end()
         count = len(self.losses)
         self.losses = [
@@ -269,7 +273,7 @@ def _loss_of(replay: Replay, _given: GivenLoss | None, inputs: dict[str, Any]) -
 
 
 def _named(module: nn.Module, args: Any, kept: dict[str, Any]) -> dict[str, Any]:
-    """The positional arguments of a forward pass under their names, beside its keywords."""
+    """The arguments of a forward pass by name, the positional ones too where their names are known."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
     if not args or len(names) < len(args):
@@ -278,12 +282,12 @@ def _named(module: nn.Module, args: Any, kept: dict[str, Any]) -> dict[str, Any]
 
 
 def _micro_batches(trainer: Any) -> float:
-    """Micro-batches of the present step."""
+    """Number of micro-batches of the present step."""
     return float(getattr(trainer, "current_gradient_accumulation_steps", 1))
 
 
 def _replace(trainer: Any, name: str, method: Any) -> Callable[[], None]:
-    """Put ``method`` in the place of the trainer's own; returns what puts that back."""
+    """Replace a method of the trainer; the function returned restores the trainer's own."""
     own = vars(trainer).get(name)  # an instance attribute of the user's
 
     def put_back() -> None:
@@ -297,14 +301,14 @@ def _replace(trainer: Any, name: str, method: Any) -> Callable[[], None]:
 
 
 def _loss_in(out: Any) -> Tensor | None:
-    """The loss in what a model returns."""
+    """The loss in what a model returns; ``None`` where there is none."""
     loss = out.get("loss") if isinstance(out, dict) else out[0] if isinstance(out, (tuple, list)) else out
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 @contextlib.contextmanager
 def _kept(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Counters, metric lists, loss modules, random streams and iterators of the trainer are as before afterwards.
+    """Put back the trainer's counters, metric lists, loss modules, random streams and iterators on exit.
 
     Raises:
         MeasurementError: from the loss, where it takes from an iterator that cannot be put back.
@@ -323,6 +327,6 @@ def _kept(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether an attribute of a trainer is something that a loss may change, and no part of the run's machinery."""
+    """Whether an attribute of a trainer is something that a loss may change, rather than part of the run itself."""
     entered = (int, float, str, bool, dict, list, deque, set, tuple, Tensor, nn.Module, type(None))
     return isinstance(value, entered) or rewinder(value) is not None or is_of_the_user(type(value))

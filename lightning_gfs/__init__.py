@@ -1,4 +1,4 @@
-"""The Lightning face: ``Trainer(callbacks=[GFSCallback()])``."""
+"""The adapter for Lightning: ``Trainer(callbacks=[GFSCallback()])``."""
 
 try:
     from lightning_gfs.callback import GFSCallback

@@ -1,4 +1,4 @@
-"""The only place that knows Lightning's two package names and its private attributes (tried on 2.6.6)."""
+"""Lightning's two packages and the private attributes that are used of them (checked with Lightning 2.6.6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
 
 
 def callback_bases() -> tuple[type, ...]:
-    """``Callback`` of every flavour that is loaded; of the first that is installed where none is."""
+    """``Callback`` of each of the two packages that is loaded; where none is, of the first that is installed."""
     loaded = [name for name in _FLAVOURS if name in sys.modules]
     if not loaded:
         try:
@@ -26,9 +26,12 @@ def callback_bases() -> tuple[type, ...]:
 
 
 def after_batch_start(trainer: Any, call: Callable[[Any, int], None]) -> Callable[[], None]:
-    """Have ``call(batch, batch_idx)`` called when all callbacks, and the module, have had ``on_train_batch_start``.
+    """Call ``call(batch, batch_idx)`` after the ``on_train_batch_start`` of all callbacks and of the module.
 
-    The strategy's own is the last, just before the training step. Returns what undoes it.
+    The strategy's ``on_train_batch_start`` comes last, just before the training step. So it is wrapped.
+
+    Returns:
+        A function that takes the wrapper away.
     """
     strategy = trainer.strategy
     own = strategy.on_train_batch_start
@@ -43,7 +46,7 @@ def after_batch_start(trainer: Any, call: Callable[[Any, int], None]) -> Callabl
 
 
 def steps_with_this_batch(trainer: Any, batch_idx: int) -> bool:
-    """Whether the optimizer steps with the batch that begins, or has begun: the last of a step's micro-batches."""
+    """Whether the present batch is the last micro-batch of an optimizer step."""
     should_accumulate = getattr(trainer.fit_loop, "_should_accumulate", None)
     if should_accumulate is not None:
         return not should_accumulate()
@@ -51,15 +54,15 @@ def steps_with_this_batch(trainer: Any, batch_idx: int) -> bool:
 
 
 def takes_no_step(trainer: Any) -> bool:
-    """Whether this epoch only computes losses, as when stochastic weight averaging renews the batch statistics."""
+    """Whether this epoch takes no steps, as when stochastic weight averaging updates the BatchNorm statistics."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def logger_step(trainer: Any) -> int:
     """The step under which Lightning's own values of the next optimizer step are logged.
 
-    ``global_step`` counts every optimizer; Lightning logs under the batches that stepped. Without that private
-    counter: ``global_step``.
+    ``global_step`` counts the steps of every optimizer, but Lightning logs under the number of batches that stepped.
+    Where that private counter is missing, this is ``global_step``.
     """
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
@@ -67,7 +70,7 @@ def logger_step(trainer: Any) -> int:
 
 @contextlib.contextmanager
 def quiet(trainer: Any, module: Any) -> Iterator[None]:
-    """Nothing that the module logs in here arrives anywhere; runs under the trainer's autocast."""
+    """Context under the trainer's autocast in which everything that the module logs is dropped."""
     dummy = _flavour(trainer, "loggers.logger").DummyLogger
     loggers = trainer.loggers
     silenced = [m for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "training_step")]

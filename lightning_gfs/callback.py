@@ -18,9 +18,11 @@ from gfs_core.help import filled_in
 from gfs_core.loss.batches import batch_size
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
+from gfs_core.run.micro_batches import opened
 from lightning_gfs import _compat
+from lightning_gfs.handle import LightningHandle
 from lightning_gfs.steps import StepsSeen
-from lightning_gfs.window import Window, opened
+from lightning_gfs.window import Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 else:
     _Base = type("_Base", _compat.callback_bases(), {})
 
-LossFn = Callable[[Any, Any, int], Any]  # of a Tensor; Any keeps the command-line help short
+LossFn = Callable[[Any, Any, int], Any]  # returns a Tensor; Any keeps the command-line help short
 OnAlarm = Callable[[Alert], Any]
 
 _MANUAL = (
@@ -45,28 +47,30 @@ _RARE = (
 class GFSCallback(_Base):
     """Logs how close each optimizer is to instability.
 
-    At the start of a batch that is due, the module's own ``training_step`` is run on it beforehand, in isolation:
-    nothing is logged twice, no metric, buffer, random state or attribute of the module changes. What cannot be put back
-    are files, printed output and objects outside the module; give ``loss_fn`` where ``training_step`` touches those.
-    With ``accumulate_grad_batches`` that is the last batch of an optimizer step, and what is measured is the mean loss
-    of all of them.
+    Just before an optimizer step that is due, the module's own ``training_step`` is run again on the batches of the
+    step, with the same dropout masks. Its effects are undone: nothing is logged twice, and no metric, buffer, random
+    state or attribute of the module changes. Files, printed output and objects outside the module cannot be put back;
+    give ``loss_fn`` where ``training_step`` touches those. With ``accumulate_grad_batches``, the loss measured is the
+    mean over all batches of the step. Under manual optimization the measurement comes earlier: at the start of the
+    batch, before ``training_step``.
 
     Args:
         loss_fn: ``loss_fn(module, batch, batch_idx)``, the loss to measure instead of ``training_step``'s. With
-            several optimizers, a dictionary: a name of your choice for each, in the order of ``trainer.optimizers``.
+            several optimizers, a dictionary of such functions: one under a name of your choice for each optimizer, in
+            the order of ``trainer.optimizers``.
         progress_bar: show the stability ratio in the progress bar.
-        on_alarm: called with each change of the early warning's state, a :class:`~gfs_core.Alert`.
+        on_alarm: called with each :class:`~gfs_core.Alert` of the early warning.
         {options}
 
-    Logs, at the step of Lightning's own values (with several optimizers ``gfs/<name>/…``):
+    Logs, under the step of Lightning's own values (with several optimizers as ``gfs/<name>/…``):
         {keys}
 
-    A module that cannot be measured as it is, or a measurement that fails, is told in one warning; training goes on.
+    One warning tells of a module that cannot be measured, or of a measurement that fails; training goes on.
 
     Raises:
         ConfigError: an option is unknown or out of its range; at the start of ``fit``, where one does not fit the
             optimizers.
-        MeasurementError: with ``strict=True``, nothing can be measured.
+        MeasurementError: with ``strict=True``, in ``fit``, where a measurement fails or nothing can be measured.
 
     Example:
         >>> from lightning_gfs import GFSCallback
@@ -90,29 +94,30 @@ class GFSCallback(_Base):
         self._resumed: dict[str, Any] = {}
         self._panels: list[WandbPanel] | None = None  # not yet set up
         self._window = Window()
-        self._steps: dict[str, StepsSeen] = {}  # under manual optimization, of each optimizer
+        self._steps: dict[str, StepsSeen] = {}  # of each optimizer, under manual optimization only
         self._unhook: Callable[[], None] | None = None
-        self._step = 0  # at the start of the batch
+        self._step = 0  # the logger's, at the first micro-batch of the optimizer step
 
     @guarded
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out what can be measured before anything is trained."""
+        """Find out what can be measured, and make the monitors, before training starts."""
         self._close()
         self.monitors, self._window = {}, Window()
         self._losses = self._losses_of(trainer, pl_module)
         for optimizer in trainer.optimizers:
             if problem := unmeasurable(pl_module, optimizer):
                 raise MeasurementError(problem)
-        on_alarm = None if self.on_alarm is None else self._guard.events.append
+        on_alarm = None if self.on_alarm is None else self._guard.alerts.append
+        handle = LightningHandle(trainer, self._guard)
         self.monitors = {
-            name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=on_alarm)
+            name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=on_alarm, trainer=handle)
             for name, optimizer in zip(self._losses, trainer.optimizers, strict=True)
         }
         for name, monitor in self.monitors.items():
-            monitor.history = self._history(trainer, name)
+            monitor.journal.path = self._history(trainer, name)
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
-        self._resumed = {}  # not that of a second fit, which begins anew
+        self._resumed = {}  # a second `fit` starts anew
         self._unhook = _compat.after_batch_start(
             trainer, functools.partial(self.before_training_step, trainer, pl_module)
         )
@@ -121,9 +126,10 @@ class GFSCallback(_Base):
 
     @guarded
     def before_training_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measure before the last micro-batch of an optimizer step: all are known, no graph is alive, no step begun.
+        """Keep the micro-batch of a step that is due. All hooks at the start of the batch have run.
 
-        All hooks at the start of the batch have run: some mix its examples, or change the weights.
+        Under manual optimization the module takes its steps inside ``training_step``, while autograd graphs are alive.
+        So the step is measured here, before the ``training_step`` of its last micro-batch.
         """
         if not self.monitors or _compat.takes_no_step(trainer):
             return
@@ -135,15 +141,26 @@ class GFSCallback(_Base):
         window = self._window
         window.over = last
         if window.keeping:
-            window.keep(batch, batch_idx, pl_module, last)
-        if not last:
+            window.keep(batch, batch_idx, pl_module)
+        if last and not pl_module.automatic_optimization:
+            self._measure(trainer, pl_module)
+
+    @guarded
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Measure here, except under manual optimization: all micro-batches are known, the weights not yet stepped."""
+        if not self.monitors or _compat.takes_no_step(trainer) or not pl_module.automatic_optimization:
             return
+        if not self._window.measured:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Any, pl_module: Any) -> None:
+        window = self._window
         for (name, monitor), loss in zip(self.monitors.items(), self._losses.values(), strict=True):
             if window.keeping:
                 again = functools.partial(self._loss, trainer, pl_module, loss, window)
                 measurement = monitor.step(again, window.batches, self._step, micro_batches=True)
             else:
-                measurement = monitor.watch(self._step)
+                measurement = monitor.update_detectors(self._step)
             if measurement is not None:
                 self._publish(trainer, pl_module, measurement, name, self._step)
         window.forget()
@@ -152,7 +169,7 @@ class GFSCallback(_Base):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand the monitor the losses that training has computed for an optimizer step."""
+        """Hand the losses that training has computed for an optimizer step to the monitors, once it is over."""
         if not self.monitors or _compat.takes_no_step(trainer):
             return
         for name, steps in self._steps.items():
@@ -160,14 +177,14 @@ class GFSCallback(_Base):
                 self.monitors[name].remarks = (_RARE,)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning's is divided by the micro-batches of a step.
+            # Lightning has divided the loss by the number of micro-batches.
             self._window.losses.append((loss * trainer.accumulate_grad_batches, batch_size(batch)))
         if not self._window.over:
             return
         for name, monitor in self.monitors.items():
             for seen in self._window.losses:
                 monitor.record_loss(*seen)
-            warning = monitor.watch(self._step)
+            warning = monitor.update_detectors(self._step)
             if warning is not None:
                 self._publish(trainer, pl_module, warning, name, self._step)
         self._window.losses = []
@@ -183,12 +200,12 @@ class GFSCallback(_Base):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of every monitor, so that a resumed run goes on measuring where this one left off."""
+        """State of every monitor, so that a resumed run continues measuring where this one stopped."""
         return self._states() or {}
 
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until ``fit`` starts and the optimizers exist."""
+        """Load the state into the monitors; those that do not exist yet get it when ``fit`` starts."""
         self._resumed = dict(state_dict)
         for name, monitor in self.monitors.items():
             if name in self._resumed:
@@ -219,11 +236,11 @@ class GFSCallback(_Base):
             self._unhook = None
 
     def _losses_of(self, trainer: Any, module: Any) -> dict[str, LossFn | None]:
-        """Loss of each optimizer by name; ``None``: the module's own ``training_step``.
+        """The loss of each optimizer by name; ``None``: that of the module's own ``training_step``.
 
         Raises:
             ConfigError: ``loss_fn`` names another number of losses than there are optimizers.
-            MeasurementError: it cannot be told what is to be measured.
+            MeasurementError: the loss of an optimizer is not known.
         """
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise MeasurementError(
@@ -238,7 +255,7 @@ class GFSCallback(_Base):
                     "give one per optimizer, in the order of `trainer.optimizers`"
                 )
             return dict(self.loss_fn)
-        if count == 0 or type(trainer.optimizers[0]).__name__ == "_MockOptimizer":  # Lightning's, in place of none
+        if count == 0 or type(trainer.optimizers[0]).__name__ == "_MockOptimizer":  # Lightning's stand-in for none
             raise MeasurementError("`configure_optimizers` returned no optimizer: nothing to measure")
         if count > 1:
             names = ", ".join(type(o).__name__ for o in trainer.optimizers)
@@ -251,7 +268,8 @@ class GFSCallback(_Base):
         return {"": self.loss_fn}
 
     def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, window: Window, batch: Any) -> Tensor:
-        batch, batch_idx = opened(batch, window.index)
+        batch, beside, _ = opened(batch)
+        batch_idx = beside.get("index", window.index)
         with _compat.quiet(trainer, module):
             if loss_fn is not None:
                 return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]
@@ -261,7 +279,7 @@ class GFSCallback(_Base):
     def _history(self, trainer: Any, name: str) -> Path | None:
         path = Path(self.config.history) if self.config.history else None
         if path is None and trainer.loggers:
-            folder = trainer.log_dir  # a broadcast: every rank asks
+            folder = trainer.log_dir  # collective: every rank has to read it
             path = Path(folder) / "history.jsonl" if folder else None
         if path is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return None
@@ -283,10 +301,9 @@ class GFSCallback(_Base):
         ):  # for callbacks that monitor a value, the bar
             on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
             module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        self._obey(trainer, self.monitors[name], step)
 
     def _set_up_charts(self, trainer: Any) -> list[WandbPanel]:
-        """Before the first value, when whatever the user's own hooks set up at the start is there."""
+        """Set up the charts of the loggers, before the first value: the user's hooks at the start have run by then."""
         panels = []
         for logger in trainer.loggers if trainer.is_global_zero else ():
             kinds = {kind.__name__ for kind in type(logger).__mro__}  # in both flavours of Lightning
@@ -298,18 +315,6 @@ class GFSCallback(_Base):
                     synced = getattr(getattr(run, "settings", None), "sync_tensorboard", False)
                     panels.append(WandbPanel(run, "global_step" if synced else "trainer/global_step"))
         return panels
-
-    def _obey(self, trainer: Any, monitor: StabilityMonitor, step: int) -> None:
-        """What an alarm asks of the trainer."""
-        if monitor.wants_checkpoint:
-            monitor.wants_checkpoint = False
-            callback = trainer.checkpoint_callback
-            folder = (callback.dirpath if callback is not None else None) or trainer.log_dir or trainer.default_root_dir
-            if not trainer.fast_dev_run:
-                with self._guard.tolerated("the checkpoint at an alarm was not saved"):
-                    trainer.save_checkpoint(Path(folder) / f"gfs-alarm-step={step}.ckpt")
-        if monitor.should_stop:
-            trainer.should_stop = True
 
 
 def _takes_index(module: Any) -> bool:

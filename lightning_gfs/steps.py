@@ -1,4 +1,4 @@
-"""Whether an optimizer steps with each batch, which under manual optimization the module decides."""
+"""Whether an optimizer steps with each batch; under manual optimization, the module decides that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gfs_core.optimizers.thresholds import unwrap
 
 
 class StepsSeen:
-    """Sees the steps of an optimizer, until :meth:`close`.
+    """Notes the steps of an optimizer, until :meth:`close`.
 
     Args:
         optimizer: a torch optimizer, or a wrapper of one.
@@ -19,7 +19,7 @@ class StepsSeen:
         self._handle = unwrap(optimizer).register_step_post_hook(self._after)
 
     def taken(self) -> bool:
-        """Whether a step was taken since this was last asked."""
+        """Whether a step was taken since the last call."""
         taken, self._taken = self._taken, False
         return taken
 

@@ -1,1 +1,1 @@
-"""From alerts to what is done."""
+"""Actions on alerts, and the control of the learning rate."""

@@ -1,85 +1,91 @@
-"""The learning rate held at the edge: policies.
+"""Policies that hold the learning rate near the edge of stability.
 
-A policy is a *scale* on the rate that the user's own scheduler sets. What it goes by is the stability ratio in the mean
-square where the running estimate is on (the running ratio where that could not be had), otherwise the solved or the
-empirical ratio: with ratio r at rate η, the rate ``margin``·η/r is the one to stay below. That *limit*
-falls at once and grows by 2 % per step, with adaptive optimizers by 5 %.
+A policy multiplies the rate that the user's own scheduler sets by a *scale*. It goes by a stability ratio r, measured
+at rate η: it aims to stay below the rate ``margin``·η/r. Where the running estimate is on, r is the ratio in the mean
+square, or the running ratio at measurements without one. Otherwise r is the solved or the empirical ratio. The *limit*
+follows that rate down at once, and up by at most 2 % per step (5 % with adaptive optimizers).
 
 ==============  ======================================================================================================
-``observe``     nothing is changed
+``observe``     the rate is not changed
 ``cap``         rate ≤ limit
-``follow``      rate = limit (of the ratio's exponential mean), times the user's rate over its largest so far: the
-                schedule keeps its shape, but not its height; a warm-up in it is replaced by one that is measured
-``warmup``      ``cap`` until it has had nothing to hold back for 100 steps
-``step_down``   halved by every alarm, held for 100 steps, then let up as the limit is
-``cdat``        as ``follow``, with the critical rate along the last step in place of the ratio: margin ½ is σ = 1 of
-                Roulet et al. 2024, arXiv 2407.06183, and 1 the edge
+``follow``      rate = limit · (user's rate / its largest so far), with a limit from an exponential mean of the
+                measurements: the schedule keeps its shape, but not its height, and measurements replace its warm-up
+``warmup``      ``cap``, until it has not lowered the rate for 100 steps
+``step_down``   every alarm halves the scale; after 100 steps without an alarm it grows back, as fast as a limit grows
+``cdat``        ``follow``, with the critical rate along the last step in place of η/r; margin ½ is σ = 1 of Roulet et
+                al. 2024, arXiv 2407.06183, and margin 1 is the edge
 ==============  ======================================================================================================
 
-Curvature at the first weights says little of what comes after a few steps, and nothing yet of its spread: the first
-four measurements are taken at a hundredth of the rate, and the limit starts at three tenths of what they allow.
+The curvature at the first weights says little about the curvature a few steps later, and nothing about its spread over
+batches. So the first four measurements are taken at a hundredth of the user's rate, and the limit then starts at three
+tenths of the rate that they allow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from gfs_core.actions.base import TrainerHandle
 from gfs_core.config import Policy
-from gfs_core.run.record import Measurement
+from gfs_core.detectors.base import Alert, AlertLevel
 
 
-def guiding_ratio(measurement: Measurement, noisy: bool) -> float | None:
-    """The stability ratio that a policy goes by: that in the mean square, otherwise the running or the solved one.
+def guiding_ratio(values: Mapping[str, float], noisy: bool) -> float | None:
+    """The stability ratio that a policy goes by: the one in the mean square, otherwise the running or the solved one.
 
     Args:
-        measurement: what was measured.
-        noisy: whether an earlier measurement of the run had a ratio in the mean square. A solved ratio knows nothing of
-            the noise of batches, and does not take turns with one that does.
+        values: the values of a measurement, by key.
+        noisy: whether an earlier measurement of the run had a ratio in the mean square. Then the solved ratio is not
+            used, as it does not include the noise of batches.
+
+    Returns:
+        The ratio; ``None``: the measurement has none that may be used.
     """
-    ratio = _mean_square(measurement)
+    ratio = _mean_square(values)
     if ratio is not None:
         return ratio
     if noisy:
-        return measurement.running_stability_ratio
-    # The first part of a running estimate has no spread yet.
-    return measurement.stability_ratio if measurement.running_stability_ratio is None else None
+        return values.get("running_stability_ratio")
+    # A running ratio without one in the mean square comes from the first part, which has no spread yet: it is not used.
+    return values.get("stability_ratio") if values.get("running_stability_ratio") is None else None
 
 
 @dataclass(frozen=True)
 class ControlProfile:
-    """The numbers of a control, each with what it was chosen by; tables are those of ``benchmarks/control.md``.
+    """The numbers of a control, and how each was chosen. The tables are those of ``benchmarks/control.md``.
 
     Attributes:
         margin: stability ratio to stay below, for optimizers without second moments. Table "What it is that works": at
             0.75 runs with momentum are lost (mean accuracy 0.825 instead of 0.900).
-        margin_adaptive: the same with second moments, as AdamW has them. Same table: 0.5 to 1 are within a point.
+        margin_adaptive: the same with second moments, as in AdamW. Same table: 0.5 to 1 are within a point.
         growth: factor by which the limit may grow per step, without second moments. Same table: at 1.05 runs are lost.
         growth_adaptive: the same with second moments. Same table: 1.02 to 1.1 are within a point, 1.005 loses three.
-        ratio: the ratio that a measurement gives the policy. Same table, the lines "by …".
-        memory: weight of the past in what ``follow`` and ``cdat`` go by, in the logarithm. Not varied in a table.
+        ratio: the ratio of a measurement that the policy goes by. Same table, the lines "by …".
+        memory: weight of the past in the exponential means of ``follow`` (of the logarithm of the rate to stay below)
+            and ``cdat`` (of its two moments). Not varied in a table.
         first: measurements before the limit is trusted. This and the next two replace a warm-up: table "The start", in
             which none was varied alone.
         first_scale: scale until then.
-        first_share: part of the limit to start from after that.
-        free: measurements that no budget holds back, as the curvature changes fastest at the start. Table "The price"
-            counts them.
-        largest: largest scale of ``follow`` and ``cdat``: a base rate that is further off is a mistake, and a curvature
-            that vanishes is no reason. Not varied in a table.
-        patience: steps without the first measurements after which the rate is given free: a scale so low that nothing
-            moves would never end. Not varied in a table.
-        settled: steps with nothing to hold back after which ``warmup`` is over. Not varied in a table.
+        first_share: fraction of the measured rate at which the limit then starts.
+        free: measurements that do not wait for the budget, as the curvature changes fastest at the start. Table "The
+            price" counts them.
+        largest: largest scale of ``follow`` and ``cdat``. A base rate that needs a larger one is a mistake, and a
+            curvature near zero does not justify one. Not varied in a table.
+        patience: steps to wait for the first measurements before the scale becomes 1. A scale so low that the weights
+            do not move would otherwise never end. Not varied in a table.
+        settled: steps at a scale of 1 after which ``warmup`` ends. Not varied in a table.
         down: factor of ``step_down`` at an alarm. Not varied in a table.
-        hold: steps for which ``step_down`` keeps a lowered rate. Not varied in a table.
+        hold: steps for which ``step_down`` keeps a lowered scale. Not varied in a table.
     """
 
     margin: float = 0.5
     margin_adaptive: float = 0.75
     growth: float = 1.02
     growth_adaptive: float = 1.05
-    ratio: Callable[[Measurement, bool], float | None] = guiding_ratio
+    ratio: Callable[[Mapping[str, float], bool], float | None] = guiding_ratio
     memory: float = 0.8
     first: int = 4
     first_scale: float = 0.01
@@ -92,33 +98,34 @@ class ControlProfile:
     hold: int = 100
 
     def margin_of(self, adaptive: bool) -> float:
-        """The margin for an optimizer with second moments, or without."""
+        """The margin for an optimizer with second moments (``adaptive``), or without."""
         return self.margin_adaptive if adaptive else self.margin
 
     def growth_of(self, adaptive: bool) -> float:
-        """The growth for an optimizer with second moments, or without."""
+        """The growth per step for an optimizer with second moments (``adaptive``), or without."""
         return self.growth_adaptive if adaptive else self.growth
 
 
 PROFILE = ControlProfile()
-FIRST, PATIENCE = PROFILE.first, PROFILE.patience  # named by the monitor's warning
+FIRST, PATIENCE = PROFILE.first, PROFILE.patience  # quoted in a warning
 
-# What a control is given, and does not learn: it is no part of its state.
+# Arguments of a control, which are not part of its state.
 _GIVEN = ("policy", "profile", "_given_margin", "_adaptive")
 
 
 class Control:
-    """What a policy makes of the measurements: the scale of each step.
+    """Decides the scale of each step from the measurements, by a policy.
 
     Args:
         policy: see the module's table.
-        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and ¾ for adaptive optimizers, but for ``cdat``.
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ¾ for adaptive optimizers, except with ``cdat``,
+            and ½ otherwise.
         adaptive: whether the optimizer divides by second moments, as Adam does.
-        profile: the numbers that the policies are made of.
+        profile: the numbers of the policies.
 
     Attributes:
-        policy: the policy; may be changed to ``"observe"`` at any time.
-        profile: as given; another may be put there before the first step.
+        policy: the policy; it may be changed to ``"observe"`` at any time.
+        profile: the numbers of the policies; it may be replaced before the first step.
         last: the scale of the last step taken.
         lost: whether a policy that needs measurements has had too few for too long; the scale is 1 until they come.
     """
@@ -134,15 +141,15 @@ class Control:
         self._given_margin, self._adaptive = margin, adaptive
         self.lost = False
         self.last = 1.0
-        self._seen = 0  # measurements
-        self._steps = 0  # that have waited for the first measurements
-        self._target: float | None = None  # rate to stay below by the measurements …
-        self._limit: float | None = None  # … and with the growth limited
-        self._peak = 0.0  # largest rate of the user's so far
+        self._seen = 0  # measurements with a value for the policy
+        self._steps = 0  # steps that have waited for the first measurements
+        self._target: float | None = None  # rate to stay below, by the measurements
+        self._limit: float | None = None  # the same, with limited growth
+        self._peak = 0.0  # the user's largest rate so far
         self._noisy = False  # whether there has been a ratio in the mean square
-        self._quiet = 0  # steps without anything to hold back, or since the last alarm
-        self._down = 1.0
-        self._moments = (0.0, 0.0)  # of cdat: means of uᵀHu·(critical rate) and |uᵀHu|
+        self._quiet = 0  # warmup: steps at a scale of 1; step_down: steps since the last alarm
+        self._down = 1.0  # step_down: the scale
+        self._moments = (0.0, 0.0)  # cdat: means of |κ|·(critical rate) and |κ|, κ = uᵀHu/‖u‖² along the last step u
 
     @property
     def margin(self) -> float:
@@ -153,7 +160,7 @@ class Control:
 
     @property
     def growth(self) -> float:
-        """Factor by which the limit may grow per step."""
+        """Factor by which the limit may grow per step, > 1."""
         return self.profile.growth_of(self._adaptive)
 
     @property
@@ -163,27 +170,37 @@ class Control:
 
     @property
     def seen(self) -> int:
-        """The measurements so far that held what the policy goes by."""
+        """The measurements so far that had a value for the policy."""
         return self._seen
 
     @property
+    def only_lowers(self) -> bool:
+        """Whether the policy goes by measurements and never raises the rate above the user's."""
+        return self.policy in ("cap", "warmup")
+
+    @property
     def waiting(self) -> bool:
-        """Whether the policy needs a measurement before this step: its first ones are still to come."""
+        """Whether the policy needs a measurement before this step, as it has not had its first ones yet."""
         return self.measures and self._seen < self.profile.first and not self.lost
 
     @property
     def starting(self) -> bool:
-        """Whether the curvature may still be changing so fast that measurements should not wait for a budget."""
+        """Whether measurements should not wait for the budget, as the curvature may still be changing fast."""
         return self.measures and self._seen < self.profile.free and not self.lost
 
     @property
     def holding(self) -> bool:
-        """Whether measurements decide the rate now: it does not jump then, whatever the user's rate does."""
+        """Whether measurements decide the rate now."""
         return self.measures and not self.lost and not self._finished()
 
-    def measured(self, rate: float, measurement: Measurement) -> None:
-        """Take in a measurement made while the user's rate was ``rate``, without the scale."""
-        critical = self._critical(rate, measurement) if self.measures else None
+    def measured(self, rate: float, values: Mapping[str, float]) -> None:
+        """Record a measurement.
+
+        Args:
+            rate: the learning rate that the values belong to: the user's rate times the scale at the measurement.
+            values: the values, by key.
+        """
+        critical = self._critical(rate, values) if self.measures else None
         if critical is None:
             return
         target = self.margin * critical
@@ -199,17 +216,17 @@ class Control:
             self._steps, self.lost = 0, False
 
     def renew(self) -> None:
-        """Start again with the first measurements: weights are trained whose curvature has not been measured."""
+        """Wait for first measurements again: other weights are trained now, and their curvature is not known."""
         self._seen, self._noisy = 0, False
         self._target, self._limit, self._moments = None, None, (0.0, 0.0)
 
     def alarmed(self) -> None:
-        """Take in an alarm."""
+        """Record an alarm."""
         if self.policy == "step_down":
             self._down, self._quiet = self._down * self.profile.down, 0
 
     def scale(self, rate: float) -> float:
-        """The scale for a step at the user's rate ``rate``, > 0; nothing is changed."""
+        """The scale, > 0, for a step at the user's rate ``rate``; the state is not changed."""
         if self.policy == "step_down":
             return min(self._down * (self.growth if self._quiet >= self.profile.hold else 1.0), 1.0)
         if not self.holding:
@@ -223,7 +240,10 @@ class Control:
         return min(limit / peak, self.profile.largest) if peak > 0 else 1.0
 
     def step(self, rate: float) -> float:
-        """The scale for a step that is taken now; one at rate 0 moves nothing, and does not count."""
+        """The scale for a step at the user's rate ``rate`` that is taken now.
+
+        The step is counted, unless its rate is 0, as it then does not move the weights.
+        """
         scale = self.scale(rate)
         if not rate > 0:
             return scale
@@ -240,11 +260,15 @@ class Control:
         return scale
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as numbers."""
+        """The whole state, as numbers."""
         return {name: value for name, value in vars(self).items() if name not in _GIVEN}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` left off; the policy and its margin stay those of this object."""
+        """Restore what :meth:`state_dict` returned. The policy and its margin stay those of this object.
+
+        Raises:
+            ValueError: a rate or scale in the state is not > 0.
+        """
         for name, fresh in Control(self.policy).state_dict().items():
             value = state.get(name, getattr(self, name))
             if name == "_moments":
@@ -264,16 +288,16 @@ class Control:
             return None
         return min(self._limit * self.growth, self._target)
 
-    def _critical(self, rate: float, measurement: Measurement) -> float | None:
-        """The user's rate at which the ratio would be 1."""
+    def _critical(self, rate: float, values: Mapping[str, float]) -> float | None:
+        """The learning rate at which the ratio would be 1."""
         if self.policy == "cdat":
-            return self._critical_along(measurement)
-        ratio = self.profile.ratio(measurement, self._noisy)
-        self._noisy = self._noisy or _mean_square(measurement) is not None
+            return self._critical_along(values)
+        ratio = self.profile.ratio(values, self._noisy)
+        self._noisy = self._noisy or _mean_square(values) is not None
         return rate / ratio if ratio is not None and ratio > 0 and rate > 0 else None
 
-    def _critical_along(self, measurement: Measurement) -> float | None:
-        curvature, critical = measurement.directional_sharpness, measurement.critical_lr
+    def _critical_along(self, values: Mapping[str, float]) -> float | None:
+        curvature, critical = values.get("directional_sharpness"), values.get("critical_lr")
         if curvature is None or critical is None:
             return None
         keep = self.profile.memory if self._seen else 0.0
@@ -283,28 +307,22 @@ class Control:
         return descent / bend if bend > 0 and descent > 0 else None
 
 
-def _mean_square(measurement: Measurement) -> float | None:
-    bound = measurement.mean_square_bound
-    return measurement.mean_square_stability_ratio if bound is None else bound
+def _mean_square(values: Mapping[str, float]) -> float | None:
+    bound = values.get("mean_square_bound")
+    return values.get("mean_square_stability_ratio") if bound is None else bound
 
 
-def at_scale(measurement: Measurement, factor: float) -> Measurement:
-    """The measurement as it were with all rates multiplied by ``factor``, but for what lies along a step taken."""
+class StepDown:
+    """Report every alarm to the control of the learning rate.
 
-    def times(value: float | None, by: float) -> float | None:
-        return None if value is None else value * by
+    Args:
+        control: the control; only the policy ``step_down`` reacts.
+    """
 
-    ratios = (
-        "stability_ratio",
-        "running_stability_ratio",
-        "mean_square_stability_ratio",
-        "mean_square_bound",
-        "gfs_stability_ratio",
-    )
-    changed: dict[str, Any] = {name: times(getattr(measurement, name), factor) for name in ratios}
-    return replace(
-        measurement,
-        **changed,
-        threshold=times(measurement.threshold, 1 / factor),
-        learning_rate=times(measurement.learning_rate, factor),
-    )
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def act(self, alert: Alert, trainer: TrainerHandle) -> None:
+        """Report the alert, if it is an alarm."""
+        if alert.level is AlertLevel.ALARM:
+            self.control.alarmed()

@@ -56,6 +56,10 @@ class Finding:
     rising: bool = True
 
 
+QUIET = Finding()
+"""What nearly all readings say."""
+
+
 class Detector(Protocol):
     """Rules that read the same stream of values, and the level that they have raised.
 

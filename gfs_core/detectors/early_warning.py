@@ -6,7 +6,7 @@ rise is told of while the first lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gfs_core.detectors.base import Alert, AlertLevel, Detector
@@ -19,13 +19,14 @@ from gfs_core.detectors.rate import RateDetector
 from gfs_core.signals.base import Reading
 
 MakeDetector = Callable[[Profile, Context], Detector]
-DETECTORS: tuple[MakeDetector, ...] = (  # a new one is listed here
+# A new detector is listed here. Readings of one step are best given in the order of what these read.
+DETECTORS: list[MakeDetector] = [
     RateDetector,
     LossDetector,
     running_ratio,
     solved_ratio,
     EdgeDetector,
-)
+]
 
 
 class EarlyWarning:
@@ -33,7 +34,7 @@ class EarlyWarning:
 
     Args:
         profile: the thresholds of all rules; ``None``: those of :class:`Profile`.
-        detectors: what makes each detector.
+        detectors: what makes each detector; ``None``: all those that are listed here.
 
     Attributes:
         level: the present level, the gravest of what the detectors say: until the run is back.
@@ -49,11 +50,11 @@ class EarlyWarning:
         ALARM – the stability ratio rose to 0.9, 4.5 times its usual 0.2
     """
 
-    def __init__(self, profile: Profile | None = None, detectors: Sequence[MakeDetector] = DETECTORS) -> None:
+    def __init__(self, profile: Profile | None = None, detectors: Sequence[MakeDetector] | None = None) -> None:
         self.level, self.reason = AlertLevel.QUIET, ""
         profile = Profile() if profile is None else profile
         self._context = Context(profile)
-        self._detectors = [make(profile, self._context) for make in detectors]
+        self._detectors = [make(profile, self._context) for make in (DETECTORS if detectors is None else detectors)]
         self._readers: dict[str, list[Detector]] = {}
         for detector in self._detectors:
             for name in detector.reads:
@@ -75,7 +76,7 @@ class EarlyWarning:
             return None
         lately = AlertLevel.QUIET if self.level is AlertLevel.QUIET else self._lately()  # never above the level
         found = [(d.track, finding) for d in readers if (finding := d.observe(reading)) is not None]
-        if not found:
+        if not found:  # all was quiet, and stays so
             return None
         track, finding = max(found, key=lambda pair: pair[1].level)
         new = finding.level > self.level or (finding.level == self.level and finding.rising)
@@ -94,6 +95,11 @@ class EarlyWarning:
         for detector in self._detectors:
             detector.forget()
         return self._settled(step, "other weights are trained now, whose usual stability ratio is not known yet")
+
+    def in_order(self, readings: Iterable[Reading]) -> list[Reading]:
+        """Those readings of one step that a detector reads, in the order in which they are best given."""
+        places = {name: place for place, name in enumerate(self._readers)}
+        return sorted((r for r in readings if r.key.name in places), key=lambda r: places[r.key.name])
 
     def _lately(self) -> AlertLevel:
         """The gravest level beside what the run did lately; where it rises, something new has begun."""
@@ -128,4 +134,5 @@ class EarlyWarning:
         self.level, self.reason = AlertLevel(state["level"]), str(state["reason"])
         self._context.load_state_dict(state["context"])
         for detector in self._detectors:
-            detector.load_state_dict(state["detectors"][detector.name])
+            if detector.name in state["detectors"]:  # one that is new since has seen nothing yet
+                detector.load_state_dict(state["detectors"][detector.name])

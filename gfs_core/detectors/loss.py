@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gfs_core.detectors.base import AlertLevel, Finding, Track
+from gfs_core.detectors.base import QUIET, AlertLevel, Finding, Track
 from gfs_core.detectors.context import Context
 from gfs_core.detectors.profile import Profile, level_of
 from gfs_core.signals.base import Reading
@@ -55,11 +55,11 @@ class LossDetector:
     def _judge(self, loss: float, mean: float, rising: bool) -> Finding:
         usual = self._context.usual_loss()
         if usual is None:
-            return Finding(rising=rising)
+            return QUIET
         far = (loss - usual.median) / usual.spread
         by_spike, by_mean = level_of(far, self._profile.spike), self._mean_level(mean, usual.median, usual.spread)
         if by_spike is by_mean is AlertLevel.QUIET:
-            return Finding(rising=rising)
+            return QUIET
         if by_spike >= by_mean:
             reason = (
                 f"the loss is {loss:.3g}, {far:.1f} times as far above its median {usual.median:.3g} as nine in ten are"

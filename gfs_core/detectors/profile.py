@@ -16,7 +16,9 @@ _SOLVED = "tests/core/test_detectors.py"  # in no table: the recorded trainings 
 def level_of(value: float, thresholds: tuple[float, float]) -> AlertLevel:
     """What a value says, by the thresholds from which on it is watched, and is an alarm."""
     watch, alarm = thresholds
-    return AlertLevel((value >= watch) + (value >= alarm))
+    if not value >= watch:  # as of nearly all, and of NaN
+        return AlertLevel.QUIET
+    return AlertLevel.ALARM if value >= alarm else AlertLevel.WATCH
 
 
 def _threshold(default: Any, text: str, source: str) -> Any:

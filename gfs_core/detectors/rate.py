@@ -7,7 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-from gfs_core.detectors.base import AlertLevel, Finding, Track, is_positive, positive
+from gfs_core.detectors.base import QUIET, AlertLevel, Finding, Track, is_positive, positive
 from gfs_core.detectors.baseline import RUNNING_RATIO, SOLVED_RATIO, is_back
 from gfs_core.detectors.context import Context
 from gfs_core.detectors.profile import Profile, level_of
@@ -49,12 +49,12 @@ class RateDetector:
     def _judge(self, rate: float) -> Finding:
         rise, rates = self._profile.rate_rise, self._rates
         if len(rates) < self._profile.rate_first:
-            return Finding()
+            return QUIET
         if level_of(rate / min(rates) - 1, rise) is AlertLevel.QUIET:  # so it is beside the median, which takes longer
-            return Finding()
+            return QUIET
         usual = median(rates)
         if self._ratios and max(self._ratios.values()) * rate / usual < self._profile.negligible_ratio:
-            return Finding()
+            return QUIET
         reason = f"the learning rate rose to {rate:.3g}, {rate / usual:.1f} times its usual {usual:.3g}"
         return Finding(level_of(rate / usual - 1, rise), reason, "rate", usual)
 

@@ -53,6 +53,15 @@ def is_half(tensor: Tensor) -> bool:
     return tensor.dtype in HALVES
 
 
+def fitted(vector: Vector | None, params: Sequence[Tensor]) -> Vector | None:
+    """A copy of ``vector`` where ``params`` are, in the precision of a vector; ``None``: its shapes are others."""
+    weights = [local(p) for p in params]
+    if vector is None or [t.shape for t in vector] != [w.shape for w in weights]:
+        return None
+    dtypes = [torch.float32 if is_half(w) else w.dtype for w in weights]
+    return [t.to(device=w.device, dtype=dtype, copy=True) for t, w, dtype in zip(vector, weights, dtypes, strict=True)]
+
+
 def zeros_like(vector: Sequence[Tensor]) -> Vector:
     """The zero vector."""
     return [torch.zeros_like(t, dtype=torch.float32 if is_half(t) else None) for t in vector]

@@ -1,4 +1,4 @@
-"""Batches as nested containers of tensors: cutting them to size, keeping them."""
+"""Batches as nested containers of tensors: counted, cut and copied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batch_size(batch: Any) -> int | None:
 
 
 def first_examples(batch: Any, count: int) -> Any:
-    """The first ``count`` examples: whatever has one entry for each example is cut, the rest kept."""
+    """The first ``count`` examples: every item with one entry per example is cut, all others are kept whole."""
     size = batch_size(batch)
     if size is None or size <= count:
         return batch
@@ -31,7 +31,10 @@ def first_examples(batch: Any, count: int) -> Any:
 
 
 def rotating_part(batch: Any, parts: int, turn: int) -> Any:
-    """One of ``parts`` runs of examples, another at each ``turn``; at least two examples, and all of less than four."""
+    """Run number ``turn`` (modulo their count) of the ``parts`` runs of examples that the batch is cut into.
+
+    A run has at least two examples, so there may be fewer of them. A batch of less than four examples is not cut.
+    """
     size = batch_size(batch)
     if size is None or (parts := min(parts, size // 2)) < 2:
         return batch
@@ -40,9 +43,9 @@ def rotating_part(batch: Any, parts: int, turn: int) -> Any:
 
 
 def all_parts(batches: Sequence[Any], parts: int) -> list[tuple[Any, float]]:
-    """All that :func:`rotating_part` gives of each batch, each with its share of the mean over the batches.
+    """All parts that :func:`rotating_part` gives of each batch, each with its weight in the mean over the batches.
 
-    Where it would cut none of them, as none has four examples, each example is a part.
+    Where no batch has the four examples that it cuts, each example is a part.
     """
     out: list[tuple[Any, float]] = []
     for batch in batches:
@@ -53,7 +56,7 @@ def all_parts(batches: Sequence[Any], parts: int) -> list[tuple[Any, float]]:
 
 
 def pieces(batches: Sequence[Any], count: int | None) -> list[tuple[Any, float]]:
-    """The batches cut into runs of at most ``count`` examples, each with its share of the mean over the batches."""
+    """The batches cut into runs of at most ``count`` examples, each with its weight in the mean over the batches."""
     out: list[tuple[Any, float]] = []
     for batch in batches:
         size = batch_size(batch)
@@ -67,7 +70,7 @@ def pieces(batches: Sequence[Any], count: int | None) -> list[tuple[Any, float]]
 
 
 def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
-    """The first ``count`` examples of several batches together; ``None``: all of them."""
+    """The first ``count`` examples of a sequence of batches, counted across them; ``None``: all examples."""
     out: list[Any] = []
     for batch in batches:
         if count is None:
@@ -79,33 +82,33 @@ def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
 
 
 def examples_of(batches: Sequence[Any]) -> int | None:
-    """The examples of several batches together; ``None`` where they cannot be counted."""
+    """How many examples the batches hold together; ``None`` where they cannot be counted."""
     return sum(batch_size(b) or 0 for b in batches) or None
 
 
 def fraction_of(part: Any, batches: Sequence[Any]) -> float:
-    """The examples of ``part`` over those of ``batches`` together; 1 where they cannot be counted."""
+    """How many of the examples of ``batches`` ``part`` holds, from 0 to 1; 1 where they cannot be counted."""
     all_of_them = examples_of(batches)
     return min((batch_size(part) or all_of_them) / all_of_them, 1.0) if all_of_them else 1.0
 
 
 def copied(batch: Any, shared: Iterable[Any] = ()) -> Any:
-    """The batch copied throughout, its tensors detached: nothing that is done to the copy is seen in the batch.
+    """A deep copy of the batch, with detached tensors: a change to the copy does not change the batch.
 
     Args:
-        batch: containers, tensors, and objects of any class. Of an object that cannot be copied, such as one that
-            holds a lock, the attributes are; what has none is the same object in the copy.
-        shared: objects that the copy refers to as the batch does, such as the modules of a model.
+        batch: containers, tensors, and objects of any class. An object that cannot be copied deeply, such as one that
+            holds a lock, is copied attribute by attribute. One that has no attributes either is shared.
+        shared: objects that are never copied, such as the modules of a model.
 
     Raises:
-        MeasurementError: the batch is or holds an iterator: whoever takes from it takes from training.
+        MeasurementError: the batch is or holds an iterator: taking from it would take from training.
     """
     memo = {} if is_plain(batch) else {id(item): item for item in shared}
     return _copy(batch, memo)
 
 
 def _copy(item: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, but what cannot be copied does not keep all else from being."""
+    """Like ``copy.deepcopy``, but one item that cannot be copied does not stop the copy of the others."""
     if id(item) in memo:
         return memo[id(item)]
     if isinstance(item, Tensor):
@@ -137,7 +140,7 @@ def _copy_of_object(item: Any, memo: dict[int, Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        for key in list(memo)[known:]:  # half of a copy
+        for key in list(memo)[known:]:  # entries of the unfinished copy
             del memo[key]
     if not isinstance(getattr(item, "__dict__", None), dict):
         return item
@@ -151,7 +154,7 @@ def _copy_of_object(item: Any, memo: dict[int, Any]) -> Any:
 
 
 class _DetachedCopies(TorchFunctionMode):
-    """``copy.deepcopy`` of a tensor copies that tensor alone: not the storage that it is a view of, nor its graph."""
+    """Makes ``copy.deepcopy`` copy a tensor alone, without the rest of a storage that it views, and detached."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
@@ -171,7 +174,7 @@ def _copy_of_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_plain(batch: Any) -> bool:
-    """Whether it is of tensors and Python's own types alone, so that it can be saved and loaded as data."""
+    """Whether the batch holds nothing but tensors and plain Python types, so that it can be saved as data."""
     if type(batch) in (list, tuple, dict):
         return all(map(is_plain, (*batch, *batch.values()) if isinstance(batch, dict) else batch))
     return batch is None or type(batch) in (Tensor, bool, int, float, str)
@@ -182,10 +185,10 @@ def _rows(batch: Any, size: int, low: int, high: int) -> Any:
 
 
 def _by_example(item: Any, size: int) -> bool:
-    """Whether it has one entry for each example: a tensor or an array, or a list of texts, names or numbers."""
+    """Whether an item has one entry per example: a tensor, an array, or a list of texts, names or numbers."""
     if type(item) in (list, tuple):
         return len(item) == size and not any(isinstance(entry, (Tensor, Mapping, list, tuple)) for entry in item)
-    shape = getattr(item, "shape", ())  # of NumPy's arrays too
+    shape = getattr(item, "shape", ())  # NumPy arrays have one too
     return isinstance(shape, tuple) and len(shape) > 0 and shape[0] == size
 
 
@@ -194,7 +197,7 @@ def _is_tensor(item: Any) -> bool:
 
 
 def changed(batch: Any, change: Callable[[Any], Any], which: Callable[[Any], bool] = _is_tensor) -> Any:
-    """The batch with everything in it of which ``which`` is true replaced by ``change`` of it; tensors by default."""
+    """The batch, with each item that ``which`` selects (by default every tensor) replaced by ``change(item)``."""
     if which(batch):
         return change(batch)
     if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "copy")):

@@ -1,9 +1,10 @@
-"""Hooks and modes of the user's that would see a measurement, or change what it measures.
+"""The user's hooks and modes that would see a measurement, or change what it measures.
 
-A hook of the backward pass (on a weight, on its gradient's accumulation, on a module) is made for training's gradients:
-it logs them, rescales them, or takes the optimizer's step. None of them fires here. Forward hooks may be part of the
-function (spectral norm, adapters, features that the loss reads), so they fire, and the state that they lead to is put
-back (:mod:`gfs_core.loss.python_state`).
+Hooks of the backward pass (on a weight, on the accumulation of its gradient, on a module) are meant for the gradients
+of training: they log them, rescale them, or take the optimizer's step. None of them fires during a measurement.
+
+Forward hooks may be part of the function (spectral norm, adapters, features that the loss reads). So they fire, and the
+state that they lead to is put back (:mod:`gfs_core.loss.python_state`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class SilencedHooks:
     """Takes the hooks of the backward pass away, and gives them back.
 
     Args:
-        model: whose modules' hooks are silenced, and those on all modules.
-        parameters: whose hooks are silenced.
+        model: the hooks of its modules are silenced, and torch's global module hooks.
+        parameters: their hooks are silenced.
 
     Raises:
-        MeasurementError: a mode is active that would record the measurement as training. One whose attribute
-            ``sees_measurements`` is true is there to watch it.
+        MeasurementError: a torch function or dispatch mode is active that would record the measurement as training. A
+            mode whose attribute ``sees_measurements`` is true is allowed.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
@@ -50,14 +51,14 @@ class SilencedHooks:
         held: list[tuple[Any, str, Any]] = [(p, "_backward_hooks", p._backward_hooks) for p in parameters]
         held += [(m, name, getattr(m, name)) for m in model.modules() for name in _OF_MODULES]
         self._held = [(owner, name, hooks) for owner, name, hooks in held if hooks]
-        # Torch keeps on looking into these dictionaries, so that they are emptied and not replaced.
+        # Torch keeps references to these dictionaries, so they are emptied and not replaced.
         emptied: list[Any] = [p._post_accumulate_grad_hooks for p in parameters]
         emptied += [getattr(torch_module, name) for name in _OF_ALL_MODULES]
         self._emptied = [(hooks, dict(hooks)) for hooks in emptied if hooks]
         self._shadow = contextlib.ExitStack()
 
     def silence(self) -> None:
-        """From here on none of them fires, nor hooks around this place on tensors that a graph saves."""
+        """Stop the hooks from firing, and the user's saved-tensor hooks that are active here."""
         for owner, name, _ in self._held:
             setattr(owner, name, None if isinstance(owner, Tensor) else OrderedDict())
         for hooks, _ in self._emptied:
@@ -67,7 +68,7 @@ class SilencedHooks:
             self._shadow.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
 
     def restore(self) -> None:
-        """All fire again."""
+        """Let them fire again."""
         self._shadow.close()
         for owner, name, hooks in self._held:
             setattr(owner, name, hooks)
@@ -77,13 +78,13 @@ class SilencedHooks:
 
 @contextlib.contextmanager
 def silent_accumulation(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Hooks on the graph nodes in which ``.backward()`` accumulates gradients do not fire in here.
+    """Silence the hooks on the graph nodes in which ``.backward()`` accumulates gradients.
 
-    Such a node has no list of its hooks, but a new hook's handle refers to the dictionary of all. A node lives while
-    somebody holds it: those without a hook are made here and go again.
+    Such a node has no public list of its hooks, but the handle of a new hook refers to the dictionary of all of them.
+    A node exists only while something refers to it. One that did not exist is created here, and discarded on exit.
     """
     silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    nodes: list[Any] = []  # held, so that each keeps its hooks
+    nodes: list[Any] = []  # referred to, so that each node and its hooks stay
     for p in parameters:
         if not p.requires_grad or hasattr(p, "to_local"):
             continue

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
 
+PARTS = 16
+
 
 @dataclass
 class Learned:
@@ -23,6 +25,10 @@ class Learned:
             weights.
         rounded: whether the loss rounds its weights or activations.
         precision: in what precision is measured; ``"auto"`` until that is settled.
+        splits: whether the loss of a batch is the mean over its parts; ``None``: not known yet.
+        whole: why it is not, in words.
+        fits: examples that memory has room for, where it once had none; ``None``: all of them.
+        parts: that a batch is cut into for the running estimate.
     """
 
     hvp: HvpMethod = "auto"
@@ -32,6 +38,14 @@ class Learned:
     reach: float = math.inf
     rounded: bool = False
     precision: PrecisionChoice = "auto"
+    splits: bool | None = None
+    whole: str = ""
+    fits: int | None = None
+    parts: int = PARTS
+
+    def of_other_weights(self) -> Learned:
+        """What still holds when other weights are trained: how the loss treats its batch."""
+        return Learned(splits=self.splits, whole=self.whole, fits=self.fits, parts=self.parts)
 
     def hvp_for(self, asked: HvpMethod) -> HvpMethod:
         """How products are had: as asked for, or as it is learned where that is left open."""
@@ -53,8 +67,14 @@ class Learned:
             ValueError: a value is none of those that it may have.
         """
         fresh = asdict(cls())
-        held = {name: type(default)(state.get(name, default)) for name, default in fresh.items()}
+        optional = {"splits": bool, "fits": int}
+        held: dict[str, Any] = {}
+        for name, default in fresh.items():
+            value = state.get(name, default)
+            held[name] = None if value is None and name in optional else optional.get(name, type(default))(value)
         for name, choices in (("hvp", get_args(HvpMethod)), ("precision", get_args(PrecisionChoice))):
             if held[name] not in choices:
                 raise ValueError(f"`{name}` is {held[name]!r}")
+        if held["parts"] < 1 or (held["fits"] is not None and held["fits"] < 1):
+            raise ValueError(f"{held['parts']} parts of which {held['fits']} examples fit into memory")
         return cls(**held)

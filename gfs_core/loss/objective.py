@@ -77,8 +77,7 @@ class Objective:
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
         if ranks is None and any(spread(p) for p in self.params):
             raise MeasurementError(
-                "the weights are sharded over several processes: measure with a StabilityMonitor or a callback, "
-                "and sync='global'"
+                "the weights are sharded over several processes: measure with a StabilityMonitor or a callback"
             )
         self.inner = WHOLE if ranks is None else ranks.inner_product(self.params)
         self.padding = [] if self.sharded else _padding_rows(model, self.params)

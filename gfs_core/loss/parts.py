@@ -1,16 +1,22 @@
 """Whether the loss of a batch is the mean of the losses of its parts.
 
-Cheap measurements assume it: single products on parts, a smaller probe, pieces that stream through.
-For a mean over examples it is a theorem. It is wrong for a sum over the batch, for BatchNorm in training mode, for
-losses that compare the examples with each other, for graphs and flat inputs with offsets, where the first dimension is
-time, and for a mean over tokens of which the parts have unequal numbers. None of that shows in a model's type, so it is
-tried: the batch at once, and in its parts, at the weights and at weights near by, chosen at random. Compared are the
-losses, and how the gradient has changed from one place to the other: the curvature along the way, as a vector. Two
-functions that are not the same differ in thousands of its entries, where a single number may agree by chance.
+Cheap measurements assume that it is: products on parts of a batch, a smaller probe, a batch evaluated in pieces.
+For a mean over examples that is a theorem. It is wrong
 
-A loss with dropout is not the same twice. Then each part draws numbers of its own, and the parts are evaluated a second
-time with other ones: the batch may be twice as far from its parts as they are from themselves, and its loss as far
-as the losses of the parts scatter from draw to draw.
+- for a sum over the batch,
+- for BatchNorm in training mode,
+- for losses that compare examples with each other,
+- for graphs and flat inputs with offsets, and where the first dimension is time,
+- for a mean over tokens where the parts have unequal numbers of tokens.
+
+The type of a model does not show any of that, so it is tested. The whole batch and its parts are evaluated at the
+present weights, and at weights near by in a random direction. Two things are compared: the loss, and the change of the
+gradient between the two places. That change is a vector, the curvature along the direction. A single number may agree
+by chance; two different functions differ in thousands of entries of the vector.
+
+A loss with dropout gives another value each time. Then each part draws its own random numbers, and the parts are
+evaluated a second time with other numbers. The vector of the whole may differ from that of the parts by twice as much
+as the two evaluations of the parts differ. Its loss may be off by as much as the losses of the parts scatter.
 """
 
 from __future__ import annotations
@@ -33,25 +39,25 @@ from gfs_core.loss.precision import Precision
 from gfs_core.loss.processes import Processes, alone
 from gfs_core.loss.snapshot import StateSnapshot
 
-_HARMLESS = 0.03  # relative difference that does no harm: single parts scatter by several times as much
-_IN_ROUNDINGS = 20.0  # roundings that do no harm: the gradients of parts may be longer than their mean
-_BETWEEN_DRAWS = 2.0  # of two differences between independent draws, one over the other; near 1 in many dimensions
-_SCATTER = 4.0  # standard errors by which the loss may be off
-_FEWEST_PARTS = 8  # are tried, where there are examples enough: the smaller they are, the plainer the difference
-_TRIAL_COPIES = 6  # of the weights, that trying holds at its peak
-_SECOND_PLACE = 0.1  # of the weights' length: how far the second place is away
+_HARMLESS = 0.03  # relative difference that is tolerated: single parts scatter by several times as much
+_IN_ROUNDINGS = 20.0  # roundings that are tolerated: the gradients of parts may be longer than their mean
+_BETWEEN_DRAWS = 2.0  # allowed ratio of two differences between independent draws; in many dimensions it is near 1
+_SCATTER = 4.0  # standard errors that the loss may be off
+_FEWEST_PARTS = 8  # parts, where there are enough examples: the smaller the parts, the clearer the difference
+_TRIAL_COPIES = 6  # copies of the weights that the test holds at its peak
+_SECOND_PLACE = 0.1  # distance of the second place, as a fraction of the length of the weights
 
 UNTRIED = "alone would keep more than `max_memory` allows"
 
 
 class _Seen(NamedTuple):
-    """What a batch, or its parts together, look like.
+    """What was computed on the whole batch, or on its parts together.
 
     Attributes:
         losses: of the parts.
         loss: their mean.
-        bend: how far the gradient has changed between the two places.
-        slope: the gradient's length.
+        bend: change of the gradient between the two places, a vector.
+        slope: length of the gradient at the present weights.
     """
 
     losses: list[float]
@@ -71,21 +77,22 @@ def why_whole(
     ranks: Processes | None = None,
     max_memory: float | None = None,
 ) -> str:
-    """Why the loss of these batches is not the mean over their parts, or could not be tried; empty where it is.
+    """Why the loss of these batches is not the mean over their parts, or why that is not known; empty where it is.
 
-    Costs four gradients of the batches, six where the loss draws random numbers, and up to six copies of the weights.
-    Where the batches do not fit into memory, half of their examples are tried in their place, and so on down to two.
+    Costs four gradients of the batches, six where the two differ at first (a loss that draws random numbers), and up to
+    six copies of the weights. Where the batches do not fit into memory, half of their examples are tested instead, and
+    so on down to two.
 
     Args:
-        model: in whose isolation it is tried.
+        model: the module; its state is put back afterwards.
         loss_fn: ``loss_fn(model, batch)``, a 0-dim tensor.
-        batches: the micro-batches of a step, whose mean is the loss of the whole.
-        params: what the curvature is measured over.
-        parts: that each batch is cut into; at least 8 are tried.
+        batches: the micro-batches of a step; the loss of the whole is their mean.
+        params: the parameters over which the curvature is measured.
+        parts: how many parts each batch is cut into, at least 8 where there are enough examples.
         precision: as in :class:`~gfs_core.GFSConfig`.
-        ranks: the processes, which have to act together where they share the weights; otherwise each tries by itself.
-        max_memory: as in :class:`~gfs_core.GFSConfig`; of processes that share the weights none can do with less alone,
-            and they take what they need.
+        ranks: the processes. They act together where they share the weights; otherwise each tests by itself.
+        max_memory: as in :class:`~gfs_core.GFSConfig`. Not kept where processes share the weights, as none of them can
+            use less than the others.
 
     Raises:
         MeasurementError: the loss of the whole is not finite, or no loss.
@@ -127,7 +134,7 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]]) -> str:
         if objective.on_all(apart <= allowed and off <= bearable):
             return ""
         axpy(1.0, whole.bend, split.bend)
-        whole.bend.clear()  # its memory is needed
+        whole.bend.clear()  # frees its memory
         again = _seen(objective, draw=1 + 2 * len(cut))
         noise = norm(_less(again.bend, split.bend))
         if noise > rounding * max(split.slope, again.slope) and not normalises_over_batch(objective.model):
@@ -137,7 +144,7 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]]) -> str:
                 return ""
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the user's loss, which knows whole batches only
+    except Exception as error:  # raised by a loss that works on whole batches only
         if own_fault(error):
             raise
         return f"it fails on a part ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
@@ -145,7 +152,7 @@ def _compared(objective: Objective, cut: list[tuple[Any, float]]) -> str:
 
 
 def _seen(objective: Objective, draw: int = 0) -> _Seen:
-    """The pieces at the weights in place and near by; ``draw`` > 0: each of them with random numbers of its own."""
+    """Evaluate the pieces at the present weights and near by; ``draw`` > 0: each with its own random numbers."""
     norm = objective.inner.norm
     objective.draw = draw
     loss, slope = objective.gradient()
@@ -164,7 +171,7 @@ def _seen(objective: Objective, draw: int = 0) -> _Seen:
 
 
 def normalises_over_batch(model: nn.Module) -> bool:
-    """Whether a layer normalises over the batch now. Beside dropout, that could be taken for chance."""
+    """Whether a layer normalises over the batch now. With dropout, that difference could be taken for chance."""
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 

@@ -1,9 +1,9 @@
 """The precision in which the loss is computed while it is measured.
 
-Products by double backward bear half precision well: under bfloat16 autocast the sharpness was off by 0.1 to 2 %
-(measured, `benchmarks/precision.py`). Differences of gradients do not, nor does a flow of the weights: rounding may be
-all that they show. So ``"auto"`` takes training's own precision for exact products and float32 for everything else, and
-for all of it where it is float16, which underflows.
+Hessian-vector products by double backward tolerate half precision: under bfloat16 autocast the sharpness was off by
+0.03 to 2 % (measured, `benchmarks/precision.md`). Differences of gradients and a flow of the weights do not: they may
+show nothing but rounding. So ``"auto"`` uses the precision of training for exact products, and float32 for everything
+else. Where training is in float16, which underflows, it uses float32 throughout.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from gfs_core.loss.learned import PrecisionChoice
 
 
 class Precision:
-    """Switches autocast off and half-precision weights to float32 copies, for a while.
+    """Turns autocast off, and half-precision weights into float32 copies, during parts of a measurement.
 
     Args:
-        choice: ``"auto"``; ``"training"``: nothing is ever switched; ``"float32"``: exact products are in float32 too.
-        model: its half-precision buffers go along.
+        choice: ``"auto"``; ``"training"``: nothing is ever changed; ``"float32"``: exact products are in float32 too.
+        model: its half-precision buffers are treated like the weights.
         parameters: the weights.
         proven: whether the loss is known to work in float32.
 
     Attributes:
-        choice: as given; ``"auto"`` becomes another where it is found not to work.
-        proven: as given.
-        reason: why ``"auto"`` became another; empty where it did not.
-        half: the half-precision type in which the loss is computed outside of :meth:`full`; ``None``: none was seen.
+        choice: as given; ``"auto"`` is replaced by another choice where it turns out not to work.
+        proven: whether the loss need not be tried in float32: as given, once it was tried, or not ``"auto"``.
+        reason: why ``"auto"`` was replaced; empty where it was not.
+        half: the half-precision type in which the loss is computed outside :meth:`full`; ``None``: none was seen.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Precision:
 
     @contextlib.contextmanager
     def governing(self) -> Iterator[None]:
-        """Around a whole measurement: sees which autocast the loss enters, and switches it off where it is to be.
+        """Context of a whole measurement: sees which autocast the loss enters, and turns it off where needed.
 
-        A loss enters autocast by itself, deep inside the user's code, so the class is watched: for all threads. So is
-        the default type, which Lightning's ``bf16-true`` sets around every step.
+        A loss may enter autocast deep inside the user's code. So ``torch.autocast.__enter__`` is replaced, for all
+        threads. ``torch.set_default_dtype`` is replaced too: Lightning's ``bf16-true`` calls it around every step.
         """
         enter: Any = torch.autocast.__enter__
         set_default = torch.set_default_dtype
@@ -71,7 +71,7 @@ class Precision:
         torch.set_default_dtype = set_unless_half
         try:
             with contextlib.ExitStack() as stack:
-                for device in self._devices:  # what is on already, around the measurement
+                for device in self._devices:  # an autocast that is on already
                     if torch.is_autocast_enabled(device):
                         stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device)))
                 yield
@@ -80,13 +80,13 @@ class Precision:
             torch.set_default_dtype = set_default
 
     def _entered(self, device: str) -> None:
-        """The loss has entered an autocast."""
+        """Note an autocast that the loss has entered, and turn it off where needed."""
         if not torch.is_autocast_enabled(device):
             return
-        torch.set_autocast_cache_enabled(False)  # it would keep casts of weights that move on
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of weights that then move
         dtype = torch.get_autocast_dtype(device)
         if self._full or (self.choice == "auto" and dtype is torch.float16):
-            torch.set_autocast_enabled(device, False)  # leaving the autocast puts back what was before
+            torch.set_autocast_enabled(device, False)  # leaving the autocast restores the state before it
         self.half = dtype
 
     @property
@@ -96,12 +96,12 @@ class Precision:
 
     @property
     def moves(self) -> bool:
-        """Whether half-precision weights are float32 copies within :meth:`full`."""
+        """Whether :meth:`full` replaces half-precision weights by float32 copies."""
         return bool(self._halves) and self.choice != "training"
 
     @property
     def eps(self) -> float | None:
-        """Unit roundoff of the half precision in which the loss is computed now; ``None``: of none."""
+        """Machine epsilon of the half precision in which the loss is computed now; ``None``: it is in none."""
         dtype = self._fixed if self._full else self.half
         return None if dtype is None else torch.finfo(dtype).eps
 
@@ -112,9 +112,9 @@ class Precision:
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
-        """The loss is computed in float32 (float64 where the weights are) in here.
+        """Context in which the loss is computed in float32 (in float64 where the weights are).
 
-        Half-precision weights and buffers are float32 copies meanwhile: what is done to them is lost.
+        Half-precision weights and buffers are float32 copies in here; changes to the copies are discarded on exit.
         """
         if self._full or self.choice == "training":
             yield
@@ -126,7 +126,7 @@ class Precision:
             with contextlib.ExitStack() as stack:
                 for device in self._devices:
                     stack.enter_context(torch.autocast(device, enabled=False))
-                if self.half is not None and "torch._dynamo" in sys.modules:  # compiled code has its precision built in
+                if self.half is not None and "torch._dynamo" in sys.modules:  # compiled code has a fixed precision
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                 if default in HALVES:
                     torch.set_default_dtype(torch.float32)
@@ -140,18 +140,21 @@ class Precision:
                 t.data = data
 
     def of(self, batch: Any) -> Any:
-        """The batch, which is changed, with half-precision tensors in float32 where the weights are float32 copies."""
+        """The batch, with half-precision tensors in float32 where the weights are float32 copies.
+
+        A dictionary is changed in place; of another batch the result is new.
+        """
         if not (self._full and self._halves):
             return batch
         full = changed(batch, lambda t: t.float() if is_half(t) else t)
         if not isinstance(batch, dict):
             return full
-        batch.update(full)  # it may be of a class that holds more than its items
+        batch.update(full)  # in place: its class may hold more than its items
         return batch
 
 
 def _dtype_of_fsdp(model: nn.Module) -> torch.dtype | None:
-    """Half precision that ``fully_shard`` computes in, which cannot be switched."""
+    """The half precision that ``fully_shard`` computes in; it cannot be changed for a measurement."""
     for module in model.modules():
         state: Any = getattr(module, "_get_fsdp_state", None)
         dtype = getattr(getattr(state() if state else None, "_mp_policy", None), "param_dtype", None)

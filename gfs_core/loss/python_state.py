@@ -1,9 +1,10 @@
-"""The state of Python objects that a loss can reach: what it holds is put back, bitwise.
+"""The state of the Python objects that a loss can reach, copied and put back bitwise.
 
-Reached are the attributes of modules and of objects of the user's classes, the items of containers, and of the loss
-function, of hooks, of methods and of other functions of the user's what they close over and the global variables that
-they name. Not reached are objects of libraries that refer to the whole run (trainers, loaders, optimizers), and objects
-that other threads share. Of class attributes only random streams, iterators and modules are put back.
+The search starts at the model and the loss. It enters attributes of modules and of objects of the user's classes, and
+items of containers. It enters the functions that it meets (the loss, hooks, methods, others of the user's): the
+variables that they close over, and the global variables that they name. It does not enter objects of libraries that
+refer to the whole run (trainers, optimizers), or objects that other threads share. Of a data loader it enters the
+generator and the samplers alone. Of class attributes only random streams, iterators and modules are put back.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from gfs_core.loss.streams import is_iterator, rewinder, stand_in
 from gfs_core.loss.writes import BeforeWrites
 
-# Of nn.Module's own attributes these change when a forward pass adds a submodule, a weight or a hook. Its training flag
-# and its buffers are held with the user's attributes (torchmetrics keeps its states beside them).
+# These attributes of nn.Module change when a forward pass adds a submodule, a weight or a hook.
 _REGISTRIES = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+# nn.Module's own attributes. `training` and `_buffers` are treated like the user's.
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training", "_buffers"}
-# Objects of these packages, and of classes derived from theirs, refer to the whole world.
+# Objects of these packages, and of classes derived from theirs, refer to the whole run and are not entered.
 _RUNS = frozenset(
     {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "transformers", "accelerate"}
     | {"gfs_core", "lightning_gfs", "hf_gfs"}
@@ -38,7 +39,7 @@ _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, BuiltinFuncti
 _SHARED = (threading.Thread, threading.Event, threading.Condition, type(threading.Lock()), type(threading.RLock()))
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MAX_NODES = 200_000
-_MAX_TENSOR = 1 << 20  # elements; a larger plain tensor attribute (a data set, say) is copied before it is written to
+_MAX_TENSOR = 1 << 20  # elements; a larger plain tensor attribute (a data set, say) is copied only before a write
 _MISSING = object()
 
 _Put = Callable[[Any], object]
@@ -47,14 +48,14 @@ _Put = Callable[[Any], object]
 class PythonState:
     """Shallow copies of every container, attribute, tensor, array and random stream that the roots lead to.
 
-    What only a function leads to, through what it closes over and the global variables that it names, or only a class,
-    belongs to whoever wrote it, and may record evaluations on purpose: of that, modules, random streams and iterators
-    are put back, and nothing else. A hook is not to be seen to have fired: all that it leads to is put back.
+    An object that is reached only through a function or a class may record evaluations on purpose. Of such objects,
+    modules, random streams and iterators are put back, and nothing else. Forward hooks are the exception: a measurement
+    must not show that they fired, so everything that they lead to is put back.
 
     Args:
         roots: names and objects to start from.
         skip: objects that are neither copied nor entered.
-        functions: names and functions to start from too.
+        functions: names and functions to start from as well.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class PythonState:
         self.sequences: list[tuple[Any, list[Any]]] = []
         self.places: list[tuple[_Put, Any]] = []  # cells of closures, global variables, slots
         self.tensors: list[tuple[Tensor, Tensor]] = []
-        self.bindings: list[tuple[Tensor, Tensor]] = []  # tensors with their data, that they may be given other
+        self.bindings: list[tuple[Tensor, Tensor]] = []  # tensors with their data: `tensor.data = …` replaces it
         self.arrays: list[tuple[Any, Any]] = []
         self.streams: list[Callable[[], object]] = []
         self.iterators: list[tuple[str, Any, _Put]] = []
         self.watched: list[tuple[str, Tensor, int]] = []
-        self._todo = deque((name, root, True) for name, root in roots)  # by distance: the modules come first
+        self._todo = deque((name, root, True) for name, root in roots)  # breadth first: the modules come first
         self._todo.extend((name, function, False) for name, function in functions)
-        self._seen: dict[int, bool] = {}  # and whether all of it is put back
+        self._seen: dict[int, bool] = {}  # by id: whether all of the object is put back
         for held in skip:
             self._seen[id(held)] = True
             if isinstance(held, Tensor) and held.__dict__ and not hasattr(held, "to_local"):
@@ -127,7 +128,7 @@ class PythonState:
     def _add_module(self, name: str, node: nn.Module) -> None:
         self._add_dict(name, node.__dict__, True, ignore=_MACHINERY)
         self._follow(((f"{name}.{k}", m, k) for k, m in node._modules.items()), True)
-        gathered = any(hasattr(p, "to_local") for p in node._parameters.values())  # FSDP registers its own in turn
+        gathered = any(hasattr(p, "to_local") for p in node._parameters.values())  # FSDP swaps the entries itself
         for registry in () if gathered else _REGISTRIES:
             held = node.__dict__.get(registry)
             if isinstance(held, dict):
@@ -168,7 +169,7 @@ class PythonState:
 
     def _add_object(self, name: str, node: Any, whole: bool) -> None:
         kind = type(node)
-        if kind.__module__.startswith("torch.utils.data"):  # what draws, not what is drawn from
+        if kind.__module__.startswith("torch.utils.data"):  # what draws examples, not the examples
             drawing = ("generator", "sampler", "batch_sampler")
             self._follow(((f"{name}.{k}", getattr(node, k, None), None) for k in drawing), whole)
             return
@@ -185,13 +186,13 @@ class PythonState:
             self._add_place(f"{name}.{slot}", getattr(node, slot), put, whole)
 
     def _add_classes(self, node: Any) -> None:
-        """The classes of the user's that an object is of: their attributes, and what their methods lead to."""
+        """Add the user's classes among the classes of an object: their attributes, and what their methods lead to."""
         for cls in type(node).__mro__:
             if id(cls) in self._seen or not is_of_the_user(cls):
                 continue
             self._seen[id(cls)] = True
             for key, value in list(vars(cls).items()):
-                function = getattr(value, "__func__", getattr(value, "fget", value))  # of static methods, of properties
+                function = getattr(value, "__func__", getattr(value, "fget", value))  # a static method, a property
                 self._add_place(f"{cls.__name__}.{key}", function, functools.partial(setattr, cls, key), False)
 
     def _add_place(self, name: str, value: Any, put: _Put, whole: bool) -> None:
@@ -208,13 +209,13 @@ class PythonState:
         if node.layout is torch.strided and not hasattr(node, "to_local"):
             self.bindings.append((node, node.data))
         if node.numel() > _MAX_TENSOR:
-            if not node.is_inference():  # those have no version, and cannot be changed outside of inference mode
+            if not node.is_inference():  # no version, and no writes outside inference mode
                 self.watched.append((name, node, node._version))
         else:
             self.tensors.append((node, node.detach().clone()))
 
     def guard(self) -> None:
-        """Let the loss advance copies of iterators, or none where they cannot be copied; :meth:`restore` ends it."""
+        """Put a copy, or a :class:`Guard`, in the place of every iterator, until :meth:`restore`."""
         copies: dict[int, Any] = {}
         for name, iterator, put in self.iterators:
             if id(iterator) not in copies:
@@ -222,7 +223,7 @@ class PythonState:
             put(copies[id(iterator)])
 
     def restore(self) -> None:
-        """Put everything back that has changed."""
+        """Put back everything that has changed."""
         for node, held in self.dicts:
             for key in [k for k in node if k not in held]:
                 del node[key]
@@ -239,14 +240,14 @@ class PythonState:
         for put, value in self.places:
             put(value)
         for _, iterator, put in self.iterators:
-            with contextlib.suppress(IndexError):  # of a list that is not put back
+            with contextlib.suppress(IndexError):  # the list is not put back, and has become shorter
                 put(iterator)
         for tensor, data in self.bindings:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
         for tensor, value in self.tensors:
             if tensor.shape == value.shape:
-                tensor.data.copy_(value)  # .data: a kept autograd graph must not see a new version of a buffer
+                tensor.data.copy_(value)  # .data: keeps the version counter, which a kept autograd graph checks
             else:
                 tensor.data = value.clone()
         for array, values in self.arrays:
@@ -256,7 +257,7 @@ class PythonState:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around an evaluation: of the large tensors, those that it writes to are copied first, and put back too."""
+        """Context of one evaluation: a large tensor is copied before it is written to, and put back too."""
         if not self.watched:
             yield
             return
@@ -268,7 +269,7 @@ class PythonState:
         self.watched = [watched for watched in self.watched if watched[1] is not tensor]
 
     def leaks(self) -> list[str]:
-        """Large tensors that have changed in place unseen, as in a backward pass, by name."""
+        """Names of large tensors that changed in place outside :meth:`watching`, as in a backward pass."""
         return [name for name, tensor, version in self.watched if tensor._version != version]
 
 
@@ -277,10 +278,10 @@ def _package(of: Any) -> str:
 
 
 def is_of_the_user(of: FunctionType | type) -> bool:
-    """Whether a function or a class is of the user's code, not of a library's or of this package."""
+    """Whether a function or a class belongs to the user's code, and not to a library or to this package."""
     if isinstance(of, FunctionType):
         file = of.__code__.co_filename
-    else:  # of a script or a notebook there may be no file
+    else:  # a script or a notebook may have no file
         module = sys.modules.get(of.__module__)
         file = getattr(module, "__file__", None) or ("" if of.__module__ == "__main__" else sys.prefix)
         if of.__module__ == "builtins":
@@ -289,7 +290,7 @@ def is_of_the_user(of: FunctionType | type) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names that a function may look up, those of functions inside it included."""
+    """Names that a function may look up, including those in the functions defined inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,16 +1,22 @@
-"""Measuring leaves no trace.
+"""Everything that a measurement could disturb, put back afterwards.
 
 :class:`StateSnapshot` is a context manager around one measurement. On exit (also through an exception) it puts back,
 bitwise: parameters and buffers, the ``.grad`` fields (the same tensor objects), ``requires_grad`` and train/eval
 flags, the random states of Python, NumPy and torch, and the state of the Python objects that the model leads to:
-counters, lists, metric states, generators (:mod:`gfs_core.loss.python_state`). Hooks of the backward pass do not fire
-meanwhile (:mod:`gfs_core.loss.hooks`). cuDNN is off where a recurrent layer has dropout: it draws from a stream of its
-own, which nothing can put back, and torch's kernel from one that can. Compiled code runs eagerly: a probe of another
-shape would have it compiled again, and a CUDA graph that it has captured is left to training.
-:meth:`StateSnapshot.rewind` puts back everything but the measured weights before each evaluation of the loss, so that
-every evaluation is the same function: same dropout mask, same buffers, same teacher.
+counters, lists, metric states, generators (:mod:`gfs_core.loss.python_state`).
 
-What it cannot put back: files written, output printed, plain values in class attributes, large NumPy arrays, objects
+During the measurement:
+
+- Hooks of the backward pass do not fire (:mod:`gfs_core.loss.hooks`).
+- cuDNN is off where a recurrent layer has dropout. cuDNN draws from a random stream of its own, which cannot be put
+  back; torch's own kernel draws from one that can.
+- Compiled code runs eagerly. A probe of another shape would trigger a recompilation, and a captured CUDA graph must
+  stay as training left it.
+
+:meth:`StateSnapshot.rewind` puts back everything but the measured weights before each evaluation of the loss. So every
+evaluation is the same function: same dropout mask, same buffers, same teacher.
+
+It cannot put back files written, output printed, plain values in class attributes, large NumPy arrays, and objects
 that the model does not lead to.
 """
 
@@ -35,13 +41,15 @@ class StateSnapshot:
 
     Args:
         model: the module whose state is kept, with all that its attributes refer to.
-        parameters: further parameters that are moved during the measurement (those of ``model`` are included).
-        loss_fn: the loss; modules, random streams and iterators that it closes over or names are put back too.
+        parameters: further parameters that the measurement moves; those of ``model`` are always included.
+        loss_fn: the loss. Modules, random streams and iterators that it closes over, or that it names as global
+            variables, are put back too.
 
     Extra memory: one copy of the parameters and buffers.
 
     Raises:
-        MeasurementError: on entering, where modes of torch are active that would record the measurement.
+        MeasurementError: on entering, where a torch function or dispatch mode is active that would record the
+            measurement.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class StateSnapshot:
         self._rng = RandomState(self.parameters)
         self._evaluated = False
         self._bound: list[Tensor] = []  # the data of weights and buffers before an evaluation
-        # Weights and buffers to which the evaluation gave other data, with their data before, and where the new is.
+        # Weights and buffers to which an evaluation gave other data: the tensor, its old data, the address of the new.
         self._rebound: list[tuple[Tensor, Tensor, int]] = []
         self._driven: list[int] | None = None  # parameters that the loss itself moves; not known yet
         self._modes = contextlib.ExitStack()
@@ -97,13 +105,13 @@ class StateSnapshot:
         self._bound = [t.data for t in self._bindable]
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
-        """Around an evaluation: large tensors of the model's are copied before it writes to them."""
+        """Context of one evaluation: a large tensor is copied just before the loss writes to it."""
         return self._state.watching()
 
     def evaluated(self) -> None:
-        """The loss was evaluated: what it has given other data (``weight.data = …``) is noted, and bound back later.
+        """Note the tensors to which the loss has given other data (``weight.data = …``).
 
-        Not here: a backward pass is to see what the loss has made of its weights.
+        The old data is bound back later: the backward pass needs the weights as the loss has left them.
         """
         for t, data in zip(self._bindable, self._bound, strict=True):
             if t.data_ptr() != data.data_ptr() and t.shape == data.shape and t.dtype == data.dtype:
@@ -115,11 +123,11 @@ class StateSnapshot:
         for t, data, place in held:
             if t.data_ptr() == place:
                 t.data = data
-            else:  # a float32 copy for now
+            else:  # it is a float32 copy at the moment: try again later
                 self._rebound.append((t, data, place))
 
     def shift(self, count: int) -> None:
-        """Go on from another random state, another for each ``count`` > 0: the next evaluation draws other numbers."""
+        """Set another random state, a different one for each ``count`` > 0: the next evaluation draws other numbers."""
         self._rng.shift(count)
 
     def _restore_flags(self) -> None:
@@ -130,18 +138,18 @@ class StateSnapshot:
                 p.requires_grad_(requires_grad)
 
     def _restore_driven(self, measured: set[int]) -> None:
-        """Put back weights that the loss itself moves, such as a teacher's, which one evaluation has shown."""
+        """Put back weights that the loss itself moves, such as a teacher's; the first evaluation shows which."""
         if self._driven is None:
             held = enumerate(zip(self.parameters, self._weights, strict=True))
             others = ((i, local(p), w) for i, (p, w) in held if id(p) not in measured)
             self._driven = [i for i, p, w in others if not torch.equal(p, w.to(p.dtype))]  # float32 copies of halves
-        for i in self._driven:  # .data: a kept autograd graph must not see a new version
+        for i in self._driven:  # .data: keeps the version counter, which a kept autograd graph checks
             local(self.parameters[i].data).copy_(self._weights[i])
 
     def __exit__(self, *exc: object) -> None:
         try:
             self._put_back()
-        except BaseException:  # Ctrl-C in the middle of it: once more, from the start
+        except BaseException:  # interrupted half-way, as by Ctrl-C: once more, from the start
             self._put_back()
             raise
         finally:
@@ -149,7 +157,7 @@ class StateSnapshot:
             del self._weights, self._grads, self._state, self._bindable, self._rebound
 
     def _put_back(self) -> None:
-        if self._bound:  # broken off within the loss
+        if self._bound:  # the loss was interrupted
             self.evaluated()
         self._rebind()
         self._state.restore()
@@ -167,7 +175,7 @@ class StateSnapshot:
 
     @property
     def leaks(self) -> list[str]:
-        """Large attributes that the evaluation has changed in place unseen, by name."""
+        """Names of large attributes that changed in place without being copied first, so cannot be put back."""
         return self._state.leaks()
 
 
@@ -181,5 +189,5 @@ def _no_cudnn() -> Iterator[None]:
 
 
 def _has_place(tensor: Tensor) -> bool:
-    """Whether its data can be told from others by their address; sharded weights are moved about by FSDP itself."""
+    """Whether the address of its data tells whether it was given other data. FSDP moves sharded weights itself."""
     return tensor.layout is torch.strided and not hasattr(tensor, "to_local") and tensor.numel() > 0

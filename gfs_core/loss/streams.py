@@ -1,7 +1,7 @@
-"""Random streams and iterators: read, put back, or guarded against being advanced.
+"""Random streams and iterators, so that a measurement advances neither.
 
-A random stream has a state that can be read and written. An iterator has none: the loss is given a copy of it, or,
-where it cannot be copied, a :class:`Guard`, so that the iterator itself is never advanced.
+The state of a random stream can be read and put back. The position of an iterator cannot. So the loss is given a copy
+of the iterator, or a :class:`Guard` where it cannot be copied; the iterator itself is never advanced.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from gfs_core.errors import MeasurementError
 
 _ACCELERATORS = ("cuda", "xpu", "mps")
-# Their copies share nothing that advances. A copy of a `zip` or `map` would advance the iterators inside.
+# A copy of one of these shares nothing that advances. A copy of a `zip` or `map` would advance the iterators inside.
 _COPIED: tuple[type[Any], ...] = (itertools.count, type(iter([])), type(iter(())), type(iter(range(0))))
 
 
 class RandomState:
-    """The random states of Python, NumPy (if it is loaded) and torch, on the CPU and on accelerators of ``tensors``."""
+    """Random states of Python, of NumPy if it is loaded, and of torch on the CPU and on the devices of ``tensors``."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.python = random.getstate()
@@ -49,7 +49,10 @@ class RandomState:
             _module(device).set_rng_state(state, *_where(device))
 
     def shift(self, count: int) -> None:
-        """Go over to other random states, which follow from these and ``count``: the same in every process."""
+        """Set other random states, which follow from that of Python and ``count``.
+
+        Processes that share the random state of Python get the same ones.
+        """
         chosen = random.Random(f"{zlib.crc32(repr(self.python).encode())} {count}")
         random.seed(chosen.getrandbits(32))
         if self.numpy is not None:
@@ -60,7 +63,7 @@ class RandomState:
                 _module(device).manual_seed(chosen.getrandbits(32))
 
     def as_text(self) -> str:
-        """All of it, to be saved; :meth:`from_text` reads it."""
+        """The states as text, to be saved; :meth:`from_text` reads it."""
         numpy = None if self.numpy is None else [self.numpy[0], self.numpy[1].tolist(), *self.numpy[2:]]
         devices = {str(device): bytes(state.tolist()).hex() for device, state in self.devices.items()}
         return json.dumps([self.python, numpy, bytes(self.cpu.tolist()).hex(), devices])
@@ -68,7 +71,7 @@ class RandomState:
     @staticmethod
     @functools.lru_cache(maxsize=32)
     def from_text(text: str) -> RandomState:
-        """What :meth:`as_text` has written."""
+        """The states that :meth:`as_text` has written."""
         python, numpy, cpu, devices = json.loads(text)
         state = RandomState(())
         state.python = (python[0], tuple(python[1]), python[2])
@@ -87,16 +90,16 @@ def _module(device: torch.device) -> Any:
 
 
 def _where(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is only one
+    return () if device.type == "mps" else (device,)  # torch.mps takes no device
 
 
 def rewinder(stream: Any) -> Callable[[], object] | None:
-    """What puts a random stream back to where it is now; ``None`` where ``stream`` is none."""
+    """A function that puts a random stream back to its present state; ``None`` where ``stream`` is no random stream."""
     if isinstance(stream, torch.Generator):
         held = stream.get_state()
         return lambda: stream.set_state(held)
     if isinstance(stream, random.Random):
-        if isinstance(stream, random.SystemRandom):  # has no state
+        if isinstance(stream, random.SystemRandom):  # draws from the system: no state
             return lambda: None
         state = stream.getstate()
         return lambda: stream.setstate(state)
@@ -117,29 +120,29 @@ def rewinder(stream: Any) -> Callable[[], object] | None:
 def is_iterator(value: Any) -> bool:
     """Whether ``value`` is an iterator whose position cannot be read and written."""
     kind = type(value)
-    if not hasattr(kind, "__next__") or hasattr(kind, "fileno"):  # a file is written to; that cannot be undone
+    if not hasattr(kind, "__next__") or hasattr(kind, "fileno"):  # a file: writes to it cannot be undone
         return False
     package = kind.__module__.partition(".")[0]
-    return package == "torch" or not hasattr(value, "__dict__")  # that of a class of the user's is its attributes
+    return package == "torch" or not hasattr(value, "__dict__")  # attributes hold the position, and are put back
 
 
 def stand_in(iterator: Any, name: str) -> Any:
-    """What the loss may advance in the place of ``iterator``, or of those in a tuple: a copy, or a :class:`Guard`."""
+    """A copy of ``iterator``, or a :class:`Guard`; of a tuple, a tuple with such stand-ins for its iterators."""
     if isinstance(iterator, tuple):
         items = (stand_in(item, f"{name}[{i}]") if is_iterator(item) else item for i, item in enumerate(iterator))
         return type(iterator)._make(items) if hasattr(iterator, "_make") else tuple(items)
     if isinstance(iterator, _COPIED):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # from Python 3.12 on: copies of `itertools` will go
+                warnings.simplefilter("ignore")  # Python 3.12 deprecates copies of `itertools`
                 return copy.copy(iterator)
         except TypeError:
-            pass  # from Python 3.14 on there are none
+            pass  # Python 3.14 has removed them
     return Guard(iterator, name)
 
 
 class Guard:
-    """Takes the place of an iterator that cannot be put back, and raises where the loss would advance it."""
+    """Takes the place of an iterator that cannot be copied, and raises where the loss would advance it."""
 
     def __init__(self, iterator: Any, name: str) -> None:
         self.__dict__.update(_iterator=iterator, _name=name)

@@ -1,7 +1,7 @@
-"""Large tensors that a loss writes to: copied before the first write, and only then.
+"""Large tensors, copied just before the loss first writes to them.
 
-A data set or a table of embeddings that a module holds is too large for a copy at each measurement, and hardly ever
-written to. So operations are watched while the loss is evaluated.
+A data set or a table of embeddings that a module holds is too large to be copied at each measurement, and is hardly
+ever written to. So a dispatch mode watches the operations of the loss, and a tensor is copied only when it is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class BeforeWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tensors: Sequence[Tensor], keep: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._keep = keep
-        self._at: dict[int, list[Tensor]] = {}  # those that share a storage, by its address
+        self._at: dict[int, list[Tensor]] = {}  # by the address of their storage
         for tensor in tensors:
             self._at.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
 
@@ -40,7 +40,7 @@ class BeforeWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _written(self, tensor: Tensor) -> None:
         try:
             place = tensor.untyped_storage().data_ptr()
-        except (NotImplementedError, RuntimeError):  # sparse ones have none
+        except (NotImplementedError, RuntimeError):  # a sparse tensor has no storage
             return
         for held in self._at.pop(place, ()):
             self._keep(held)

@@ -1,1 +1,1 @@
-"""What knows ``torch.optim``: thresholds, preconditioners, the rate of a step."""
+"""Everything that knows ``torch.optim``: thresholds, preconditioners, learning rates."""

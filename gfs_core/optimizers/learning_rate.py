@@ -18,22 +18,27 @@ from gfs_core.optimizers.thresholds import unwrap
 
 
 class RateControl(Protocol):
-    """What decides the scale of each step."""
+    """Decides the factor by which the learning rate of each step is multiplied."""
 
     def step(self, rate: float) -> float:
-        """The scale for a step that is taken now, at the user's rate ``rate``."""
+        """The factor for the step that is taken now, where the user's rate is ``rate``."""
 
 
 def rate_of(optimizer: Any) -> float:
-    """The largest rate among the optimizer's groups, which scales and limits refer to; 0 while nothing is trained."""
+    """The largest learning rate among the optimizer's groups; 0 where none of its parameters is trainable.
+
+    Factors and limits of the rate refer to this one.
+    """
     groups = unwrap(optimizer).param_groups
-    if not any(p.requires_grad for group in groups for p in group["params"]):
-        return 0.0
-    return max((float(g["lr"]) for g in groups if "lr" in g), default=0.0)
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad:
+                return max([float(g["lr"]) for g in groups if "lr" in g], default=0.0)
+    return 0.0
 
 
 def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Set the rate of one group; a tensor is changed in place, as compiled and captured steps read it there."""
+    """Set the rate of one group. A tensor is changed in place: compiled and captured steps read it there."""
     if isinstance(group["lr"], Tensor):
         group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
     else:
@@ -41,24 +46,25 @@ def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
 
 
 class LearningRateHook:
-    """Applies a control to each step of an optimizer, and to nothing else.
+    """Multiplies the learning rates of an optimizer during each of its steps.
 
-    The rates of all groups are multiplied just before the optimizer uses them and put back after the step: schedulers,
-    checkpoints and logged rates stay the user's. A closure runs at the user's rates. A step that gradient scaling skips
-    never sees the scale. Tensor rates are changed in place, so that compiled and captured steps see them.
+    The rates of all groups are multiplied just before the optimizer uses them, and put back after the step. So
+    schedulers, checkpoints and logs see the user's rates, and a closure runs at them. A step that gradient scaling
+    skips is not scaled. Tensor rates are changed in place, so that compiled and captured steps see the change.
 
-    It acts through torch's hooks on ``optimizer.step``. An optimizer that moves the weights by other methods (the two
-    halves of a sharpness-aware step, a step inside the backward pass) passes the hooks by; :meth:`look` notices that.
+    The class acts through torch's hooks on ``optimizer.step``. An optimizer that moves the weights by other methods
+    (the two halves of a sharpness-aware step, a step inside the backward pass) bypasses the hooks; :meth:`look` detects
+    that.
 
     Args:
         optimizer: a torch optimizer or a wrapper of one.
-        control: decides the scale.
+        control: decides the factor.
 
     Attributes:
-        passed_by: how many times in a row :meth:`look` has found the weights moved without a step.
+        passed_by: how many times :meth:`look` has found the weights moved since the hooks last saw a step.
 
     Raises:
-        ConfigError: the optimizer searches along a line itself (LBFGS).
+        ConfigError: the optimizer chooses the length of its steps itself (LBFGS).
     """
 
     def __init__(self, optimizer: Any, control: RateControl) -> None:
@@ -68,10 +74,10 @@ class LearningRateHook:
                 "LBFGS evaluates the loss several times per step and chooses its own step length; its rate cannot be "
                 "controlled: use control='observe'"
             )
-        self._held: list[tuple[dict[str, Any], float | Tensor]] = []  # groups with the user's rates, while scaled
+        self._held: list[tuple[dict[str, Any], float | Tensor]] = []  # groups and their rates while scaled
         self.passed_by, self._stepped = 0, False
-        self._length: float | None = None  # of the weights, when `look` last found no step
-        # A compiled step would take the scale of its first time for a constant.
+        self._length: float | None = None  # length of the weights, when `look` last saw no step
+        # A compiled step would treat the factor of its first call as a constant.
         before, after = (torch.compiler.disable(hook) for hook in (self._before, self._after))  # type: ignore[no-untyped-call]
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(before),
@@ -80,25 +86,25 @@ class LearningRateHook:
         ]
 
     def close(self) -> None:
-        """Leave the optimizer as it was."""
+        """Restore the rates and remove the hooks."""
         self._restore()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def look(self, anywhere: Callable[[bool], bool] = bool) -> None:
-        """Look, once for each step of the training, whether the weights move without one that this acts on.
+        """Check whether the weights move without a step that the hooks see. Call it once per training step.
 
-        Weights that stay where they are (gradient scaling has skipped the step, rate 0) prove nothing.
+        Weights that do not move (gradient scaling skipped the step, or the rate is 0) count neither way.
 
         Args:
-            anywhere: whether something is so on any of the processes that train together.
+            anywhere: whether a condition holds on any of the processes that train together.
         """
         if self._stepped:
             self._stepped, self._length = False, None
             return
         weights = [p for group in self.optimizer.param_groups for p in group["params"] if not is_lazy(p)]
-        # Of sharded weights the length of this process's part: it changes when the weights do.
+        # For sharded weights this is the length of this process's part: it changes when the weights do.
         length = WHOLE.norm([local(p) for p in weights]) if weights else 0.0
         if self._length is not None and anywhere(math.isfinite(length) and length != self._length):
             self.passed_by += 1
@@ -106,7 +112,7 @@ class LearningRateHook:
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._stepped, self.passed_by = True, 0
-        self._restore()  # the rates of a step that broke off
+        self._restore()  # the last step may have failed half-way
         closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
         if closure is None:
             self._apply()
@@ -127,7 +133,7 @@ class LearningRateHook:
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """All rates multiplied by ``scale`` for a while."""
+        """Context in which all rates are multiplied by ``scale``."""
         self._multiply(scale)
         try:
             yield

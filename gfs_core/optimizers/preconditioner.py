@@ -21,15 +21,16 @@ class Curvature(Protocol):
 
 
 class Diagonal:
-    """The diagonal of S, or a power of it, one parameter at a time: the tensors are computed when they are asked for.
+    """The diagonal of S, or a power of it: an iterable of one tensor per parameter, computed during the iteration.
 
-    As a list they would cost a copy of the weights for the whole measurement; computing them is cheap beside a
-    gradient.
+    A list of the tensors would hold a copy of the weights for the whole measurement. To compute them is cheap compared
+    with a gradient.
 
     Args:
         params: the parameters, with the relative scale of each.
-        moments: the diagonal P of S = P^-1/2 for a parameter, a new tensor; or ``None`` where the optimizer has not
-            stepped the parameter yet, whose entries of S are then 0. Without it S holds the scales alone.
+        moments: a function that gives the diagonal P of S = P^-1/2 for a parameter, a new tensor. It gives ``None``
+            where the optimizer has not stepped the parameter yet; the entries of S are then 0. Without the function,
+            S holds the relative scales alone.
         power: exponent of every entry.
     """
 
@@ -83,7 +84,7 @@ class Preconditioned:
         return product
 
     def gradient(self, compute: bool = True) -> Vector | None:
-        """S·∇L, the gradient in the coordinates of the optimizer, as :meth:`Curvature.gradient`."""
+        """S·∇L, the gradient in the coordinates of the optimizer; ``None`` as in :meth:`Curvature.gradient`."""
         gradient = self.hessian.gradient(compute)
         if self.scale is not None and gradient is not None:
             for g, s in zip(gradient, self.scale, strict=True):

@@ -1,7 +1,7 @@
 """The optimizer's side of stability: its learning rate, preconditioner and threshold.
 
-The threshold is the largest eigenvalue of S·(H + shift)·S at which the optimizer, with its present state, stops
-being stable on a quadratic. Each row follows from the step's characteristic polynomial at z = −1 (the
+The threshold is the value of the largest eigenvalue of S·(H + shift)·S at which the optimizer, with its present state,
+stops being stable on a quadratic. Each row follows from the step's characteristic polynomial at z = −1 (the
 period-two oscillation of the edge of stability; Cohen et al. 2021 for SGD and momentum, Cohen et al. 2022 for
 Adam); tests run the real optimizer just below and just above it.
 
@@ -16,20 +16,28 @@ RMSprop, momentum β                 (2 + 2β) / η
 Adagrad                             2 / η_t
 ==================================  ==========================================
 
-μ and μ′ are NAdam's momenta of the coming step and the one after; η_t is Adagrad's decayed rate.
-S = P^-1/2 with P = √v̂ + ε for Adam, AdamW and NAdam (v̂ bias-corrected), P = √v + ε for RMSprop and Adagrad (v its sum
-of squares), P = (√v + ε)/√(1 − β₂^t) for SparseAdam, P = (√v + ε)/(r√(1 − β₂^t)) for RAdam with its rectification r (1
-while it does not rectify), and 1 for SGD. Coefficients that still move in the first steps (β₁^t, NAdam's product of
-momenta) are taken as settled. An entry whose second moment is zero (a token not seen yet, a unit that is off) has had
-no gradient so far: the optimizer has not moved it, its P is about to change by orders of magnitude, and its entry of S
-is 0. Adagrad's sum stands before its first step, at an initial value that is a choice and no measurement: that step
-divides by the root of the value plus g², which the value alone does not tell. So Adagrad at step 0 has no ratio, as
-Adam has none.
-SparseAdam steps a row only with the batches that hold it. So its threshold is exact for rows that are in every batch;
-of rarer ones it is that of the steps they take, while the curvature must be of a batch that holds them.
-Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator:
-S is scaled by √(threshold of the reference group / threshold of the group), the reference being the group with
-the lowest threshold. With equal momentum in all groups that is exact; with different ones it is an approximation.
+μ and μ′ are NAdam's momenta of the coming step and the one after. η_t is Adagrad's decayed rate. Coefficients that
+still move in the first steps (β₁^t, NAdam's product of momenta) are taken at their limits.
+
+Preconditioner. S = P^-1/2, with
+
+- P = √v̂ + ε for Adam, AdamW and NAdam (v̂ bias-corrected),
+- P = √v + ε for RMSprop, and for Adagrad with v its sum of squares,
+- P = (√v + ε)/√(1 − β₂^t) for SparseAdam,
+- P = (√v + ε)/(r√(1 − β₂^t)) for RAdam with its rectification r, and P = 1 while it does not rectify,
+- P = 1 for SGD.
+
+An entry whose second moment is zero (a token not seen yet, a unit that is off) has had no gradient so far. The
+optimizer has not moved it, and its P is about to change by orders of magnitude. So its entry of S is 0. Adagrad's sum
+exists before its first step, at an initial value that the user chooses. That first step divides by the root of this
+value plus g², so the value alone does not give P. So Adagrad has no ratio at step 0; neither has Adam.
+
+SparseAdam steps a row only with the batches that hold it. Its threshold is exact for rows that are in every batch. For
+rarer rows it applies to the steps that they take, with the curvature of a batch that holds them.
+
+Coupled weight decay adds λ to the diagonal of H. Parameter groups with different rates become one operator: S is scaled
+by √(threshold of the reference group / threshold of the group), and the reference is the group with the lowest
+threshold. That is exact where all groups have the same momentum, and an approximation otherwise.
 
 Noise. On mini-batches the curvature h along a direction changes from step to step, with mean λ and variance σ². Heavy
 ball on such a quadratic, with independent batches, is stable in the mean square if and only if
@@ -37,12 +45,14 @@ ball on such a quadratic, with independent batches, is stable in the mean square
     λ + f·σ²/λ  <  threshold,    f = (1 + β)/(1 − β),
 
 which for β = 0 is the known condition of SGD, η < 2λ/(λ² + σ²) (Wu, Ma and E 2018). It follows from the response r_k of
-the mean recursion to one kick: stable while η²σ²·Σ r_k² < 1, and Σ r_k² = (1 + β)/((1 − β)·ηλ·(2 + 2β − ηλ)). Momentum
-moves the edge of the mean away, but not that of the noise: f is the threshold over that of plain descent at the same
-long-run rate. So it is computed for every optimizer; exact for heavy ball and, with P held, for Adam's exponential
-mean, while for Nesterov it is the limit of small ηλ. That a *vector* recursion follows the same rule with
-σ² = E‖(H_B − H)v‖² is not a theorem. :mod:`gfs_core.linalg.power` takes σ² from pairs of products at one v, and beside
-it a bound from single ones, by which a control goes; `benchmarks/noise.md` holds both against each other.
+the mean recursion to an impulse: the step is stable while η²σ²·Σ r_k² < 1, and
+Σ r_k² = (1 + β)/((1 − β)·ηλ·(2 + 2β − ηλ)).
+
+Momentum raises the threshold of the mean, but not that of the noise. f is the threshold over that of gradient descent
+at the same long-run rate, and is computed so for every optimizer. It is exact for heavy ball and, with P held, for
+Adam's exponential mean; for Nesterov it is the limit of small ηλ. That a *vector* recursion follows the same rule with
+σ² = E‖(H_B − H)v‖² is not a theorem. :mod:`gfs_core.linalg.power` estimates σ² from pairs of products at one v. It also
+gives an upper bound from single products, which a control uses. `benchmarks/noise.md` compares the two.
 """
 
 from __future__ import annotations
@@ -80,16 +90,16 @@ def register_optimizer(
     decoupled_weight_decay: bool = False,
     gain: Callable[[Group], float] = lambda group: 1.0,
 ) -> None:
-    """Make the threshold of a class of optimizer known; without it the stability ratio is empirical.
+    """Make the threshold of a class of optimizers known; without it the stability ratio is empirical.
 
     Args:
-        optimizer: the class; its subclasses are not meant.
+        optimizer: the class itself; its subclasses have to be registered separately.
         threshold: ``threshold(optimizer, group)``, the largest eigenvalue of S·(H + shift)·S at which a step on a
             quadratic stops being stable at the group's present rate; infinite where the group does not move.
-        preconditioner: ``preconditioner(optimizer, group, parameter)``, the diagonal P of S = P^-1/2, a new tensor of
-            the parameter's shape (of a complex one that of its real view), > 0; infinite where the weight has had no
-            gradient so far. Asked for only once ``optimizer.state`` holds something for the parameter. ``None``: no
-            preconditioner.
+        preconditioner: ``preconditioner(optimizer, group, parameter)``, the diagonal P of S = P^-1/2: a new tensor of
+            the parameter's shape (for a complex parameter, that of its real view), > 0, and infinite where the weight
+            has had no gradient so far. It is called only for parameters that ``optimizer.state`` holds something of.
+            ``None``: no preconditioner.
         decoupled_weight_decay: whether the group's ``weight_decay`` stays out of the gradient; otherwise it is added
             to the diagonal of H.
         gain: ``gain(group)``, the long-run length of the steps for a constant gradient, in units of rate × gradient:
@@ -114,17 +124,18 @@ def register_optimizer(
 
 @dataclass(frozen=True)
 class Stability:
-    """What the stability ratio of an optimizer is measured with.
+    """The operator and the threshold with which the stability ratio of an optimizer is measured.
 
     Attributes:
         name: class name of the optimizer.
-        learning_rate: rate of the reference group, now; ``None`` where it has none.
+        learning_rate: present rate of the reference group; the largest one where the threshold is not known, and
+            ``None`` where there is none.
         threshold: the eigenvalue of the operator at which the optimizer stops being stable; ``None``: not known.
         scale: diagonal of S, per parameter; ``None``: the identity.
         shift: coupled weight decay, per parameter; ``None``: none.
         noise_factor: f, the weight of σ²/λ in the mean-square stability of noisy steps; ≥ 1 with momentum.
         adaptive: whether S comes from the optimizer's second moments.
-        empirical: whether the optimizer is not known, so that only its real steps tell how stable it is.
+        empirical: whether no rule for the optimizer is known, so that stability is measured along its real steps.
         reason: why the threshold is not known; empty where it is.
     """
 
@@ -137,6 +148,11 @@ class Stability:
     adaptive: bool = False
     empirical: bool = False
     reason: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether a ratio can be measured now: not before an adaptive optimizer's first step, nor at rate 0."""
+        return self.threshold is not None or self.empirical
 
     @property
     def plain(self) -> bool:
@@ -162,7 +178,7 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 def named_in_full(optimizer: Any) -> str:
-    """The class of the optimizer with its module, which tells it from a known one of that name; torch's without."""
+    """The name of the optimizer's class: with its module, unless it is one of torch's own."""
     kind = type(unwrap(optimizer))
     known = kind.__module__.split(".")[:2] == ["torch", "optim"]
     return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
@@ -175,12 +191,15 @@ def parameters_of(optimizer: Any) -> list[Tensor]:
 
 
 def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
-    """Learning rate, operator and threshold of ``optimizer`` as it stands now.
+    """Learning rate, operator and threshold of ``optimizer`` in its present state.
 
     Args:
-        optimizer: SGD, Adam, AdamW, NAdam, RAdam, SparseAdam, RMSprop or Adagrad, one of :func:`register_optimizer`, or
-            a wrapper of one. Of any other the threshold is not known.
+        optimizer: SGD, Adam, AdamW, NAdam, RAdam, SparseAdam, RMSprop or Adagrad, one that was made known with
+            :func:`register_optimizer`, or a wrapper of one. The threshold of any other is not known.
         params: the parameters measured, in order.
+
+    Raises:
+        TypeError: ``optimizer`` is neither an optimizer nor a wrapper of one.
     """
     inner = unwrap(optimizer)
     name = type(inner).__name__
@@ -225,7 +244,7 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
 
 
 def _has_moments(inner: Optimizer, p: Tensor) -> bool:
-    """Whether the state of ``p`` holds second moments of gradients; Adagrad's is there before its first step."""
+    """Whether the state of ``p`` holds second moments of gradients. Adagrad's exists before its first step."""
     state = inner.state.get(p)
     if not state:
         return False
@@ -293,7 +312,7 @@ def _shrunk(inner: Optimizer, group: Group) -> float:
 
 
 def _steps(inner: Optimizer, group: Group) -> float:
-    """Steps taken so far, of the group's first parameter that was stepped."""
+    """Steps taken so far by the first parameter of the group that was stepped; 0 where none was."""
     return next((float(inner.state[p]["step"]) for p in group["params"] if inner.state.get(p)), 0.0)
 
 
@@ -331,7 +350,7 @@ def _adagrad_preconditioner(inner: Adagrad, group: Group, p: Tensor) -> Tensor:
 
 
 def _held(inner: Optimizer, p: Tensor, name: str) -> Tensor:
-    """A moment in the optimizer's state, of complex weights that of real and imaginary parts; not to be changed."""
+    """A moment in the optimizer's state, not to be changed; for complex weights, of real and imaginary parts."""
     return local(inner.state[p][name])
 
 

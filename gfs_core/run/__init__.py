@@ -1,1 +1,1 @@
-"""What lasts over a training run."""
+"""Everything whose state lasts for a whole training run."""

@@ -1,4 +1,4 @@
-"""Between a framework and what its hooks call: nothing that fails in there ends a training."""
+"""A guard between a framework and the hooks of a callback: no failure in a hook ends the training."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 
 class Guard:
-    """What a callback's hooks run under.
+    """Runs the hooks of a callback, and turns their failures into warnings.
 
     Args:
-        strict: let every failure through.
+        strict: raise every failure.
         close: ends the measuring of the callback.
         on_alarm: the user's function for changes of the early warning. It is called outside of the guard, so that it
             may end the training by an exception of its own (a pruned trial).
 
     Attributes:
-        events: changes of the early warning that ``on_alarm`` is still to be called with.
+        alerts: alerts that ``on_alarm`` has not been called with yet.
     """
 
     def __init__(self, strict: bool, close: Callable[[], None], on_alarm: Callable[[Alert], Any] | None = None) -> None:
         self.strict, self.close, self.on_alarm = strict, close, on_alarm
-        self.events: list[Alert] = []
+        self.alerts: list[Alert] = []
         self._told: set[str] = set()
 
     @contextlib.contextmanager
     def hook(self, name: str, starts: bool) -> Iterator[None]:
-        """Around a hook: where it fails, that is told and nothing is measured any more.
+        """Run a hook in this context. If it fails, a warning says so, and nothing is measured any more.
+
+        Args:
+            name: of the hook.
+            starts: whether the hook is the one that starts the training.
 
         Raises:
-            ConfigError: an option is wrong; at the start of a training only.
+            ConfigError: an option is wrong; in the hook that starts the training only.
+            Exception: with ``strict``, every failure; what ``on_alarm`` raises, always.
         """
         try:
             yield
@@ -51,12 +56,19 @@ class Guard:
             else:
                 why = own_fault(error) or f"`{name}` failed ({type(error).__name__}: {error})"
                 self.tell(f"{why}; nothing is measured any more in this run")
-        while self.events and self.on_alarm is not None:
-            self.on_alarm(self.events.pop(0))
+        while self.alerts and self.on_alarm is not None:
+            self.on_alarm(self.alerts.pop(0))
 
     @contextlib.contextmanager
     def tolerated(self, what: str) -> Iterator[None]:
-        """Around something that measuring does not need, such as a logger: where it fails, that is told once."""
+        """Run something that measuring does not need, such as a logger. If it fails, a warning says so once.
+
+        Args:
+            what: the failure in words; the warning begins with it.
+
+        Raises:
+            Exception: with ``strict``, the failure.
+        """
         try:
             yield
         except Exception as error:
@@ -65,7 +77,7 @@ class Guard:
             self.tell(f"{what} ({own_fault(error) or f'{type(error).__name__}: {error}'})", kind=what)
 
     def tell(self, text: str, kind: str = "") -> None:
-        """Warn, once of each kind; by default of each text."""
+        """Warn once for each ``kind``; without one, once for each text."""
         if (kind or text) not in self._told:
             self._told.add(kind or text)
             warnings.warn(f"gfs: {text}", GFSWarning, stacklevel=4)
@@ -76,7 +88,7 @@ class _Guarded(Protocol):
 
 
 def guarded(hook: H) -> H:
-    """A hook of a callback that holds its guard in ``_guard``: runs under it."""
+    """Decorator for a hook of a callback: the hook runs under the guard that the callback holds in ``_guard``."""
     starts = hook.__name__ in ("on_fit_start", "on_train_begin")
 
     @functools.wraps(hook)

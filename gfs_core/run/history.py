@@ -1,12 +1,13 @@
 """The history: one JSON line per measurement, written at once, readable after a crash.
 
-A training's lines are its *part* of the file. It begins with a line of the settings, and each line names the run that
-it belongs to, so that a second training, or another process, may write into the same file. A resumed training keeps
-its run, writes a line of settings again and says at which step it was resumed.
+The lines of one training are its *part* of the file. A part begins with a line of settings. Each line names its run, so
+that a second training, or another process, may write into the same file. A resumed training keeps the name of its run.
+It writes another line of settings, with the step at which it was resumed.
 
-Under ``training_loss`` a line holds the mean of the training losses since the line before (``null``, where most of them
-were not finite), and under ``training_loss_spread`` their standard deviation. The first loss stands by itself. Where
-nothing is measured, or before the loss of the step is known, a line for the loss alone comes every 10 steps.
+``training_loss`` is the mean of the training losses since the last line that held one; it is ``null`` where most of
+them were not finite. ``training_loss_spread`` is their standard deviation. The first loss is written by itself. After
+10 steps without such a line, the losses get a line of their own. That happens where nothing is measured, or where
+measurements come before the loss of their step is known.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ import json
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from gfs_core.errors import ConfigError
-from gfs_core.run.record import Measurement
+from gfs_core.run.record import KEYS, Measurement
+from gfs_core.signals.base import Key, Reading
 
 TRAINING_LOSS = "training_loss"
 _SPREAD = f"{TRAINING_LOSS}_spread"
-_NUMBERS = {f.name for f in fields(Measurement)} - {"optimizer_name", "reasons"}
-_MOST = 2**63 - 1  # larger integers are no steps and no counts; nothing that reads a history could hold them
+_NO_VALUES = ("step", TRAINING_LOSS, _SPREAD)  # numbers of a line that are not readings
+_LARGEST_INTEGER = 2**63 - 1  # larger integers are neither steps nor counts: readers of a history have 64 bits
 
 
 class MeanOfLosses(NamedTuple):
-    """The mean of the training losses of the steps up to ``step``, since the one before.
+    """The mean of the training losses since the previous mean.
 
     Attributes:
-        step: the last of the steps.
-        value: the mean; NaN where most of the losses were not finite.
-        spread: their standard deviation; ``None`` of a single one.
-        optimizer_name: whose steps they are.
+        step: the last step that it includes.
+        value: the mean of the finite losses; NaN where most of the losses were not finite.
+        spread: their standard deviation; ``None`` for a single loss.
+        optimizer_name: name of the optimizer that took the steps.
     """
 
     step: int
@@ -47,15 +49,15 @@ class MeanOfLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class HistoryPart:
-    """What one training has left in a history.
+    """The part of a history that one training has written.
 
     Attributes:
-        run: what its lines are told apart by; empty in a file that does not say.
+        run: the training's identifier; empty in a file whose lines have none.
         began: when it was begun or last resumed, in UTC, as ISO 8601; empty where that is not known.
         resumed_at: the steps at which it was resumed.
-        settings: its options and what it measured, the latest ones: plain JSON values by name.
-        measurements: in order of steps; there may be none where there are losses.
-        losses: means of the training loss, in order of steps; none in a file of an earlier version.
+        settings: its latest settings, as plain JSON values by name.
+        measurements: in order of steps; empty where the training has written losses only.
+        losses: means of the training loss, in order of steps; empty in a file of an earlier version.
     """
 
     run: str
@@ -67,21 +69,22 @@ class HistoryPart:
 
 
 def new_run() -> str:
-    """A name for a run that no other has; takes nothing from the random streams of a training."""
+    """A unique identifier for a run. It draws no number from the random streams of a training."""
     return uuid.uuid4().hex[:12]
 
 
 def begin(
     path: Path, settings: Mapping[str, Any], run: str = "", name: str = "", resumed_at: int | None = None
 ) -> None:
-    """Write the line that a training begins with, or is resumed with.
+    """Write the line of settings with which a training begins, or is resumed.
 
     Args:
-        path: the history; it is made where it is not there.
-        settings: options and what is measured, as JSON values.
-        run: what the training's lines are told apart by.
+        path: the history; it is created if it does not exist.
+        settings: options, and facts about the training, as JSON values.
+        run: the training's identifier.
         name: of the optimizer, where a training writes the measurements of several into one file.
-        resumed_at: the step at which it goes on; its lines from there on, of the stretch that was given up, are void.
+        resumed_at: the step at which the training is resumed. Earlier lines of this run from that step on become
+            invalid: they belong to steps that were discarded.
 
     Raises:
         OSError: the file cannot be written.
@@ -95,25 +98,38 @@ def begin(
 
 
 def append(path: Path, measurement: Measurement, run: str = "", loss: tuple[float, float | None] | None = None) -> None:
-    """Write one line; values that were not had are left out.
+    """Write one measurement as a line; values that it does not have are left out.
 
     Args:
         path: the history.
-        measurement: what was measured.
-        run: what the training's lines are told apart by.
-        loss: mean and spread of the training losses since the line before; ``None``: not known.
+        measurement: the measurement.
+        run: the training's identifier.
+        loss: mean and standard deviation of the training losses since the last line with a loss; ``None``: not known.
 
     Raises:
         OSError: the file cannot be written.
     """
-    line = {k: v for k, v in asdict(measurement).items() if v is not None and v != ()}
+    line: dict[str, Any] = {"step": measurement.step, "optimizer_name": measurement.optimizer_name}
+    layers: dict[str, dict[str, float]] = {}
+    for reading in measurement.readings:
+        if reading.layer:
+            layers.setdefault(reading.key.name, {})[reading.layer] = reading.value  # type: ignore[assignment]
+        else:
+            line[reading.key.name] = reading.value
+    line |= {"layers": layers} if layers else {}
+    line |= {"reasons": measurement.reasons} if measurement.reasons else {}
     if loss is not None:
         line |= _of_losses(*loss)
     _write(path, {"run": run, **line} if run else line)
 
 
 def append_losses(path: Path, losses: MeanOfLosses, run: str = "") -> None:
-    """Write one line for losses alone; as :func:`append`, at a third of its price.
+    """Write a line that holds a mean of losses only.
+
+    Args:
+        path: the history.
+        losses: the mean.
+        run: the training's identifier.
 
     Raises:
         OSError: the file cannot be written.
@@ -135,7 +151,7 @@ def _write(path: Path, line: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     with file:
-        # A run that was killed may have left half a line: the new one starts on its own.
+        # A killed run may have left half a line; the new text must start on a line of its own.
         if file.tell() > 0:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
@@ -144,14 +160,16 @@ def _write(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: str | Path, part: int = -1) -> list[Measurement]:
-    """The measurements of one training in a history, in order of steps; of a step written twice the later line counts.
+    """The measurements of one training in a history, in order of steps.
+
+    Where a step was written twice, the later line counts.
 
     Args:
         path: the history.
-        part: which of :func:`parts`; by default the latest.
+        part: index into :func:`parts`; by default the latest.
 
     Raises:
-        ConfigError: the file is not there, holds no measurement at all, or not so many parts.
+        ConfigError: the file does not exist, holds neither a measurement nor a loss, or has no such part.
     """
     found = parts(path)
     if not -len(found) <= part < len(found):
@@ -160,12 +178,12 @@ def read(path: str | Path, part: int = -1) -> list[Measurement]:
 
 
 def parts(path: str | Path) -> list[HistoryPart]:
-    """The trainings that have left something in a history, the one begun or resumed last at the end.
+    """The trainings that have written to a history; the one that was begun or resumed last comes last.
 
-    Lines that are cut off or not a measurement are skipped, unknown fields ignored.
+    Lines that cannot be parsed are skipped. Numbers under keys that this release does not know are kept.
 
     Raises:
-        ConfigError: the file is not there, or holds no measurement and no loss at all.
+        ConfigError: the file does not exist, or holds neither a measurement nor a loss.
     """
     path = Path(path)
     if not path.is_file():
@@ -177,7 +195,7 @@ def parts(path: str | Path) -> list[HistoryPart]:
 
 
 def read_settings(path: str | Path, part: int = -1) -> dict[str, Any]:
-    """The latest settings of one training in a history; empty where there are none or it cannot be read."""
+    """The latest settings of one training in a history; empty if there are none or the file cannot be read."""
     try:
         drafts = _drafts(Path(path))
     except OSError:
@@ -203,9 +221,9 @@ class _Draft:
         self.began = line["began"] if isinstance(line.get("began"), str) else self.began
         name, step = line.get("name"), line.get("resumed_at")
         self.names.add(name if isinstance(name, str) else "")
-        if type(step) is int and abs(step) <= _MOST:
+        if type(step) is int and abs(step) <= _LARGEST_INTEGER:
             self.resumed_at = [*(s for s in self.resumed_at if s < step), step]
-            for own, at in {*self.measured, *self.losses}:  # of several optimizers each says so for its own
+            for own, at in {*self.measured, *self.losses}:  # each optimizer's settings void the lines of its own
                 if at >= step and name in (None, "", own):
                     self.measured.pop((own, at), None)
                     self.losses.pop((own, at), None)
@@ -218,7 +236,7 @@ class _Draft:
             known = float(spread) if _is_number(spread) else None
             self.losses[key] = MeanOfLosses(measurement.step, value, known, measurement.optimizer_name)
             if measurement == Measurement(measurement.step, measurement.optimizer_name):
-                return  # written for its loss alone
+                return  # the line holds a loss only
         self.measured.pop(key, None)
         self.measured[key] = measurement
 
@@ -229,7 +247,7 @@ class _Draft:
 
 
 def _drafts(path: Path) -> list[_Draft]:
-    """The parts of a history in the order in which each was begun or resumed last."""
+    """The parts of a history, in the order in which they were last begun or resumed."""
     ordered: list[_Draft] = []
     by_run: dict[str, _Draft] = {}
     latest = ""  # the run of the line before
@@ -256,7 +274,7 @@ def _drafts(path: Path) -> list[_Draft]:
 
 
 def _joined(ordered: list[_Draft], name: Any) -> _Draft | None:
-    """The part that the settings of a further optimizer belong to: the last, where its optimizers have other names."""
+    """The part that a further optimizer's settings belong to: the last one, unless it has an optimizer of that name."""
     if isinstance(name, str) and name and ordered and ordered[-1].names and not {"", name} & ordered[-1].names:
         return ordered[-1]
     return None
@@ -271,18 +289,32 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _parse(held: dict[str, Any]) -> Measurement | None:
-    if type(held.get("step")) is not int or abs(held["step"]) > _MOST:
+    if type(held.get("step")) is not int or abs(held["step"]) > _LARGEST_INTEGER:
         return None
-    values: dict[str, Any] = {}
-    for name, value in held.items():
-        if name == "optimizer_name" and isinstance(value, str):
-            values[name] = value
-        elif name == "reasons" and isinstance(value, list):
-            values[name] = tuple(str(r) for r in value)
-        elif name in _NUMBERS and _is_number(value):
-            values[name] = value
-    return Measurement(**values)
+    step, name, reasons = held["step"], held.get("optimizer_name"), held.get("reasons")
+    layers = held.get("layers")
+    readings = [
+        *_readings(step, {key: value for key, value in held.items() if key not in _NO_VALUES}),
+        *(
+            reading
+            for key, values in (layers.items() if isinstance(layers, dict) else ())
+            if isinstance(values, dict)
+            for layer, value in values.items()
+            for reading in _readings(step, {key: value}, layer)
+        ),
+    ]
+    found = Measurement.from_readings(step, name if isinstance(name, str) else "", readings)
+    return found.because(str(r) for r in reasons) if isinstance(reasons, list) else found
+
+
+def _readings(step: int, values: Mapping[str, Any], layer: str = "") -> list[Reading]:
+    """Readings of all numbers among the values. Unknown keys are kept: a later release may have written them."""
+    return [
+        Reading(KEYS.get(name) or Key(name, "not known to this release"), step, value, layer)
+        for name, value in values.items()
+        if _is_number(value)
+    ]
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return type(value) is float or (type(value) is int and abs(value) <= _MOST)
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_INTEGER)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from gfs_core.config import GFSConfig
+from gfs_core.errors import ConfigError
+from gfs_core.loss.memory import GIB, vector_bytes
 from gfs_core.optimizers.thresholds import parameters_of, unwrap
+from gfs_core.signals.base import Signal
+from gfs_core.signals.measuring import copies_of
 
 
 def unmeasurable(model: Any, optimizer: Any) -> str:
-    """Why nothing can be measured with these two, in words; empty where something can.
+    """Why this model and optimizer cannot be measured, in words; empty if they can.
 
     Args:
-        model: what is trained.
+        model: the module that is trained.
         optimizer: its optimizer, or a wrapper of one.
     """
     if not isinstance(model, nn.Module):
@@ -43,6 +49,28 @@ def unmeasurable(model: Any, optimizer: Any) -> str:
             "of a step are gone before they can be measured. Choose an optimizer that is not layer-wise"
         )
     return f"{why}, though the model does: {name} was made before they were unfrozen, or from another model's"
+
+
+def check_memory(params: Sequence[Tensor], config: GFSConfig, signals: Sequence[Signal], preconditioned: bool) -> None:
+    """Check that the vectors of these signals fit into the option ``max_memory``.
+
+    Args:
+        params: the weights.
+        config: the options.
+        signals: the signals that are on.
+        preconditioned: whether the optimizer's operator differs from the Hessian.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if config.max_memory is None:
+        return
+    needed = vector_bytes(params, copies_of(signals, preconditioned)) / GIB
+    if needed >= config.max_memory:
+        raise ConfigError(
+            f"`max_memory` is {config.max_memory} GiB, and the vectors of tier={config.tier!r} alone take "
+            f"{needed:.3g}; allow more, or use a cheaper tier ('running', 'directional')"
+        )
 
 
 def _named(thing: Any) -> str:

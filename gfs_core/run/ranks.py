@@ -1,11 +1,11 @@
-"""Several processes: what they tell each other, so that all of them decide the same at the same step.
+"""Communication between processes, so that all of them decide the same at the same step.
 
-A measurement that one process skips, or one whose solver takes one product more, would leave the others waiting for it
-forever. So every exchange begins with a *word*: a few numbers of fixed size, summed over the processes, one of which
-says how many have failed. A process that fails anywhere says so with the next word that the others are about to send,
-whatever that word is about, and all of them give up this measurement. Words go through a gloo group of their own with a
-time limit: a process that does not answer costs the others that long, once, and ends measuring for them, not training.
-Vectors, as long as the weights, follow only after a word has found everybody well, over the group that training uses.
+If one process skips a measurement, or its solver takes one more product, the others would wait for it forever. So every
+exchange begins with a *word*: a fixed number of numbers, summed over the processes. The last numbers of a word say
+which ranks have failed. A process that fails says so in the next word, whatever that word is about, and all processes
+give up the measurement. Words use a gloo group of their own, with a time limit. A process that does not answer costs
+the others that time once, and then ends their measuring, but not their training. Vectors, which are as long as the
+weights, use training's own group. They follow only after a word in which no process has failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,23 +22,24 @@ from torch import Tensor, distributed
 from gfs_core.errors import MeasurementError, NoLoss
 from gfs_core.linalg.inner import WHOLE, InnerProduct, Sharding
 from gfs_core.linalg.vectors import Vector
-from gfs_core.run.record import Measurement
+from gfs_core.run.record import KEYS, Measurement
 
-TIMEOUT = 60.0  # seconds within which every process answers; between two words lies one gradient
-_WORD = 32  # numbers
-_MOST_NAMED = 16  # ranks that a word can name; of more, by the remainder
-# How a rank failed: a reason of ours, the user's loss, no memory, a batch that training skips.
+TIMEOUT = 60.0  # seconds within which every process must answer; one gradient is computed between two words
+_WORD = 32  # numbers in a word, beside those that name failed ranks
+_MOST_NAMED = 16  # failed ranks that a word can name; with more processes, ranks are named modulo 16
+# How a rank failed: a `MeasurementError`, any other error, no memory, a batch that training skips.
 _OURS, _FOREIGN, _MEMORY, _SKIPPED = 1.0, 2.0, 3.0, 4.0
-_BUCKET = 1 << 23  # elements that travel together: few calls, and little memory beside the vector
+_BUCKET = 1 << 23  # elements that are reduced together: few calls, and little memory beside the vector
 
 
 class OtherRankFailed(MeasurementError):
     """Another process could not go on with the measurement.
 
     Attributes:
-        foreign: whether it was the user's loss that failed there.
-        memory: whether one ran out of memory.
-        skipped: whether training skips the batch there, and nothing has failed.
+        foreign: whether a rank failed by something else than a ``MeasurementError``, such as an error of the user's
+            loss.
+        memory: whether a rank ran out of memory.
+        skipped: whether nothing has failed, and training skips the batch on that rank.
     """
 
     def __init__(self, said: dict[int, float]) -> None:
@@ -58,15 +58,15 @@ def _silent(error: RuntimeError) -> str:
 
 
 class Ranks:
-    """The processes of this training. Made by all of them at the same place.
+    """The processes of this training. All of them must create this object at the same place.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many there are.
-        lost: whether one of them did not answer in time; nothing is exchanged any more.
+        rank: rank of this process, from 0.
+        size: number of processes.
+        lost: whether this process has stopped exchanging, after another one did not answer or a failure of its own.
 
     Raises:
-        RanksLost: another process does not come here.
+        RanksLost: another process does not create it in time.
     """
 
     def __init__(self) -> None:
@@ -76,14 +76,19 @@ class Ranks:
             self._words = distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
         except RuntimeError as error:
             raise RanksLost(f"{_silent(error)}. Make the callback, or the monitor, on every process") from None
-        # One for all exchanges, alive until the group is gone: where gloo's thread drops the last reference to a tensor
-        # it waits for the interpreter's lock, and the group that is given back waits for the thread (torch 2.6).
+        # One tensor serves all exchanges and lives longer than the group. A gloo thread that drops the last reference
+        # to a tensor waits for the interpreter's lock, while the group's destruction waits for the thread (torch 2.6).
         with torch.inference_mode(False):
             self._word = torch.zeros(_WORD + min(self.size, _MOST_NAMED), dtype=torch.float64, device="cpu")
 
     @staticmethod
     def here() -> Ranks | None:
-        """The processes of the default process group; ``None``: there is only this one."""
+        """The processes of the default process group; ``None``: there is only this one.
+
+        Raises:
+            MeasurementError: torch has no gloo backend.
+            RanksLost: another process does not come here in time.
+        """
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
             return None
         if not distributed.is_gloo_available():
@@ -91,18 +96,18 @@ class Ranks:
         return Ranks()
 
     def close(self) -> None:
-        """Give the group back."""
+        """Destroy the group."""
         if self._words is not None and distributed.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                 distributed.destroy_process_group(self._words)
         self._words = None
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over the processes.
+        """The sum of each value over the processes; at most 32 values.
 
         Raises:
-            OtherRankFailed: one of them has failed since the last exchange.
-            RanksLost: one does not answer.
+            OtherRankFailed: another process has failed since the last exchange.
+            RanksLost: another process does not answer.
         """
         found = self._exchange([0.0] * min(self.size, _MOST_NAMED), values)
         return found[: len(values)]
@@ -112,18 +117,18 @@ class Ranks:
         return self.total([value])[0] / self.size
 
     def mean_of_known(self, value: float | None) -> float | None:
-        """The mean over the processes that know the number; ``None``: none does."""
+        """The mean over the processes whose value is not ``None``; ``None`` if there are none."""
         total, known = self.total([value or 0.0, float(value is not None)])
         return total / known if known else None
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether ``flag`` is true on any process."""
         return self.total([float(flag)])[0] > 0
 
     def mean_of(self, value: float, vector: Vector) -> float:
-        """The mean of a number, and, in place, of a vector."""
+        """The means over the processes of a number, which is returned, and of a vector, in place."""
         buckets = list(_buckets(vector))
-        room = [torch.cat([t.reshape(-1) for t in bucket]) for bucket in buckets]  # before the word: this may fail
+        room = [torch.cat([t.reshape(-1) for t in bucket]) for bucket in buckets]  # may fail, so before the word
         value = self.mean(value)
         for bucket, flat in zip(buckets, room, strict=True):
             distributed.all_reduce(flat)
@@ -132,23 +137,20 @@ class Ranks:
                 tensor.copy_(part.view_as(tensor))
         return value
 
-    def same(self, measurement: Measurement | None) -> Measurement:
-        """The measurement of rank 0, on all of them; its texts are each process's own."""
-        numbers = [f.name for f in fields(Measurement) if "help" in f.metadata]
-        own = [math.nan if (v := getattr(measurement, n, None)) is None else float(v) for n in numbers]
-        found = self.total([v if self.rank == 0 else 0.0 for v in own])
-        whole = ("alarm", "hvps", "grad_evals")
-        values: dict[str, Any] = {
-            name: None if math.isnan(v) else int(v) if name in whole else v
-            for name, v in zip(numbers, found, strict=True)
-        }
-        return replace(measurement or Measurement(0), **values)
+    def same(self, measurement: Measurement) -> Measurement:
+        """The measurement with the values of rank 0, the same on all processes; the reasons stay this process's own."""
+        own = measurement.values()
+        told = [own.get(name, math.nan) if self.rank == 0 else 0.0 for name in KEYS]
+        found = [v for i in range(0, len(told), _WORD) for v in self.total(told[i : i + _WORD])]
+        values = zip(KEYS.values(), found, strict=True)
+        known = {key.name: int(v) if key.whole else v for key, v in values if not math.isnan(v)}
+        return Measurement.of(measurement.step, measurement.optimizer_name, measurement.reasons, **known)
 
     def inner_product(self, params: Sequence[Tensor]) -> InnerProduct:
-        """The inner product of vectors over ``params``: a sum over the processes where those are sharded.
+        """The inner product of vectors over ``params``: a sum over the processes if those are sharded.
 
         Raises:
-            MeasurementError: they are sharded in a way that is not known here.
+            MeasurementError: they are sharded in a way that is not supported.
         """
         if not any(hasattr(p, "to_local") for p in params):
             return WHOLE
@@ -165,12 +167,17 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what all of them do, or none: a failure on one ends it on all."""
+        """A context that all processes run together: a failure on one ends it on all.
+
+        Raises:
+            OtherRankFailed: another process has failed.
+            RanksLost: another process does not answer.
+        """
         if self.lost:
             raise RanksLost("another process does not answer")
         try:
             yield
-            self.total([])  # nobody has failed after the last exchange
+            self.total([])  # raises if a process has failed after the last exchange
         except (OtherRankFailed, RanksLost):
             raise
         except BaseException as error:
@@ -201,7 +208,7 @@ class Ranks:
 
 
 def _buckets(vector: Vector) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype and device at a time, a few million elements together."""
+    """Groups of tensors of one dtype and device, of a few million elements each."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in vector:
         held = kinds.setdefault((tensor.dtype, tensor.device), [])

@@ -1,92 +1,141 @@
-"""What one measurement holds; its fields are the log keys."""
+"""The content of one measurement: its readings, by log key."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from gfs_core.signals.base import Key, Reading
+from gfs_core.signals.catalog import KEYS as MEASURED
+from gfs_core.signals.keys import RATIO_CHART
 
 LOG_PREFIX = "gfs/"
 
+LR_EFFECTIVE = Key(
+    "lr_effective", "learning rate that the coming step really uses; where there is a control", chart="Learning rate"
+)
+LR_SCALE = Key("lr_scale", "lr_effective / the rate that the user's scheduler sets")
+ALARM = Key(
+    "alarm", "early warning: 0 quiet, 1 watch, 2 alarm; the reason is in the history", chart=RATIO_CHART, whole=True
+)
+OVERHEAD = Key("overhead", "fraction of the run's wall time spent measuring so far", chart="Overhead")
+SECONDS = Key("seconds", "wall time of this measurement", unit="s", logged=False)
 
-def _key(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
+KEYS: dict[str, Key] = {key.name: key for key in (*MEASURED, LR_EFFECTIVE, LR_SCALE, ALARM, OVERHEAD, SECONDS)}
+"""Every key of this release by its name. A history may hold others."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement; a value that could not be had is ``None``, and ``reasons`` says why.
+    """One measurement.
 
-    The fields that are numbers are the log keys without their prefix ``gfs/``.
+    Each log key, without its prefix ``gfs/``, is an attribute, such as ``measurement.sharpness``. It is ``None`` where
+    the value was not measured or could not be; ``reasons`` says why it could not.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        optimizer_name: name of the optimizer.
+        readings: the readings that have a value, in the order of the keys.
+        reasons: why values are missing, and remarks about the others.
     """
 
     step: int
     optimizer_name: str = ""
-    sharpness: float | None = _key("largest eigenvalue λ₁ of the loss Hessian on the probe")
-    preconditioned_sharpness: float | None = _key(
-        "largest eigenvalue in the optimizer's own coordinates; adaptive optimizers, weight decay, several rates"
-    )
-    threshold: float | None = _key("the (preconditioned) sharpness at which the optimizer stops being stable")
-    stability_ratio: float | None = _key(
-        "(preconditioned) sharpness / threshold; 1 is the edge of stability. Of an optimizer whose threshold is not "
-        "known: learning rate / critical_lr"
-    )
-    gfs_sharpness: float | None = _key(
-        "the same eigenvalue after gradient flow for `horizon` learning rates: raw sharpness without its oscillation"
-    )
-    gfs_stability_ratio: float | None = _key("gfs_sharpness / threshold")
-    gfs_sharpness_full: float | None = _key("sharpness of the full gradient flow solution, the paper's quantity")
-    running_sharpness: float | None = _key(
-        "running estimate of the (preconditioned) sharpness of the training loss, by single products on parts of "
-        "batches: noisy, and mostly somewhat low"
-    )
-    running_stability_ratio: float | None = _key("running_sharpness / threshold: often and cheap")
-    mean_square_stability_ratio: float | None = _key(
-        "stability ratio over the latest parts, with the spread of the curvature from batch to batch: 1 is the edge at "
-        "which noisy steps, momentum included, stop being stable in the mean square"
-    )
-    mean_square_bound: float | None = _key(
-        "the same from single products, so that how far the estimate's direction lags behind counts as noise: what a "
-        "control goes by"
-    )
-    batch_sharpness: float | None = _key(
-        "mean over batches of the curvature of a batch's own loss along its own (preconditioned) gradient"
-    )
-    directional_sharpness: float | None = _key("curvature uᵀHu/‖u‖² along the last step u really taken")
-    critical_lr: float | None = _key("learning rate at which a step in that direction would stop lowering the loss")
-    loss_probe: float | None = _key("loss on the probe")
-    learning_rate: float | None = _key("rate of the optimizer's reference group")
-    lr_effective: float | None = _key("learning rate that the coming step really uses; where there is a control")
-    lr_scale: float | None = _key("lr_effective / the rate that the user's scheduler sets")
-    alarm: int | None = _key("early warning: 0 quiet, 1 watch, 2 alarm; the reason is in the history")
-    overhead: float | None = _key("fraction of the run's wall time spent measuring so far")
-    hvps: int | None = _key("Hessian-vector products of this measurement")
-    grad_evals: int | None = _key("gradients of this measurement")
-    residual: float | None = _key("bound on the distance of the sharpness to an eigenvalue, relative to it")
-    precision_error: float | None = _key(
-        "relative change of the (preconditioned) sharpness by half precision, where that was checked against float32"
-    )
-    seconds: float | None = _key("wall time of this measurement")
+    readings: tuple[Reading, ...] = ()
     reasons: tuple[str, ...] = ()
 
+    @staticmethod
+    def of(step: int, optimizer_name: str = "", reasons: Iterable[str] = (), **values: float | None) -> Measurement:
+        """A measurement with these values, by key; ``None`` is left out.
+
+        Raises:
+            AttributeError: there is no such key.
+        """
+        return Measurement(step, optimizer_name, (), tuple(reasons)).having(**values)
+
+    @staticmethod
+    def from_readings(
+        step: int, optimizer_name: str, readings: Iterable[Reading], notes: Iterable[str] = ()
+    ) -> Measurement:
+        """A measurement of these readings; of two values of one key and layer, the later one counts."""
+        taken = list(readings)
+        held = {(r.key.name, r.layer): r for r in taken if r.value is not None}
+        reasons = dict.fromkeys([*(r.reason for r in taken if r.reason), *notes])
+        return Measurement(step, optimizer_name, _ordered(held.values()), tuple(reasons))
+
+    def having(self, **values: float | None) -> Measurement:
+        """A copy with these values replaced, by key; ``None`` removes a value.
+
+        Raises:
+            AttributeError: there is no such key.
+        """
+        kept = [r for r in self.readings if r.layer or r.key.name not in values]
+        new = [Reading(_key(name), self.step, value) for name, value in values.items()]
+        return replace(self, readings=_ordered(r for r in (*kept, *new) if r.value is not None))
+
+    def because(self, reasons: Iterable[str]) -> Measurement:
+        """A copy with more reasons."""
+        return replace(self, reasons=(*self.reasons, *reasons))
+
+    def finite(self) -> Measurement:
+        """A copy without values that are not finite, as in a run that has diverged."""
+        return replace(self, readings=tuple(r for r in self.readings if r.value is not None and math.isfinite(r.value)))
+
+    def at_scale(self, factor: float) -> Measurement:
+        """A copy as it would be with all learning rates multiplied by ``factor`` > 0, at the same weights."""
+        by = {1: factor, 0: 1.0, -1: 1 / factor}
+        scaled = [
+            r._replace(value=r.value * by[r.key.scales_with_rate]) if r.key.scales_with_rate and r.value else r
+            for r in self.readings
+        ]
+        return replace(self, readings=tuple(scaled))
+
+    @cached_property
+    def _of_model(self) -> dict[str, float]:
+        return {r.key.name: r.value for r in self.readings if not r.layer and r.value is not None}
+
+    def __getattr__(self, name: str) -> float | None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = self._of_model.get(name)
+        if value is None and name not in KEYS:
+            raise AttributeError(f"{name!r} is no log key; the keys are {', '.join(KEYS)}")
+        return value
+
+    def layers(self, name: str) -> dict[str, float]:
+        """The values of one key by layer; empty if there are none."""
+        return {r.layer: r.value for r in self.readings if r.layer and r.key.name == name and r.value is not None}
+
     def values(self) -> dict[str, float]:
-        """The numbers that were had, by field: those that are logged, and those that are in the history alone."""
-        held = {f.name: getattr(self, f.name) for f in fields(self) if "help" in f.metadata}
-        return {name: float(value) for name, value in held.items() if value is not None}
+        """All values of the whole model, by key; those that only the history holds included."""
+        return dict(self._of_model)
 
     def as_log_dict(self) -> dict[str, float]:
-        """The values that were had, under their log keys."""
-        values = {name: getattr(self, name) for name in _LOGGED}
-        return {LOG_PREFIX + name: float(value) for name, value in values.items() if value is not None}
-
-
-_LOGGED = {
-    f.name: str(f.metadata["help"])
-    for f in fields(Measurement)
-    if "help" in f.metadata
-    and f.name not in ("mean_square_bound", "residual", "precision_error", "seconds", "learning_rate")
-}
+        """The values that loggers get, by log key; a layer's value under ``gfs/key/layer``."""
+        return {
+            LOG_PREFIX + r.key.name + (f"/{r.layer}" if r.layer else ""): float(r.value)
+            for r in self.readings
+            if r.key.logged and r.value is not None
+        }
 
 
 def log_keys() -> dict[str, str]:
-    """Every log key with its meaning."""
-    return {LOG_PREFIX + name: text for name, text in _LOGGED.items()}
+    """The meaning of every log key, by the key with its prefix ``gfs/``."""
+    return {LOG_PREFIX + key.name: key.help for key in KEYS.values() if key.logged}
+
+
+_PLACES = {name: place for place, name in enumerate(KEYS)}
+
+
+def _ordered(readings: Iterable[Reading]) -> tuple[Reading, ...]:
+    """The readings in the order of the keys, so that measurements with the same values are equal."""
+    return tuple(sorted(readings, key=lambda r: (_PLACES.get(r.key.name, len(_PLACES)), r.key.name, r.layer)))
+
+
+def _key(name: str) -> Key:
+    try:
+        return KEYS[name]
+    except KeyError:
+        raise AttributeError(f"{name!r} is no log key; the keys are {', '.join(KEYS)}") from None

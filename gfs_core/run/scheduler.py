@@ -17,22 +17,24 @@ from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 
 
 class EdgeOfStabilityLR(LRScheduler):
-    """Sets the learning rate by how near the run is to the edge of stability, on top of another scheduler.
+    """Scales the learning rate by the distance of the run to the edge of stability, on top of another scheduler.
 
-    To be stepped once per optimizer step: in Lightning's ``configure_optimizers`` as
+    Step it once per optimizer step: in Lightning's ``configure_optimizers`` as
     ``{"scheduler": EdgeOfStabilityLR(optimizer), "interval": "step"}``, with transformers as
-    ``Trainer(optimizers=(optimizer, EdgeOfStabilityLR(optimizer)))``. A :class:`~gfs_core.StabilityMonitor` of the same
-    optimizer, or a callback of either framework, measures. The rate that frameworks log is then the controlled one; to
-    keep the user's own in the log, use the option ``control`` of the monitor instead.
+    ``Trainer(optimizers=(optimizer, EdgeOfStabilityLR(optimizer)))``. The measurements come from a
+    :class:`~gfs_core.StabilityMonitor` of the same optimizer, or from a callback of either framework. Frameworks then
+    log the controlled rate. To keep the user's rate in the log, use the option ``control`` of the monitor instead.
 
     Args:
         optimizer: the torch optimizer.
         base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
-        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"`` or ``"cdat"``.
-        margin: stability ratio to stay below, in (0, 1]; ``None``: ½, and ¾ for optimizers with second moments.
+        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"``, ``"cdat"``, or ``"observe"`` for no control.
+        margin: stability ratio to stay below, in (0, 1]; ``None``: ¾ for optimizers with second moments, except with
+            ``"cdat"``, and ½ otherwise.
 
     Raises:
-        ConfigError: the policy is not known, the margin out of its range, or the base scheduler does not fit.
+        ConfigError: the policy is unknown, the margin is out of range, or the base scheduler is a
+            ``ReduceLROnPlateau`` or belongs to another optimizer.
 
     Example:
         >>> import torch, gfs_core as gfs
@@ -40,7 +42,7 @@ class EdgeOfStabilityLR(LRScheduler):
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         >>> scheduler = gfs.EdgeOfStabilityLR(optimizer, policy="cap")
         >>> monitor = gfs.StabilityMonitor(model, optimizer)
-        >>> scheduler.get_last_lr()  # low until the first measurements are there
+        >>> scheduler.get_last_lr()  # a hundredth until the first measurements have been made
         [0.01]
     """
 
@@ -71,11 +73,11 @@ class EdgeOfStabilityLR(LRScheduler):
 
     @property
     def base_lr(self) -> float:
-        """The largest of the base scheduler's rates now, without the scale."""
+        """The largest of the user's present rates, without the control's scale."""
         return max(self._users, default=0.0)
 
     def refresh(self) -> None:
-        """Put the control's present scale into the rates; a monitor calls it after a measurement."""
+        """Set the optimizer's rates with the control's present scale; a monitor calls it after a measurement."""
         groups = self.optimizer.param_groups
         self._take_in_new_groups()
         scale = self.control.scale(self.base_lr)
@@ -84,32 +86,32 @@ class EdgeOfStabilityLR(LRScheduler):
         self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
 
     def get_lr(self) -> list[Any]:
-        """The rates of the coming step, a number per group."""
+        """The rates of the coming step, one number per group."""
         self._take_in_new_groups()
         if self.last_epoch > 0:
-            self.control.step(self.base_lr)  # the step that has been taken
+            self.control.step(self.base_lr)  # counts the step that has been taken
             if self.base_scheduler is not None:
                 for group, rate in zip(self.optimizer.param_groups, self._users, strict=True):
-                    set_rate(group, rate)  # schedulers go on from the rate that they find
+                    set_rate(group, rate)  # schedulers compute the next rate from the one that they find
                 self.base_scheduler.step()
                 self._users = [float(g["lr"]) for g in self.optimizer.param_groups]
         scale = self.control.scale(self.base_lr)
         return [rate * scale for rate in self._users]
 
     def _take_in_new_groups(self) -> None:
-        """A group that was added since has the user's rate."""
+        """Read the user's rate from groups that were added to the optimizer."""
         groups = self.optimizer.param_groups
         self._users = self._users[: len(groups)] + [float(g["lr"]) for g in groups[len(self._users) :]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, the base scheduler's state and the control's included."""
+        """The whole state, including those of the base scheduler and of the control."""
         left_out = ("optimizer", "base_scheduler", "control")
         held = {k: v for k, v in super().state_dict().items() if k not in left_out}
         base = None if self.base_scheduler is None else self.base_scheduler.state_dict()
         return {**held, "base_scheduler": base, "control": self.control.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` left off."""
+        """Restore what :meth:`state_dict` returned."""
         held = dict(state_dict)
         base, control = held.pop("base_scheduler", None), held.pop("control", {})
         super().load_state_dict(held)
@@ -122,6 +124,6 @@ _schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[EdgeOfStabilityLR]
 
 
 def scheduler_of(optimizer: Any) -> EdgeOfStabilityLR | None:
-    """The scheduler of this optimizer that a monitor informs; ``None``: it has none."""
+    """The :class:`EdgeOfStabilityLR` of this optimizer; ``None``: it has none."""
     held = _schedulers.get(unwrap(optimizer))
     return None if held is None else held()

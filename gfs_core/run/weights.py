@@ -1,4 +1,4 @@
-"""Which weights are trained: what was measured of others does not fit any more."""
+"""Notices when other weights are trained than before, as earlier measurements do not hold for them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gfs_core.linalg.vectors import Vector, is_half, local
-from gfs_core.loss.batches import changed
-
 
 class Weights:
-    """The trained weights when they were last looked at.
+    """The trained weights at the last call of :meth:`changed`.
 
-    A weight counts as another one where it is another parameter (unfrozen, added, replaced), or the same one with
-    another shape, dtype or device. None of them is kept alive.
+    A weight has changed if it is another parameter (unfrozen, added, replaced), or the same parameter with another
+    shape, dtype or device. Its values do not matter. Only weak references are held.
 
     Attributes:
-        device: where the first of them was; ``None`` before the first look.
+        device: device of the first weight; ``None`` before the first call.
     """
 
     def __init__(self) -> None:
@@ -29,10 +26,10 @@ class Weights:
         self.device: torch.device | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Weights, ()  # a copy, or one that is pickled, has seen nothing: its weights are others
+        return Weights, ()  # a copied or unpickled object starts afresh, as its weights are other objects
 
     def changed(self, params: Sequence[Tensor]) -> bool:
-        """Whether ``params`` are others than those of the last call; at the first one they are not."""
+        """Whether ``params`` differ from those of the last call; ``False`` at the first call."""
         kinds = [_kind(p) for p in params]
         same = len(params) == len(self._seen) and all(
             ref() is p and kind == seen for p, kind, (ref, seen) in zip(params, kinds, self._seen, strict=True)
@@ -44,22 +41,8 @@ class Weights:
         return not (same or first)
 
 
-def fitted(vector: Vector | None, params: Sequence[Tensor]) -> Vector | None:
-    """A copy of ``vector`` where ``params`` are, in the precision of a vector; ``None``: its shapes are others."""
-    weights = [local(p) for p in params]
-    if vector is None or [t.shape for t in vector] != [w.shape for w in weights]:
-        return None
-    dtypes = [torch.float32 if is_half(w) else w.dtype for w in weights]
-    return [t.to(device=w.device, dtype=dtype, copy=True) for t, w, dtype in zip(vector, weights, dtypes, strict=True)]
-
-
-def moved(batch: Any, source: torch.device | None, target: torch.device | None) -> Any:
-    """The batch, its tensors on ``source`` brought to ``target``."""
-    return changed(batch, lambda t: t.to(target) if t.device == source else t)
-
-
 def to_come(model: nn.Module, params: Iterable[Tensor]) -> bool:
-    """Whether weights or buffers have no shape yet: those of lazy modules get one in training's first forward pass."""
+    """Whether weights or buffers have no shape yet; lazy modules get theirs in training's first forward pass."""
     return any(is_lazy(t) for held in (params, model.parameters(), model.buffers()) for t in held)
 
 

@@ -1,1 +1,1 @@
-"""What is measured; one family a file."""
+"""The signals: the quantities that are measured, one family per file."""

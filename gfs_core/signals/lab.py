@@ -1,4 +1,8 @@
-"""What a measurement works with: the objective with its Hessian, and flows that start from its weights."""
+"""The lab, which the signals of one measurement share: the loss with its derivatives, and the solvers' tolerances.
+
+Each measurement makes one lab, and every signal that is due uses it. So the model is isolated once, and the loss on the
+probe is differentiated once.
+"""
 
 from __future__ import annotations
 
@@ -10,76 +14,123 @@ from typing import Any
 
 import torch
 
-from gfs_core.errors import Reason
+from gfs_core.errors import ConfigError
 from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
-from gfs_core.linalg.operator import negated
 from gfs_core.linalg.vectors import Vector, random_like
-from gfs_core.loss.flow import Flow, FlowState
 from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 from gfs_core.optimizers.preconditioner import Preconditioned
 from gfs_core.optimizers.thresholds import Stability
 
-_GROWTH_TOL, _GROWTH_HVPS = 0.2, 20  # whether an eigenvalue is negative need not be known more closely
-MIX = 0.3  # lengths of what is mixed into a warm start, relative to it
-WORST_PRECISION = 0.05  # half precision that changes the sharpness by more than this gives way to float32
+_LARGEST_FACTOR = 1e300  # upper limit of the numbers below, so that products with them do not overflow
+MIX = 0.3  # length of a vector that is mixed into a warm start, relative to the start
+WORST_PRECISION = 0.05  # if half precision changes the sharpness by a larger fraction, float32 is used
 
 
 @dataclass(frozen=True)
-class FlowResult:
-    """Sharpness at the end of a gradient flow.
+class Accuracy:
+    """Tolerances and limits of the solvers.
 
     Attributes:
-        sharpness: the largest eigenvalue there (of the operator that the flow belongs to).
-        loss: the loss there.
-        time: flow time; the end of a full solution is where nothing changes any more.
-        steps: accepted steps.
-        grad_evals: gradients used.
-        hvps: Hessian-vector products used.
-        error: |difference| of the sharpness at two tolerances, where asked for.
-        converged: the end was reached.
-        reason: why not, or that the value belongs to a loss cutoff; empty otherwise.
+        tol: relative residual at which an eigenvalue counts as converged, > 0.
+        max_hvps: Hessian-vector products allowed for an eigenvalue, ≥ 1.
+        rtol: relative error of the sharpness that a flow aims at, > 0.
+        max_grads: gradients allowed for a gradient flow, ≥ 1; a short one has a lower limit of its own.
+        horizon: flow time of the short-horizon GFS sharpness, in units of the learning rate, > 0.
+
+    Raises:
+        ConfigError: one of them is out of its range.
     """
 
-    sharpness: float
-    loss: float
-    time: float
-    steps: int
-    grad_evals: int
-    hvps: int
-    converged: bool
-    reason: Reason = Reason.OK
-    error: float | None = None
+    tol: float = 1e-2
+    max_hvps: int = 100
+    rtol: float = 1e-2
+    max_grads: int = 100_000
+    horizon: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("tol", "rtol", "horizon"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST_FACTOR:
+                raise ConfigError(f"`{name}` must be a finite number > 0, got {value!r}")
+        for name in ("max_hvps", "max_grads"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"`{name}` must be an integer ≥ 1, got {value!r}")
 
 
-class Probe:
-    """Everything one measurement works with: the objective, its Hessian, and the eigenvalue settings."""
+class Lab:
+    """The loss on the probe, its Hessian, and the largest eigenvalues.
+
+    Args:
+        objective: the loss on the probe, isolated from training.
+        hvp: how Hessian-vector products are computed.
+        learned: known facts about the model and its loss; the lab works on a copy.
+        accuracy: tolerances and limits; ``None``: the defaults.
+        seed: of the random directions.
+
+    Attributes:
+        hessian: the Hessian of the objective at the present weights.
+        loss: the loss on the probe; ``None`` before a signal has asked for it.
+        top: the largest eigenvalue of the optimizer's operator; ``None`` before it is solved for, or if unusable.
+        sharpest: the eigenvector of the Hessian's largest eigenvalue; ``None`` before it is solved for, or if unusable.
+    """
 
     def __init__(
         self,
         objective: Objective,
-        *,
         hvp: HvpMethod = "auto",
         learned: Learned | None = None,
-        tol: float = 1e-2,
-        max_hvps: int = 100,
+        accuracy: Accuracy | None = None,
         seed: int = 0,
     ) -> None:
         self.objective = objective
         self.hessian = Hessian(objective, hvp, learned)
-        self.tol, self.max_hvps = tol, max_hvps
+        self.accuracy = Accuracy() if accuracy is None else accuracy
         self.generator = torch.Generator().manual_seed(seed)
+        self.loss: float | None = None
+        self.top: EigenResult | None = None
+        self.sharpest: Vector | None = None
+
+    @property
+    def flows(self) -> bool:
+        """Whether there is a gradient flow to follow.
+
+        There is none if the curvature is not symmetric, as the gradient is then not the gradient of any function.
+        There is none if the loss rounds its weights, as the gradient is then that of another function.
+        """
+        return self.hessian.symmetric and not self.hessian.rounded
+
+    def notes(self) -> list[str]:
+        """Remarks about the values of this measurement, in words."""
+        snapshot = self.objective.isolation
+        leaks = [] if snapshot is None else snapshot.leaks
+        found = [self.hessian.reason, self.hessian.resting, self.objective.precision.reason]
+        found += [f"the loss changed `{name}` in place, too large to be put back" for name in leaks]
+        return [note for note in found if note]
+
+    def restore_weights(self) -> None:
+        """Restore the weights to their values at the start of the measurement."""
+        self.hessian.release()
+        if self.objective.isolation is not None:
+            self.objective.isolation.restore_weights()
+
+    def loss_on_probe(self) -> float:
+        """The loss on the probe; it is evaluated at the first call only."""
+        if self.loss is None:
+            self.loss = self.objective.loss()
+        return self.loss
 
     def operator(self, stability: Stability | None) -> Hessian | Preconditioned:
-        """H, or the optimizer's operator."""
+        """The optimizer's operator S·(H + shift)·S; the Hessian H for ``None`` or a plain optimizer."""
         if stability is None or stability.plain:
             return self.hessian
         return Preconditioned(self.hessian, stability.scale, stability.shift)
 
     @contextlib.contextmanager
     def on(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Measure on other batches for a while."""
+        """A context in which the objective is the loss on other batches."""
         held, self.objective.batches = self.objective.batches, batches
         self.hessian.forget_batches()
         try:
@@ -88,7 +139,7 @@ class Probe:
             self.objective.batches = held
             self.hessian.forget_batches()
 
-    def top(
+    def eigenvalue(
         self,
         stability: Stability | None = None,
         start: Vector | None = None,
@@ -97,8 +148,13 @@ class Probe:
     ) -> EigenResult:
         """Largest eigenvalue at the present weights, of H or of the optimizer's operator.
 
-        With ``mix``, the start takes in the gradient, which lies mostly along large curvature, and a random vector: an
-        eigenvalue that overtakes in a block of the Hessian where the start is 0 would otherwise never be seen.
+        Args:
+            stability: holds the optimizer's operator; ``None``: H.
+            start: the vector to start from, which is overwritten; ``None``: a random one.
+            tol: relative residual, > 0; ``None``: that of the lab's accuracy.
+            mix: mix the gradient, which lies mostly along large curvature, and a random vector into the start.
+                Otherwise an eigenvalue in a block of the Hessian where the start is 0 would never be found, even after
+                it has become the largest.
         """
         operator = self.operator(stability)
         if mix and start is not None:
@@ -107,8 +163,8 @@ class Probe:
         return largest_eigenvalues(
             operator,
             self.objective.weights,
-            tol=self.tol if tol is None else tol,
-            max_hvps=self.max_hvps,
+            tol=self.accuracy.tol if tol is None else tol,
+            max_hvps=self.accuracy.max_hvps,
             start=None if start is None else [start],
             generator=self.generator,
             product_error=self.hessian.error,
@@ -116,19 +172,20 @@ class Probe:
         )
 
     def in_half_precision(self) -> bool:
-        """Whether an eigenvalue is found by products in half precision."""
+        """Whether Hessian-vector products are computed in half precision."""
         precision = self.objective.precision
         return self.hessian.method == "exact" and precision.half is not None and not precision.full_for_products
 
     def precision_error(self, stability: Stability, vector: Vector, value: float) -> float:
-        """How far a Rayleigh quotient found in half precision is from its value in float32; costs a product.
+        """Relative error of a Rayleigh quotient in half precision, against float32; it costs one product.
 
-        Where it is too far, all is computed in float32 from then on, unless training's precision was asked for.
+        If it exceeds ``WORST_PRECISION``, everything is computed in float32 from then on, unless training's precision
+        was asked for.
 
         Args:
-            stability: whose operator's quotient it is.
-            vector: of norm 1.
-            value: of the quotient, as found.
+            stability: holds the operator of the quotient.
+            vector: the vector of the quotient, of norm 1.
+            value: the quotient in half precision.
         """
         self.hessian.release()
         with self.objective.in_float32():
@@ -140,81 +197,3 @@ class Probe:
             precision.choice = "float32"
             precision.reason = f"{precision.half} changes the sharpness by {error:.0%}; all is measured in float32"
         return error
-
-    def flow(self, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int) -> Flowing:
-        """A flow from the present weights, in the coordinates of ``stability``."""
-        return Flowing(self, top, stability, rtol, max_grads)
-
-
-class Flowing:
-    """A flow together with the running estimate of the stiffest direction."""
-
-    def __init__(
-        self, probe: Probe, top: EigenResult, stability: Stability | None, rtol: float, max_grads: int
-    ) -> None:
-        self.probe, self.stability = probe, stability
-        self.vector = top.vector  # turned along in place: one copy less, and the next measurement starts from there
-        self._known: float | None = top.value + top.residual
-        inverse = None if stability is None or stability.scale is None else stability.scale.squared()
-        probe.hessian.release()
-        self.flow = Flow(probe.objective, self._rho, preconditioner=inverse, rtol=rtol, max_grads=max_grads)
-
-    def _rho(self) -> float:
-        if self._known is not None:
-            known, self._known = self._known, None
-            return known
-        result = self.top(tol=0.1, afresh=self.flow.doubtful)
-        return max(result.value, 0.0) + result.residual
-
-    def top(self, tol: float | None = None, afresh: bool = False) -> EigenResult:
-        """The largest eigenvalue where the flow stands, warm from the last one.
-
-        A symmetry of the loss may keep the last vector out of the direction that is the top now, at a saddle for
-        instance, and a warm start does not find it then; ``afresh`` starts at random.
-        """
-        self.probe.hessian.release()
-        result = self.probe.top(self.stability, start=None if afresh else self.vector, tol=tol)
-        self.vector = result.vector
-        self.probe.hessian.release()
-        return result
-
-    def growth(self) -> float:
-        """The rate at which something grows where the flow stands: −(lowest eigenvalue), 0 where that is not negative.
-
-        From a random start. It may be more, never less: what few products find.
-        """
-        self.probe.hessian.release()
-        operator = self.probe.operator(self.stability)
-
-        found = largest_eigenvalues(
-            negated(operator),
-            self.probe.objective.weights,
-            tol=_GROWTH_TOL,
-            max_hvps=max(_GROWTH_HVPS, self.flow.grad_evals // 100),
-            generator=self.probe.generator,
-            product_error=self.probe.hessian.error,
-            inner=self.probe.objective.inner,
-        )
-        self.probe.hessian.release()
-        known = (10 * self.flow.eps + 3 * self.probe.hessian.error) * self.flow.rho
-        return found.value if found.value > known else 0.0
-
-    def result(self, state: FlowState, top: EigenResult, converged: bool, reason: Reason = Reason.OK) -> FlowResult:
-        """What was found where the flow stands."""
-        return FlowResult(
-            top.value,
-            state.loss,
-            state.time,
-            state.steps,
-            self.flow.grad_evals,
-            self.probe.hessian.hvps,
-            converged and top.converged,
-            state.reason or reason or top.reason,
-        )
-
-
-def flow_for(flowing: Flowing, time: float, afresh: bool = False) -> FlowResult:
-    """Sharpness after flow time ``time``; ``afresh``: as in :meth:`Flowing.top`, for a long one."""
-    state = flowing.flow.advance(flowing.flow.start(), time)
-    state.field.clear()  # nothing flows on from here; a copy of the weights less for the eigenvalue
-    return flowing.result(state, flowing.top(afresh=afresh), converged=not state.reason)

@@ -1,4 +1,4 @@
-"""What training itself tells, at no cost: the loss of a step, the examples behind it, and the rate of the step."""
+"""Readings that training itself provides at no cost: the loss of a step, its examples, and the learning rate."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from gfs_core.signals.base import Key, Reading
 
 LOSS = Key("loss", "loss of the training batch, the mean over its examples; may be not finite", logged=False)
 EXAMPLES = Key("examples", "examples of the training batch", logged=False, whole=True)
-STEP_RATE = Key("lr_effective", "learning rate that the coming step really uses", scales_with_rate=1)
+STEP_RATE = Key("step_rate", "learning rate of the coming step, before it is taken", scales_with_rate=1, logged=False)
 
-_SIZES = 6  # batches whose sizes make up the usual one: few, for sizes that change for good; of two in turn the larger
-_SHORT = 0.5  # of the usual size: below it, the mean over a batch scatters too much to be compared with the others
+_SIZES = 6  # latest batches whose upper median is the usual size; few, so that it soon follows a lasting change
+_SHORT = 0.5  # of the usual size; the mean over a smaller batch is too noisy to be compared with the others
 
 
 class BatchSizes:
-    """Sizes of the latest batches, to know one that is short, such as the rest that ends an epoch."""
+    """Sizes of the latest batches; they tell which batch is short, such as the last one of an epoch."""
 
     def __init__(self, seen: Sequence[int] = ()) -> None:
         self.seen = deque(map(int, seen), maxlen=_SIZES)
 
     def short(self, examples: int | None) -> bool:
-        """Take in the size of a batch, and say whether it is less than half the usual; an unknown one, 0, is not."""
+        """Record the size of a batch, and return whether it is less than half the usual one.
+
+        An unknown size, ``None`` or 0, is not recorded and not short.
+        """
         if not examples:
             return False
         self.seen.append(examples)
@@ -35,11 +38,11 @@ def loss_readings(step: int, loss: float, examples: int | None = None) -> list[R
 
     Args:
         step: optimizer steps taken before it.
-        loss: the mean over the batch; any number, also not finite.
-        examples: those of the batch; ``None`` or 0: not known.
+        loss: the mean over the batch; any number, even one that is not finite.
+        examples: number of examples in the batch; ``None`` or 0: not known.
 
     Returns:
-        The examples, where they are known, and then the loss: whoever reads both needs the size first.
+        The number of examples, if known, and then the loss. A detector that reads both needs the number first.
     """
     known = [Reading(EXAMPLES, step, examples)] if examples else []
     return [*known, Reading(LOSS, step, loss)]

@@ -1,0 +1,37 @@
+"""The actions of a run, by the option ``alarm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gfs_core.actions.base import Action
+from gfs_core.actions.checkpoint import Checkpoint
+from gfs_core.actions.rate import Control, StepDown
+from gfs_core.actions.report import Warn
+from gfs_core.actions.stop import Stop
+
+LADDER = ("off", "log", "warn", "checkpoint", "stop")
+"""The values of the option ``alarm``. Each value includes the actions of those before it."""
+
+# For each action: the first value of the option that includes it, and a function that makes it from the control and
+# from a function that shows a warning. A new action is one more line here.
+ACTIONS: list[tuple[str, Callable[[Control, Callable[[str], None]], Action]]] = [
+    ("log", lambda control, warn: StepDown(control)),
+    ("warn", lambda control, warn: Warn(warn)),
+    ("checkpoint", lambda control, warn: Checkpoint()),
+    ("stop", lambda control, warn: Stop()),
+]
+
+
+def actions_for(alarm: str, control: Control, warn: Callable[[str], None]) -> list[Action]:
+    """The actions that are taken on each alert, in this order.
+
+    Args:
+        alarm: the value of the option ``alarm``.
+        control: the control of the learning rate.
+        warn: shows a text.
+
+    Raises:
+        ValueError: the option has no such value.
+    """
+    return [make(control, warn) for least, make in ACTIONS if LADDER.index(alarm) >= LADDER.index(least)]

@@ -1,0 +1,149 @@
+"""The learning rate under a control: the rate that a step uses, and checks that the control acts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from gfs_core.actions.rate import FIRST, PATIENCE, Control
+from gfs_core.config import GFSConfig
+from gfs_core.errors import ConfigError
+from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
+from gfs_core.optimizers.thresholds import unwrap
+from gfs_core.run.notices import Notices
+from gfs_core.run.record import Measurement
+from gfs_core.run.scheduler import scheduler_of
+
+_SURE = 3  # steps in a row that bypass the control before a warning says so
+
+
+class Rates:
+    """The rates of an optimizer, and the control that scales them.
+
+    Args:
+        optimizer: a torch optimizer or a wrapper of one.
+        config: holds the policy and its margin.
+        adaptive: whether the optimizer divides by second moments.
+        notices: reports that the control does not act.
+
+    Attributes:
+        control: decides the scale.
+        why: why the control has no stability ratio yet.
+
+    Raises:
+        ConfigError: the rate has a second control, or the rate of this optimizer cannot be controlled.
+    """
+
+    def __init__(self, optimizer: Any, config: GFSConfig, adaptive: bool, notices: Notices) -> None:
+        self.optimizer, self.notices = optimizer, notices
+        self.control = Control(config.control, config.margin, adaptive)
+        self.why = "no measurement was made"
+        self._scheduler = scheduler_of(optimizer)
+        self._hook: LearningRateHook | None = None
+        if self._scheduler is not None:
+            self.control = self._scheduler.control
+            if config.control != "observe":
+                raise ConfigError(
+                    f"control={config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
+                )
+        elif config.control != "observe":
+            self.act(self.control)
+
+    def act(self, control: Control) -> None:
+        """Let ``control`` scale each step of the optimizer."""
+        self.close()
+        self.control, self._hook = control, LearningRateHook(self.optimizer, control)
+
+    def base_lr(self) -> float:
+        """The rate that the user's scheduler sets, without the control's scale."""
+        return rate_of(self.optimizer) if self._scheduler is None else self._scheduler.base_lr
+
+    def scale(self) -> float:
+        """The scale of the coming step; 1 where the control does not act."""
+        if self._hook is None and self._scheduler is None:
+            return 1.0
+        passed_by = self._hook is not None and self._hook.passed_by > 0
+        return 1.0 if passed_by else self.control.scale(self.base_lr())
+
+    def scaled(self, scale: float) -> AbstractContextManager[None]:
+        """A context in which the optimizer holds the rates that the coming step uses."""
+        return contextlib.nullcontext() if self._hook is None else self._hook.scaled(scale)
+
+    def effective(self) -> float | None:
+        """The rate that the coming step uses.
+
+        ``None``: measurements decide it now, or reading it would wait for an accelerator.
+        """
+        if self.control.holding:
+            return None
+        for group in unwrap(self.optimizer).param_groups:
+            if isinstance(rate := group.get("lr"), Tensor) and rate.device.type != "cpu":
+                return None
+        return self.base_lr() * self.scale()
+
+    def look(self, label: str, anywhere: Callable[[bool], bool]) -> None:
+        """Check, once a step, that the control acts; warn once if it does not.
+
+        Args:
+            label: name of the optimizer.
+            anywhere: returns whether its argument is true on any process.
+
+        Raises:
+            MeasurementError: with ``strict=True``, the control does not act.
+        """
+        policy = self.control.policy
+        if self.control.lost:
+            self.notices.complain(
+                f"control={policy!r} starts from {FIRST} stability ratios, and had {self.control.seen} in {PATIENCE} "
+                f"steps ({self.why}). It leaves the rate alone until it has them: lr_scale is 1. Mend what is in "
+                "brackets, or use control='observe'"
+            )
+        if self._hook is not None:
+            self._hook.look(anywhere)
+            if self._hook.passed_by >= _SURE:
+                self.notices.complain(
+                    f"control={policy!r} does not act: the weights move without `optimizer.step()`, by other methods "
+                    f"of {label} or inside the backward pass, and it holds the rate of such steps alone. "
+                    "lr_scale is 1. Step with `optimizer.step()` (sharpness-aware optimizers: with a closure), or use "
+                    "control='observe'"
+                )
+
+    def take_in(self, measurement: Measurement, before: float, along_the_step: bool) -> Measurement:
+        """Pass a measurement to the control, and return it converted to the scale of the coming step.
+
+        Args:
+            measurement: the measurement.
+            before: the scale at which it was made.
+            along_the_step: whether its stability ratio was measured along the last step.
+        """
+        if self.control.policy == "observe":
+            return measurement
+        rate = self.base_lr()
+        along = before / self.control.last  # values along the last step belong to the rate at which it was taken
+        if measurement.critical_lr is not None:
+            measurement = measurement.having(critical_lr=measurement.critical_lr / along)
+        if along_the_step and measurement.stability_ratio is not None:
+            measurement = measurement.having(stability_ratio=measurement.stability_ratio * along)
+        self.control.measured(rate * before, measurement.values())
+        if self.control.waiting:
+            self.why = "; ".join(measurement.reasons) or "the curvature found was not positive"
+        scale = self.scale()
+        if self._scheduler is not None:
+            self._scheduler.refresh()
+        return measurement.at_scale(scale / before).having(lr_scale=scale, lr_effective=rate * scale)
+
+    def renew(self) -> None:
+        """Start the control again: other weights are trained now, and their curvature has not been measured."""
+        self.control.renew()
+        if self._scheduler is not None:
+            self._scheduler.refresh()
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        if self._hook is not None:
+            self._hook.close()
+            self._hook = None

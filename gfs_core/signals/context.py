@@ -1,0 +1,60 @@
+"""The data of one optimizer step: everything that a signal sees of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gfs_core.linalg.vectors import Vector
+from gfs_core.optimizers.thresholds import Stability, parameters_of, stability_of
+
+
+@dataclass
+class StepContext:
+    """One optimizer step, before it is taken.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        model: the module that is trained.
+        optimizer: its torch optimizer, or a wrapper of one.
+        loss_fn: ``loss_fn(model, batch)`` returns a 0-dim tensor, the mean over one micro-batch.
+        batches: the micro-batches of the step; they are not changed.
+        probe: the batches on which signals are measured that do not select their own.
+        current: the step's micro-batches, limited to the size of a probe.
+        before: the weights before the last step, which the reader may overwrite; ``None``: not kept.
+        mean_loss: mean training loss over the steps before; ``None``: not known.
+        rate_only_lowered: whether the learning rate is controlled by a policy that only lowers it.
+    """
+
+    step: int
+    model: nn.Module
+    optimizer: Any
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    batches: list[Any]
+    probe: list[Any]
+    current: list[Any]
+    before: Vector | None = None
+    mean_loss: float | None = None
+    rate_only_lowered: bool = False
+
+    @cached_property
+    def params(self) -> list[Tensor]:
+        """The trained weights; the tensors of every vector are in this order."""
+        return parameters_of(self.optimizer)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each weight in the user's model; ``parameter i`` for one that the model does not hold."""
+        own = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        held = {id(p): name.replace("_orig_mod.", "") for name, p in own.named_parameters()}  # of torch.compile
+        return [held.get(id(p), f"parameter {place}") for place, p in enumerate(self.params)]
+
+    @cached_property
+    def stability(self) -> Stability:
+        """The optimizer's threshold and preconditioner at this step."""
+        return stability_of(self.optimizer, self.params)

@@ -1,0 +1,125 @@
+"""The largest eigenvalues of the loss Hessian and of the optimizer's operator, on the probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gfs_core.errors import MeasurementError
+from gfs_core.linalg.eigen import EigenResult
+from gfs_core.linalg.vectors import Vector, fitted
+from gfs_core.signals.base import Cost, Key, Reading
+from gfs_core.signals.context import StepContext
+from gfs_core.signals.keys import PRECISION_ERROR, SHARPNESS_CHART, STABILITY_RATIO
+from gfs_core.signals.lab import Lab
+
+SHARPNESS = Key("sharpness", "largest eigenvalue λ₁ of the loss Hessian on the probe", chart=SHARPNESS_CHART)
+PRECONDITIONED_SHARPNESS = Key(
+    "preconditioned_sharpness",
+    "largest eigenvalue in the optimizer's own coordinates; adaptive optimizers, weight decay, several rates",
+    chart=SHARPNESS_CHART,
+)
+RESIDUAL = Key("residual", "bound on the distance of the sharpness to an eigenvalue, relative to it", logged=False)
+WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge is left out if its relative error bound exceeds this
+_MIX_FIRST, _MIX_EVERY = 3, 10  # solves 3, 13, 23 … mix other directions into the warm start
+
+
+class Eigenvalue:
+    """The sharpness, and the preconditioned sharpness where it differs. Each solve starts from the last eigenvector.
+
+    Attributes:
+        solved: measurements so far, failed ones included.
+        raw: the eigenvector of H from which the next solve starts; ``None``: it starts at random.
+        preconditioned: the same for the optimizer's operator.
+    """
+
+    name = "sharpness"
+    keys = (SHARPNESS, PRECONDITIONED_SHARPNESS, STABILITY_RATIO, RESIDUAL, PRECISION_ERROR)
+    cost = Cost.SOLVE
+    copies = (10, 12)
+    needs = ()
+    every = None
+
+    def __init__(self) -> None:
+        self.solved = 0
+        self.raw: Vector | None = None
+        self.preconditioned: Vector | None = None
+
+    def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
+        """Solve for the eigenvalues. The first solve, and every tenth after it, checks half precision by float32.
+
+        ``lab.top`` and ``lab.sharpest`` are set for the signals that follow.
+
+        Raises:
+            MeasurementError: an eigenvalue is not finite.
+        """
+        self.solved += 1
+        lab.loss_on_probe()
+        found = self._solve(step, lab, mix=self.solved % _MIX_EVERY == _MIX_FIRST)
+        if lab.top is not None and self.solved % _MIX_EVERY == 1 and lab.in_half_precision():
+            error = lab.precision_error(step.stability, lab.top.vector, lab.top.value)
+            found.append(Reading(PRECISION_ERROR, step.step, error))
+            if not lab.in_half_precision():
+                found += self._solve(step, lab, mix=self.solved % _MIX_EVERY == _MIX_FIRST)
+        if not lab.hessian.symmetric:  # the residual is no error bound then
+            found = [reading for reading in found if reading.key is not RESIDUAL]
+        return found
+
+    def _solve(self, step: StepContext, lab: Lab, mix: bool) -> list[Reading]:
+        stability, at = step.stability, step.step
+        top = lab.eigenvalue(start=self.raw, mix=mix)
+        found = [_reading(SHARPNESS, at, top, lab)]
+        usable = found[0].value is not None
+        self.raw = lab.sharpest = top.vector if usable else None
+        if usable:
+            found.append(Reading(RESIDUAL, at, top.error_bound))
+        if stability.threshold is not None and not stability.plain:
+            top = lab.eigenvalue(stability, start=self.preconditioned, mix=mix)
+            found.append(_reading(PRECONDITIONED_SHARPNESS, at, top, lab))
+            usable = found[-1].value is not None
+            self.preconditioned = top.vector if usable else None
+        if usable and stability.threshold is not None:
+            found.append(Reading(STABILITY_RATIO, at, top.value / stability.threshold))
+        lab.top = top if usable else None
+        return found
+
+    def forget(self) -> None:
+        """Start the next solve at random, and check its precision by float32."""
+        self.solved = 0
+        self.broke_off()
+
+    def broke_off(self) -> None:
+        """Start the next solve at random."""
+        self.raw = self.preconditioned = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of measurements, and the vectors to start from."""
+        return {"solved": self.solved, "raw": self.raw, "preconditioned": self.preconditioned}
+
+    def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Restore the number of measurements, and the vectors that fit ``params``."""
+        self.solved = int(state["solved"])
+        self.raw, self.preconditioned = (fitted(state[name], params) for name in ("raw", "preconditioned"))
+
+
+def _reading(key: Key, step: int, top: EigenResult, lab: Lab) -> Reading:
+    """A reading of an eigenvalue, or the reason why it is left out.
+
+    It has a value if the solver has converged. For a symmetric operator, where the residual bounds the error, it also
+    has one if that bound is at most ``WORST_RESIDUAL``.
+
+    Raises:
+        MeasurementError: the eigenvalue is not finite.
+    """
+    if not math.isfinite(top.value):
+        raise MeasurementError("the sharpness is not finite")
+    if top.converged:
+        return Reading(key, step, top.value)
+    symmetric = lab.hessian.symmetric
+    usable = symmetric and top.error_bound <= WORST_RESIDUAL
+    why = top.reason if symmetric else "no eigenvalue of a curvature that is not symmetric was found"
+    reason = f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {why}"
+    return Reading(key, step, top.value if usable else None, reason=reason)

@@ -25,7 +25,7 @@ def train(control: str, steps: int = 200) -> float:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     config = gfs_core.GFSConfig(tier="running", every=5, control=control, alarm="stop")  # type: ignore[arg-type]
-    monitor = gfs_core.StabilityMonitor(model, optimizer, config, on_alarm=lambda event: print(event.reason))
+    monitor = gfs_core.StabilityMonitor(model, optimizer, config, on_alarm=lambda alert: print(alert.reason))
     losses = []
     for step in range(steps):
         rows = torch.randint(len(x), (64,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,7 +61,7 @@ def advise(
     flow: str = "",
     running: str = "",
     empirical: bool = False,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, tuple[Any, str]] | None = None,
 ) -> Advice:
     """The dearest tier that is worth its price, and its interval.
 
@@ -71,7 +71,7 @@ def advise(
         flow: why the short-horizon GFS sharpness is not worth it, where that is known.
         running: why the running estimate is not to be trusted, where that is known.
         empirical: whether the optimizer's threshold is not known, so that its steps have to be measured.
-        extra: further options, with reasons of their own.
+        extra: further options: of each its value, and a sentence that says why.
     """
     if empirical:
         every = max(_CLOSEST, _round(interval(prices["directional"], step))) if "directional" in prices else 20
@@ -106,12 +106,15 @@ def advise(
     return _advice({"tier": "running", "every": every}, reasons, extra)
 
 
-def _advice(options: dict[str, Any], reasons: tuple[str, ...] | list[str], extra: Mapping[str, Any] | None) -> Advice:
+def _advice(options: dict[str, Any], reasons: Sequence[str], extra: Mapping[str, tuple[Any, str]] | None) -> Advice:
+    extra = extra or {}
+    reasons = (*reasons, *(why for _, why in extra.values()))
     defaults = {f.name: f.default for f in fields(GFSConfig)}
     named = ("tier", "every")
-    options = {n: v for n, v in {**options, **(extra or {})}.items() if n in named or v != defaults[n]}
+    options |= {name: value for name, (value, _) in extra.items()}
+    options = {n: v for n, v in options.items() if n in named or v != defaults[n]}
     GFSConfig.from_options(**options)  # what is advised has to be possible
-    return Advice(options, tuple(reasons))
+    return Advice(options, reasons)
 
 
 def _round(steps: int) -> int:

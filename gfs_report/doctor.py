@@ -25,13 +25,11 @@ STEPS = BEGIN + 5  # everything is measured at the first of them, cold, and at t
 _OPTIONS: dict[str, Any] = {
     "tier": "gfs",
     "every": 4,
-    "sharpness_every": 2,
-    "directional_every": 2,
-    "batch_sharpness_every": 4,
     "running_every": 1,
     "max_overhead": None,
     "alarm": "off",
 }
+_INTERVALS = {"directional": 2, "batch_sharpness": 4, "sharpness": 2}  # of what a monitor with these leaves out
 _TIERS = ("running", "directional", "batch_sharpness", "sharpness", "gfs")
 # A running ratio is 0.3 to 1.5 of the solved one once it has settled; it is the mean of a handful of products here.
 _APART = 10.0
@@ -151,7 +149,7 @@ def examine(
         JobFailed: it crashed or hung.
     """
     with tempfile.TemporaryDirectory(prefix="gfs-doctor-") as folder:
-        plan = jobs.Plan(STEPS, _OPTIONS, begin=BEGIN)
+        plan = jobs.Plan(STEPS, _OPTIONS, begin=BEGIN, intervals=_INTERVALS)
         outcome = jobs.run(job, plan, Path(folder) / "run", patience=patience, told=told)
         history = sorted(outcome.folder.glob("history*.jsonl"))
         try:
@@ -160,6 +158,7 @@ def examine(
             measured = []
         printed = jobs.last_lines(outcome.folder / "output.txt", 1000)
         step = _step_seconds(read_run(outcome.folder))
+    last = next((m for m in measured if m.step == STEPS - 1), Measurement(STEPS - 1))
     problems = [reason for m in measured for reason in m.reasons]
     problems += [line.strip() for line in re.findall(r"GFSWarning: gfs: (?:stability measurement: )?(.*)", printed)]
     if outcome.steps < STEPS:
@@ -182,7 +181,7 @@ def examine(
         prices=prices,
         memory=_memory(facts),
         problems=problems,
-        advice=_advise(prices, step, facts, problems, apart) if prices and step is not None else None,
+        advice=_advise(prices, step, facts, last, apart) if prices and step is not None else None,
     )
 
 
@@ -204,15 +203,18 @@ def _prices(facts: dict[str, Any], step: float | None) -> list[Price]:
     return out
 
 
-def _advise(prices: list[Price], step: float, facts: dict[str, Any], problems: list[str], apart: str) -> Advice:
-    examples = facts.get("batch_size") or 1
-    crowded = examples > 1 and any("out of memory" in p for p in problems)
+def _advise(prices: list[Price], step: float, facts: dict[str, Any], last: Measurement, apart: str) -> Advice:
+    """What to set; ``last`` is what was measured at the last step, where all tiers were due."""
+    fits = facts.get("measuring", {}).get("fits")
+    extra = {}
+    if fits is not None and last.sharpness is not None:  # else it is not known whether so many fit
+        extra["probe_size"] = (fits, f"Memory had no room for twice as many examples; it had for probe_size={fits}.")
     return advise(
         step,
         {p.tier: p.seconds for p in prices},
         running="it is far from the solved ratio here" if apart else "",
         empirical=bool(facts.get("empirical")),
-        extra={"micro_batch": max(1, examples // 4)} if crowded else None,
+        extra=extra,
     )
 
 

@@ -88,12 +88,14 @@ class Plan:
         options: of the :class:`~gfs_core.GFSConfig` that is measured with, where the job does not set its own.
         factor: on every learning rate that it uses.
         begin: steps taken before the first measurement.
+        intervals: steps between measurements of signals that the options do not turn on, by name.
     """
 
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
     factor: float = 1.0
     begin: int = 0
+    intervals: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

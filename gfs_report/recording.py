@@ -18,19 +18,17 @@ from gfs_core.actions.rate import Control
 from gfs_core.config import TIERS
 from gfs_core.linalg.vectors import local
 from gfs_core.loss.memory import vector_bytes
-from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
+from gfs_core.optimizers.learning_rate import rate_of
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.scheduler import scheduler_of
-from gfs_core.signals.memory import peak_copies
+from gfs_core.signals.catalog import Signals
+from gfs_core.signals.measuring import copies_of
 from gfs_report.jobs import Plan
 
 _FLUSH = 0.5  # seconds between two looks at the losses, each of which waits for an accelerator
 _NOT_FINITE = 10  # losses in a row after which a run counts as lost
 # Options of the job's own GFSCallback that say how its loss can be measured; the others are the pilot's.
-_KEPT = (
-    "hvp", "precision", "probe", "probe_batches", "probe_size", "micro_batch", "max_memory", "running_parts", "horizon",
-    "tol", "rtol", "max_hvps", "max_grads",
-)  # fmt: skip
+_KEPT = ("hvp", "precision", "probe", "probe_size", "max_memory")
 
 
 class Recorder:
@@ -109,8 +107,7 @@ def _scale_rates(monitors: list[StabilityMonitor], factor: float) -> None:
     for monitor in monitors:
         if scheduler_of(monitor.optimizer) is not None:
             raise ConfigError("the rate of this job is decided by EdgeOfStabilityLR; it can be run with --rates 1 only")
-        monitor.control = _Fixed(factor)
-        monitor._overlay = LearningRateHook(monitor.optimizer, monitor.control)
+        monitor.rates.act(_Fixed(factor))
 
 
 class Watched:
@@ -131,6 +128,9 @@ class Watched:
     def begin(self, monitors: list[StabilityMonitor]) -> None:
         """Take in that measuring begins."""
         self.monitors = monitors
+        for monitor in monitors:
+            wanted = monitor.schedule.every | self.plan.intervals
+            monitor.schedule.every = {name: wanted[name] for name in TIERS if name in wanted}  # cheapest first
         _scale_rates(monitors, self.plan.factor)
         self._peak = _peak_bytes(reset=True)
 
@@ -162,11 +162,12 @@ class Watched:
             self.recorder.facts["peak_bytes"] = {"before": self._peak, "after": peak}
             self.recorder.facts["free_bytes"] = _free_bytes()
         for monitor in self.monitors[:1]:
-            state = monitor.state_dict()
+            learned = monitor.measuring.learned
             self.recorder.facts["measuring"] = {
-                "products": state["learned"]["hvp"],
-                "precision": state["learned"]["precision"],
-                "prices": state["clock"]["prices"],
+                "products": "exact" if learned.hvp != "gradients" and learned.double_backward_verified else learned.hvp,
+                "precision": learned.precision,
+                "fits": learned.fits if learned.splits else None,  # examples; what cannot be cut is measured whole
+                "prices": monitor.schedule.budget.prices,
             }
         self.recorder.end()
         sys.stdout.flush()
@@ -196,13 +197,16 @@ def _stability(optimizer: Any) -> dict[str, Any]:
     params = parameters_of(optimizer)
     stability = stability_of(optimizer, params)
     preconditioned = stability.adaptive or not stability.plain
+    signals = Signals()
     return {
         "threshold": stability.threshold,
         "adaptive": stability.adaptive,
         "empirical": stability.empirical,
         "preconditioned": preconditioned,
         "no_threshold": stability.reason,
-        "vector_bytes": {tier: vector_bytes(params, peak_copies({tier, "running"}, preconditioned)) for tier in TIERS},
+        "vector_bytes": {
+            tier: vector_bytes(params, copies_of(signals.named([tier, "running"]), preconditioned)) for tier in TIERS
+        },
     }
 
 

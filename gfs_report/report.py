@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gfs_core import ConfigError, log_keys
+from gfs_core import ConfigError
+from gfs_core.run.record import KEYS
 from gfs_report.page import Notes, Section, Table, write_page
 from gfs_report.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, Line, Picture
 from gfs_report.runs import Curve, Run, read_run
@@ -76,12 +77,17 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """The report as plain values, for programs."""
-        keys = log_keys()
         curves = {
-            key: {"meaning": keys.get(f"gfs/{key}", key), "points": len(c.values), "least": float(c.values.min()),
-                  "median": float(np.median(c.values)), "largest": float(c.values.max()), "last": c.last}
+            key: {
+                "meaning": KEYS[key].help if key in KEYS else key,
+                "points": len(c.values),
+                "least": float(c.values.min()),
+                "median": float(np.median(c.values)),
+                "largest": float(c.values.max()),
+                "last": c.last,
+            }
             for key, c in self.run.gfs.items()
-        }  # fmt: skip
+        }
         return {
             "title": self.title,
             "optimizer": self.run.optimizer,

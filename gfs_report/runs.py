@@ -241,7 +241,7 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
     for m in held:
         for key, value in m.values().items():
             points.setdefault(key, []).append((m.step, value))
-        told = m.alarm if m.alarm is not None else state
+        told = state if m.alarm is None else int(m.alarm)
         if told > state:
             run.marks.append(Mark(m.step, told, m.reasons[-1] if m.reasons else ""))
         elif m.reasons and told == state:

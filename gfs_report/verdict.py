@@ -194,7 +194,7 @@ def _restart(run: Run, c: Course) -> str:
         text = f'Start again from a checkpoint before {when} with control="cap", or with a lower learning rate'
     else:
         text = 'Start again with a lower learning rate, or with control="cap"'
-    text += '; alarm="stop" with alarm_checkpoint=True ends such a run while its weights are still good.'
+    text += '; alarm="stop" saves a checkpoint and ends such a run while its weights are still good.'
     if c.fate == "lost":
         text += " Only where the data or the loss were made harder at that step on purpose is this no fault."
     return text

@@ -40,7 +40,7 @@ def main() -> None:
     trainer = SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=pairs, loss=losses.MultipleNegativesRankingLoss(model)
     )
-    GFSCallback(every=5, tier="sharpness", tol=0.1, max_overhead=None).set_trainer(trainer)  # the one line
+    GFSCallback(every=5, tier="sharpness", max_overhead=None).set_trainer(trainer)  # the one line
     trainer.train()
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         accelerator="cpu",
         log_every_n_steps=1,
         enable_checkpointing=False,
-        callbacks=[GFSCallback(every=5, tier="sharpness", tol=0.1, max_overhead=None)],  # the one line
+        callbacks=[GFSCallback(every=5, tier="sharpness", max_overhead=None)],  # the one line
     )
     trainer.fit(Neighbours(), DataLoader(pairs, batch_size=4, shuffle=True))
 

@@ -111,8 +111,9 @@ def pilot(
         raise ConfigError(f"`steps` must be ≥ {FEWEST_STEPS}, for everything to be measured twice; got {steps}")
     if not rates or not all(0 < r < float("inf") for r in rates):
         raise ConfigError(f"`rates` must be factors > 0 on the job's own learning rate, got {list(rates)}")
-    options = {"tier": "gfs", "every": CADENCE["gfs"], "max_overhead": None}
-    options |= {"sharpness_every": CADENCE["sharpness"], "running_every": CADENCE["running"]}
+    options = {"tier": "gfs", "every": CADENCE["gfs"], "running_every": CADENCE["running"]}
+    options |= {"max_overhead": None}
+    intervals = {"sharpness": CADENCE["sharpness"]}
     for old in out.glob("rate-*"):  # of an earlier pilot in this folder
         if (old / "output.txt").is_file():
             shutil.rmtree(old)
@@ -121,7 +122,7 @@ def pilot(
     facts: dict[str, Any] = {}
     for factor in sorted(set(rates), key=lambda r: abs(np.log(r))):  # the user's own first: it tells whether it runs
         folder = out / f"rate-{factor:g}"
-        plan = jobs.Plan(steps, options, factor)
+        plan = jobs.Plan(steps, options, factor, intervals=intervals)
         ended, problem = "error", ""
         try:
             outcome = jobs.run(job, plan, folder, patience=patience, told=partial(told, factor))

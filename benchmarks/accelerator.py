@@ -29,7 +29,6 @@ TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("directional", {"tier": "directional", "probe_size": 2}),
     ("sharpness, probe_size=1", {"tier": "sharpness", "probe_size": 1}),
     ("gfs, probe_size=1", {"tier": "gfs", "probe_size": 1}),
-    ("sharpness, micro_batch=1", {"tier": "sharpness", "micro_batch": 1}),
 )
 
 
@@ -97,7 +96,7 @@ def run(name: str, keep: Callable[[Row], None], steps: int = 12) -> None:
             options |= {"running_every": None}
         monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**options))
         found: list[tuple[float, Any]] = []
-        size = options.get("probe_size") or options.get("micro_batch")
+        size = options.get("probe_size")
         for _ in range(4):
             step()
             optimizer.zero_grad()  # as memory is free before a forward pass
@@ -113,8 +112,7 @@ def run(name: str, keep: Callable[[Row], None], steps: int = 12) -> None:
             ratio = last.stability_ratio or last.running_stability_ratio
             tier |= {"gradients": last.grad_evals, "products": last.hvps, "gradient_of_probe": own}
             tier |= {"ratio": ratio, "precision_error": last.precision_error, "reasons": list(last.reasons)}
-            passes = 1 if size is None or "probe_size" in options else examples
-            tier["model"] = own * passes * measurement(last.grad_evals, last.hvps)
+            tier["model"] = own * measurement(last.grad_evals, last.hvps)
         row["tiers"].append(tier)
         keep(row)
         print(row | tier, flush=True)

@@ -76,7 +76,7 @@ def from_the_start() -> list[dict[str, Any]]:
     ):
         training = workload.training(optimizer, seed, multiple)
         events: list[gfs.Alert] = []
-        training.monitor.on_alarm = events.append
+        training.monitor.watch.function = events.append
         x, y = workload.data()
         generator = torch.Generator().manual_seed(seed)
         stream: dict[str, list[float]] = {"loss": [], "gradient": []}

@@ -36,9 +36,9 @@ from benchmarks.lib.trainings import gradient
 
 SAMPLES = 40
 OPTIONS: dict[str, Any] = {
-    "tier": "gfs", "every": 20, "directional_every": 40, "batch_sharpness_every": 60, "running_every": 5,
-    "max_overhead": 0.25, "control": "cap", "alarm": "log",
+    "tier": "gfs", "every": 20, "running_every": 5, "max_overhead": 0.25, "control": "cap", "alarm": "log",
 }  # fmt: skip
+EVERY = {"directional": 40, "running": 5, "batch_sharpness": 60, "gfs": 20}  # cheapest first
 WHAT = ("rss", "tensors", "objects", "descriptors", "threads", "hooks", "state")
 Sample = dict[str, float]
 
@@ -85,6 +85,8 @@ def plain(steps: int, measure: bool, folder: Path) -> list[Sample]:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     config = gfs.GFSConfig(**OPTIONS, history=str(folder / "history.jsonl"))
     monitor = gfs.StabilityMonitor(model, optimizer, config) if measure else None
+    if monitor is not None:
+        monitor.schedule.every = dict(EVERY)
     order, found = torch.Generator().manual_seed(0), []
     for step in range(steps):
         rows = torch.randint(len(x), (32,), generator=order)
@@ -107,8 +109,15 @@ def lightning(steps: int, measure: bool, folder: Path) -> list[Sample]:
     from lightning_gfs import GFSCallback
 
     found: list[Sample] = []
+
+    class Measured(GFSCallback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_fit_start(trainer, pl_module)
+            for monitor in self.monitors.values():
+                monitor.schedule.every = dict(EVERY)
+
     options = OPTIONS | {"history": str(folder / "history.jsonl")}
-    callback = GFSCallback(**options) if measure else None
+    callback = Measured(**options) if measure else None
 
     class Net(L.LightningModule):
         def __init__(self) -> None:
@@ -146,8 +155,15 @@ def huggingface(steps: int, measure: bool, folder: Path) -> list[Sample]:
     from hf_gfs import GFSCallback
 
     transformers.utils.logging.set_verbosity_error()
+
+    class Measured(GFSCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            super().on_train_begin(args, state, control, **given)
+            assert self.monitor is not None
+            self.monitor.schedule.every = dict(EVERY)
+
     found: list[Sample] = []
-    callback = GFSCallback(**OPTIONS, history=str(folder / "history.jsonl")) if measure else None
+    callback = Measured(**OPTIONS, history=str(folder / "history.jsonl")) if measure else None
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -8,12 +8,14 @@ the mean over the parts, and of which it takes pairs. Writes `memory.md`. Run: p
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
 from benchmarks.lib.meters import LiveBytes
+from benchmarks.lib.monitors import kept
 from benchmarks.lib.store import FOLDER
 from benchmarks.lib.tables import row, table
 
@@ -56,8 +58,9 @@ def main() -> None:
 
                 loss_of(x).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-                config = gfs.GFSConfig(tier=tier, every=1, running_every=None, max_overhead=None, tol=1e-5)  # type: ignore[arg-type]
+                config = gfs.GFSConfig(tier=tier, every=1, running_every=None, max_overhead=None)
                 monitor = gfs.StabilityMonitor(model, optimizer, config)
+                monitor.measuring.accuracy = replace(monitor.measuring.accuracy, tol=1e-5)
                 weights = sum(p.numel() * p.element_size() for p in model.parameters())
                 other = torch.randn(count, width)  # so that the solver has something to do
                 peaks = []
@@ -67,9 +70,7 @@ def main() -> None:
                         monitor.step(loss_of, batch)
                         peaks.append(live.peak / weights)
                 gc.collect()
-                state = monitor.state_dict()
-                warm = sum(v is not None for v in (*state["warm"], state["running"][0]["vector"]))
-                rows.append([tier, kind.__name__, depth, f"{peaks[0]:.1f}", f"{peaks[1]:.1f}", warm])
+                rows.append([tier, kind.__name__, depth, f"{peaks[0]:.1f}", f"{peaks[1]:.1f}", kept(monitor)])
                 print(row(rows[-1]), flush=True)
     (FOLDER / "memory.md").write_text("\n".join([ABOUT, *table(head, rows)]) + "\n")
 

@@ -7,32 +7,38 @@ With `render` it only writes the report again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
-from unittest import mock
 
 from torch import nn
 
+import gfs_core as gfs
 from benchmarks.control.training import EVERY, Method, train
 from benchmarks.control.workloads import WORKLOADS, Data, Sentences, Workload, digits_data, sentence_data
 from benchmarks.lib.data import split, text_bytes
 from benchmarks.lib.models import Characters
+from benchmarks.lib.monitors import put_running
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import table
-from gfs_core.linalg.power import RunningSharpness
-from gfs_core.signals.measure import Running
+from gfs_core.actions.rate import PROFILE, ControlProfile, guiding_ratio
+from gfs_core.linalg.blocks import RunningBlocks
+from gfs_core.signals.base import Reading
+from gfs_core.signals.context import StepContext
+from gfs_core.signals.curvature import RunningCurvature
+from gfs_core.signals.lab import Lab
 
 STEPS, HEALTHY_STEPS = 400, 300
 MULTIPLES, POLICIES, SHAPES = (10.0, 30.0), ("cap", "follow"), ("cosine", "constant")
 MISSING = 0.25  # of the progress of the untouched run at the base rate: from there on a run is lost
 LESS = 0.6  # times the default margin
 LENGTH, WIDTH = 48, 48
+MEMORY = 0.8  # weight of the past in the scalar variance, as in the bound
 
 
 def _normalised(symbols: int, classes: int) -> nn.Module:
@@ -83,36 +89,90 @@ HEALTHY: dict[str, tuple[bool, float, int]] = {  # whether AdamW, the rate, the 
 # --- variants -------------------------------------------------------------------------------------------------------
 
 
-def _unbiased(self: RunningSharpness, weight: float) -> float | None:
-    return self.noisy(weight)
+@dataclass(frozen=True)
+class Variant:
+    """What is not as usual in a control.
+
+    Attributes:
+        margin: times the default.
+        profile: of the control.
+        prepare: what is done to the monitor before the first step.
+    """
+
+    margin: float = 1.0
+    profile: ControlProfile = PROFILE
+    prepare: Callable[[gfs.StabilityMonitor], None] | None = None
 
 
-_lag_over = RunningSharpness._lag_over
+def _by_pairs(values: Mapping[str, float], noisy: bool) -> float | None:
+    return guiding_ratio({name: value for name, value in values.items() if name != "mean_square_bound"}, noisy)
 
 
-def _scalar(self: RunningSharpness, quotient: float, square: float) -> None:
-    _lag_over(self, quotient, quotient * quotient)
+class ScalarVariance(RunningBlocks):
+    """Its bound goes by the variance of vᵀH_B·v alone; there are only single products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.moments = 0, list[tuple[float, float]]()  # means of |vᵀH_B·v| and its square in each block
+
+    @property
+    def wants_pair(self) -> bool:
+        """Never."""
+        return False
+
+    def average(
+        self, quotients: Sequence[float], relative_loss: float | None = None, stands_for: int = 1
+    ) -> float | None:
+        """The same, and what the bound is made of."""
+        if len(self.moments) != len(quotients):
+            self.seen, self.moments = 0, [(0.0, 0.0)] * len(quotients)
+        self.seen += 1
+        keep = min(MEMORY, 1 - 1 / self.seen)
+        self.moments = [
+            (keep * mean + (1 - keep) * abs(q), keep * square + (1 - keep) * q * q)
+            for (mean, square), q in zip(self.moments, quotients, strict=True)
+        ]
+        return super().average(quotients, relative_loss, stands_for)
+
+    def bound(self, weight: float) -> float | None:
+        """λ + weight·σ²/λ with that variance: the largest of the blocks'."""
+        known = [(mean, square) for mean, square in self.moments if mean > 0]
+        return max((mean + weight * max(square - mean * mean, 0.0) / mean for mean, square in known), default=None)
 
 
-def _whole(*args: Any, **kwargs: Any) -> str:
-    return "this benchmark wants whole batches"
+class Counted(RunningCurvature):
+    """Counts the noise of whole batches in front of BatchNorm always, or never, whatever the control does."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
+        """Noise is not counted where a control only lowers the rate."""
+        return super().measure(replace(step, rate_only_lowered=not self.always), lab)
 
 
-def _weighted(fraction: float) -> Callable[..., Running]:
-    return lambda *args, **kwargs: Running(*args, **{**kwargs, "fraction": fraction})
+def _scalar(monitor: gfs.StabilityMonitor) -> None:
+    signal = RunningCurvature()
+    signal.estimate = ScalarVariance()
+    put_running(monitor, signal)
 
 
-UNBIASED, BOUND = "gfs_core.linalg.power.RunningSharpness.bound", "bound (default)"
-VARIANTS: dict[str, tuple[float, dict[str, Any]]] = {  # times the default margin, and what is patched
-    BOUND: (1.0, {}),
-    "unbiased": (1.0, {UNBIASED: _unbiased}),
-    f"unbiased, {LESS} of the margin": (LESS, {UNBIASED: _unbiased}),
-    "scalar variance": (1.0, {"gfs_core.linalg.power.RunningSharpness._lag_over": _scalar}),
-    f"bound on whole batches, every {4 * EVERY}": (1.0, {"gfs_core.run.monitor.why_whole": _whole}),
+def _whole(monitor: gfs.StabilityMonitor) -> None:
+    monitor.measuring.learned.splits, monitor.measuring.learned.whole = False, "this benchmark wants whole batches"
+
+
+PAIRS, BOUND = replace(PROFILE, ratio=_by_pairs), "bound (default)"
+VARIANTS = {
+    BOUND: Variant(),
+    "unbiased": Variant(profile=PAIRS),
+    f"unbiased, {LESS} of the margin": Variant(LESS, PAIRS),
+    "scalar variance": Variant(prepare=_scalar),
+    f"bound on whole batches, every {4 * EVERY}": Variant(prepare=_whole),
 }
-COUNTED: dict[str, tuple[float, dict[str, Any]]] = {
-    "noise counted": (1.0, {"gfs_core.run.monitor.Running": _weighted(1.0)}),
-    "noise not counted": (1.0, {"gfs_core.run.monitor.Running": _weighted(0.0)}),
+COUNTED = {
+    "noise counted": Variant(prepare=lambda monitor: put_running(monitor, Counted(True))),
+    "noise not counted": Variant(prepare=lambda monitor: put_running(monitor, Counted(False))),
 }
 
 
@@ -124,17 +184,12 @@ SETTINGS = [
 ]
 
 
-def _run(
-    workload: Workload, variant: tuple[float, dict[str, Any]], policy: str, shape: str, rate: float, seed: int
-) -> Row:
-    part, what = variant
+def _run(workload: Workload, variant: Variant, policy: str, shape: str, rate: float, seed: int) -> Row:
     options: dict[str, Any] = {"tier": "running", "every": EVERY, "control": policy, "max_overhead": None}
-    if part != 1.0:
-        options["margin"] = round(part * (0.75 if workload.adaptive else 0.5), 3)
-    with contextlib.ExitStack() as stack:
-        for name, value in what.items():
-            stack.enter_context(mock.patch(name, value))
-        return train(workload, Method(shape, options=options), rate, seed, STEPS).row()
+    if variant.margin != 1.0:
+        options["margin"] = round(variant.margin * PROFILE.margin_of(workload.adaptive), 3)
+    method = Method(shape, options=options, profile=variant.profile, prepare=variant.prepare)
+    return train(workload, method, rate, seed, STEPS).row()
 
 
 def _untouched(workload: Workload, shape: str, seed: int) -> Row:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from benchmarks.lib.data import Batch, digits, fashion_mnist
 from benchmarks.lib.models import cnn, dense
+from benchmarks.lib.monitors import put_running
 from benchmarks.lib.store import Store
 from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import RUNS, Run, adamw, of, relu, sgd, step, tanh
@@ -26,6 +27,7 @@ from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.eigen import largest_eigenvalues
 from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.linalg.vectors import Vector
+from gfs_core.signals.curvature import RunningCurvature
 
 FACTORS = (1.3, 2.0, 4.0, 10.0)
 BEFORE, AFTER = 25, 25  # measurements
@@ -153,6 +155,13 @@ class Unmixed(RunningBlocks):
         return super().update(replace(sample, gradient=None))
 
 
+def unmixed() -> RunningCurvature:
+    """The signal with such an estimate."""
+    signal = RunningCurvature()
+    signal.estimate = Unmixed()
+    return signal
+
+
 def trainings() -> dict[str, Callable[[], Run]]:
     return RUNS | {
         "digits, MLP, momentum 0.03, batch of 32, constant rate": lambda: of(relu, sgd, 0.03, digits(1437), 32, False),
@@ -171,7 +180,7 @@ def along(make: Callable[[], Run], seed: int) -> dict[str, list[tuple[float, flo
 
     exact = monitor(tier="sharpness", every=1, running_every=None)
     monitors = {"mixed": monitor(tier="running", every=5), "not mixed": monitor(tier="running", every=5)}
-    monitors["not mixed"]._running = Unmixed()
+    put_running(monitors["not mixed"], unmixed())
     pairs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in monitors}
     latest: dict[str, float] = {}
     for now, batch, loss in run.steps(STEPS, seed + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
@@ -26,37 +27,52 @@ says.
 """
 
 
-def _plain(measurement: gfs.Measurement, noisy: bool) -> float | None:
-    return measurement.running_stability_ratio
+def _plain(values: Mapping[str, float], noisy: bool) -> float | None:
+    return values.get("running_stability_ratio")
 
 
-def _short_horizon(measurement: gfs.Measurement, noisy: bool) -> float | None:
-    return measurement.gfs_stability_ratio
+def _short_horizon(values: Mapping[str, float], noisy: bool) -> float | None:
+    return values.get("gfs_stability_ratio")
 
 
-def _larger(measurement: gfs.Measurement, noisy: bool) -> float | None:
-    found = [r for r in (measurement.running_stability_ratio, measurement.mean_square_bound) if r is not None]
-    return max(found, default=None)
+def _larger(values: Mapping[str, float], noisy: bool) -> float | None:
+    return max((values[n] for n in ("running_stability_ratio", "mean_square_bound") if n in values), default=None)
 
 
 def _growth(factor: float) -> ControlProfile:
     return replace(PROFILE, growth=factor, growth_adaptive=factor)
 
 
+def _parts(count: int) -> Callable[[gfs.StabilityMonitor], None]:
+    def prepare(monitor: gfs.StabilityMonitor) -> None:
+        monitor.measuring.learned.parts = count
+
+    return prepare
+
+
+def _follow(
+    profile: ControlProfile = PROFILE, prepare: Callable[[gfs.StabilityMonitor], None] | None = None, **options: Any
+) -> Method:
+    made = controlled("follow", "cosine", max_overhead=None, **options)
+    return replace(made, profile=profile, prepare=prepare)
+
+
 DEFAULT = "default: every 5, 1/16, mean square; momentum: margin 0.5, growth 1.02; AdamW: 0.75, 1.05"
 SOLVED: dict[str, Any] = {"tier": "sharpness", "running_every": None, "every": 10}
-VARIANTS: dict[str, tuple[dict[str, Any], ControlProfile]] = {  # options of the monitor, and the control's profile
-    DEFAULT: ({}, PROFILE),
-    **{f"measured every {n}": ({"every": n}, PROFILE) for n in (2, 10, 20, 50)},
-    **{f"on 1/{n} of a batch": ({"running_parts": n}, PROFILE) for n in (4, 8, 32)},
-    **{f"margin {m}": ({"margin": m}, PROFILE) for m in (0.25, 0.5, 0.75, 1.0)},
-    **{f"growth {g}": ({}, _growth(g)) for g in (1.005, 1.02, 1.05, 1.1)},
-    "growth not limited": ({}, _growth(math.inf)),
-    "by the plain running ratio": ({}, replace(PROFILE, ratio=_plain)),
-    "by the larger of the plain and the mean-square ratio": ({}, replace(PROFILE, ratio=_larger)),
-    "by the solved ratio of the batch, every 10": (SOLVED, PROFILE),
-    "by the solved ratio of a fixed probe of 64, every 10": ({**SOLVED, "probe": "fixed", "probe_batches": 1}, PROFILE),
-    "by the GFS_4 ratio of the batch, every 10": ({**SOLVED, "tier": "gfs"}, replace(PROFILE, ratio=_short_horizon)),
+VARIANTS: dict[str, Method] = {
+    DEFAULT: _follow(),
+    **{f"measured every {n}": _follow(every=n) for n in (2, 10, 20, 50)},
+    **{f"on 1/{n} of a batch": _follow(prepare=_parts(n)) for n in (4, 8, 32)},
+    **{f"margin {m}": _follow(margin=m) for m in (0.25, 0.5, 0.75, 1.0)},
+    **{f"growth {g}": _follow(_growth(g)) for g in (1.005, 1.02, 1.05, 1.1)},
+    "growth not limited": _follow(_growth(math.inf)),
+    "by the plain running ratio": _follow(replace(PROFILE, ratio=_plain)),
+    "by the larger of the plain and the mean-square ratio": _follow(replace(PROFILE, ratio=_larger)),
+    "by the solved ratio of the batch, every 10": _follow(**SOLVED),
+    "by the solved ratio of a fixed probe of 64, every 10": _follow(**SOLVED, probe="fixed", probe_size=64),
+    "by the GFS_4 ratio of the batch, every 10": _follow(
+        replace(PROFILE, ratio=_short_horizon), **{**SOLVED, "tier": "gfs"}
+    ),
 }
 DEAR = list(VARIANTS)[-1]  # one seed only
 COUNTS = ("hvps", "grad_evals")
@@ -72,10 +88,8 @@ def run(store: Store) -> None:
     runs = list(itertools.product(range(SEEDS), IMAGES, VARIANTS, (1.0, 30.0)))
     for seed, name, key, multiple in sorted(runs, key=lambda run: run[2] == DEAR):
         if key != DEAR or seed == 0:
-            options, profile = VARIANTS[key]
-            method = replace(controlled("follow", "cosine", max_overhead=None, **options), profile=profile)
             rate = multiple * WORKLOADS[name].rate
-            make = functools.partial(made, WORKLOADS[name], method, rate, seed)
+            make = functools.partial(made, WORKLOADS[name], VARIANTS[key], rate, seed)
             store.add("ablation", (name, key, multiple, seed), make)
 
 

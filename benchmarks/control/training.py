@@ -40,6 +40,7 @@ class Method:
         free: schedule-free.
         options: of the monitor; ``None``: no monitor.
         profile: of the control.
+        prepare: what is done to the monitor before the first step.
     """
 
     shape: str = "constant"
@@ -47,6 +48,7 @@ class Method:
     free: bool = False
     options: dict[str, Any] | None = None
     profile: ControlProfile = PROFILE
+    prepare: Callable[[gfs.StabilityMonitor], None] | None = None
 
     def factor(self, step: int, steps: int) -> float:
         """The schedule's factor of the base rate."""
@@ -158,6 +160,8 @@ def train(
     if method.options is not None:
         monitor = gfs.StabilityMonitor(model, made, gfs.GFSConfig(**method.options))
         monitor.control.profile = method.profile
+        if method.prepare is not None:
+            method.prepare(monitor)
     if method.free:
         made.train()
     for step in range(steps if taken is None else taken):

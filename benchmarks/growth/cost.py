@@ -15,6 +15,7 @@ from benchmarks.growth.model import measurement
 from benchmarks.growth.workload import EXAMPLES, WIDTHS, Run, batch_of
 from benchmarks.growth.workload import processor as timed
 from benchmarks.lib.meters import LiveBytes
+from benchmarks.lib.monitors import kept
 from benchmarks.lib.store import Row
 from benchmarks.lib.tables import table
 from gfs_core.linalg.vectors import random_like
@@ -105,11 +106,10 @@ def memory(run: Run, monitors: dict[Any, gfs.StabilityMonitor], batch: Tensor, w
             if name == "whole" and tier != "sharpness":
                 continue
             gc.collect()
-            state = monitor.state_dict()
-            held = (*state["warm"], state["running"][0]["vector"])
+            held = kept(monitor)
             with LiveBytes() as live:
                 monitor.step(run.loss, examples)
-            copies[f"{tier}, {name}"] = live.peak / weights + sum(v is not None for v in held)
+            copies[f"{tier}, {name}"] = live.peak / weights + held
     return copies
 
 

@@ -159,7 +159,7 @@ def record(workload: Workload, optimizer: str, seed: int, overhead: float | None
     ) -> Stream:
         out: Stream = {"loss": [], "gradient": [], "ratio": []}
         if overhead is not None and begin:  # a run's budget does not grow while another one runs
-            training.monitor.load_state_dict({**training.monitor.state_dict(), "clock": spent})
+            training.monitor.load_state_dict({**training.monitor.state_dict(), "budget": spent})
         for step in range(begin, end):
             k = step - begin
             rows = order[step * BATCH : (step + 1) * BATCH]
@@ -180,7 +180,7 @@ def record(workload: Workload, optimizer: str, seed: int, overhead: float | None
     spent: dict[str, Any] = {}
     training = made()
     before = run(training, 0, start, Fault())
-    spent = training.monitor.state_dict()["clock"]
+    spent = training.monitor.state_dict()["budget"]
     tails = {name: run(copy.deepcopy(training), start, start + AFTER, fault) for name, fault in FAULTS.items()}
     rest = run(training, start, LONG, Fault())
     constant = {name: before[name] + rest[name] for name in before}

@@ -24,7 +24,8 @@ from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.linalg.vectors import clone
 from gfs_core.loss.learned import Learned
 from gfs_core.loss.objective import Objective
-from gfs_core.signals.lab import Probe
+from gfs_core.signals.flowing import Flowing
+from gfs_core.signals.lab import Lab
 
 
 @dataclass
@@ -44,11 +45,11 @@ Integrate = Callable[[Start, float], int]  # flows for a time in place; the grad
 def rkc2(rtol: float) -> Integrate:
     def integrate(start: Start, length: float) -> int:
         objective = Objective(start.model, start.load.loss, [start.batch])
-        probe = Probe(objective, learned=Learned(double_backward_verified=True))
+        lab = Lab(objective, learned=Learned(double_backward_verified=True))
         known = dataclasses.replace(start.top, vectors=[clone(start.top.vector)])
-        flow = probe.flow(known, None, rtol, start.most).flow
+        flow = Flowing(lab, known, None, rtol, start.most).flow
         flow.advance(flow.start(), length)
-        return objective.grad_evals + 2 * probe.hessian.hvps
+        return objective.grad_evals + 2 * lab.hessian.hvps
 
     return integrate
 

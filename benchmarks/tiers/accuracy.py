@@ -48,23 +48,26 @@ def runs() -> dict[str, Callable[[], Run]]:
     }
 
 
-def candidates(batch: int) -> dict[str, tuple[gfs.GFSConfig, float]]:
-    """Each estimator with the fraction of a batch that it works on."""
+def candidates(run: Run) -> dict[str, tuple[gfs.StabilityMonitor, float]]:
+    """A monitor for each estimator, with the fraction of a batch that it works on."""
 
-    def config(tier: Any, every: int, **options: Any) -> gfs.GFSConfig:
+    def monitor(tier: Any, every: int, **options: Any) -> gfs.StabilityMonitor:
         beside = {} if tier in ("directional", "running") else {"running_every": None}
-        return gfs.GFSConfig(tier=tier, every=every, max_overhead=None, **beside, **options)
+        config = gfs.GFSConfig(tier=tier, every=every, max_overhead=None, **{**beside, **options})
+        return gfs.StabilityMonitor(run.model, run.optimizer, config)
 
-    made: dict[str, tuple[gfs.GFSConfig, float]] = {}
+    made: dict[str, tuple[gfs.StabilityMonitor, float]] = {}
     for every, parts in ((5, 16), (5, 32), (10, 8), (20, 4)):
-        made[f"running, every {every}, 1/{parts}"] = config("running", every, running_parts=parts), 1 / parts
+        running = monitor("running", every)
+        running.measuring.learned.parts = parts
+        made[f"running, every {every}, 1/{parts}"] = running, 1 / parts
     for parts in (1, 4, 16):
-        size = None if parts == 1 else batch // parts
-        made[f"solved, every 20, 1/{parts} of the batch"] = config("sharpness", EVERY, probe_size=size), 1 / parts
-    made["batch sharpness, every 20"] = config("batch_sharpness", EVERY), 1.0
-    made["directional, every 20, product"] = config("directional", EVERY), 1.0
-    made["directional, every 20, losses only"] = config("directional", EVERY, directional="losses"), 1.0
-    made["solved, every 20, fixed probe of 64"] = config("sharpness", EVERY, probe="fixed", probe_size=64), 64 / batch
+        size = None if parts == 1 else run.batch // parts
+        made[f"solved, every 20, 1/{parts} of the batch"] = monitor("sharpness", EVERY, probe_size=size), 1 / parts
+    made["batch sharpness, every 20"] = monitor("batch_sharpness", EVERY), 1.0
+    made["directional, every 20, product"] = monitor("directional", EVERY), 1.0
+    fixed = monitor("sharpness", EVERY, probe="fixed", probe_size=64)
+    made["solved, every 20, fixed probe of 64"] = fixed, 64 / run.batch
     return made
 
 
@@ -88,21 +91,19 @@ def follow(name: str, make: Callable[[], Run]) -> Iterator[Row]:
     exact = gfs.StabilityMonitor(
         run.model, run.optimizer, gfs.GFSConfig(tier="sharpness", every=1, running_every=None, max_overhead=None)
     )
-    made = candidates(run.batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gfs.GFSWarning)
-        monitors = {k: gfs.StabilityMonitor(run.model, run.optimizer, config) for k, (config, _) in made.items()}
+        made = candidates(run)
     latest: dict[str, float] = {}
     price = dict.fromkeys(made, 0.0)
     pairs: dict[str, list[tuple[float, float]]] = {k: [] for k in made}
     for step, batch, loss in run.steps(STEPS, seed=1):
-        for key, monitor in monitors.items():
+        for key, (monitor, fraction) in made.items():
             measurement = monitor.step(run.loss, batch, step, loss=loss)
             if measurement is not None:
                 # A product is counted as two gradients, a forward pass as a third of one.
                 counted = (measurement.grad_evals or 0) + 2 * (measurement.hvps or 0)
-                counted += 2 if "losses" in key else 0
-                price[key] += counted * made[key][1] if step else 0
+                price[key] += counted * fraction if step else 0
                 if (found := value(measurement)) is not None:
                     latest[key] = found
         if step % EVERY == 0 and step >= FIRST:

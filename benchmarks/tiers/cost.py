@@ -27,7 +27,6 @@ long sequences it does not. In time a product took three to four steps here, mor
 counted as above.
 """
 TIERS: dict[str, dict[str, Any]] = {
-    "directional, losses only": {"tier": "directional", "directional": "losses"},
     "directional, product": {"tier": "directional"},
     "running": {"tier": "running"},
     "batch sharpness": {"tier": "batch_sharpness", "running_every": None},
@@ -80,12 +79,12 @@ def run() -> Iterator[Row]:
 
 
 def render(rows: list[Row]) -> list[str]:
-    cells = []
+    cells, tiers = [], dict.fromkeys(r["tier"] for r in rows)
     for parameters in dict.fromkeys(r["parameters"] for r in rows):
         own = {r["tier"]: r for r in rows if r["parameters"] == parameters}
         shown = [
             f"{r['times_a_step']:.1f} ({r['gradients']:.0f} + {r['products']:.0f})" if (r := own.get(tier)) else "–"
-            for tier in TIERS
+            for tier in tiers
         ]
         cells.append([f"{parameters:.1e}", f"{median(r['step_ms'] for r in own.values()):.1f}", *shown])
-    return [COST, *table(["parameters", "step, ms", *TIERS], cells)]
+    return [COST, *table(["parameters", "step, ms", *tiers], cells)]

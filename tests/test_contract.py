@@ -26,21 +26,13 @@ from transformers import Trainer, TrainingArguments
 import gfs_core as gfs
 import hf_gfs
 import lightning_gfs
+from tests.core.options import tuned, tuned_callback
 from tests.lightning.trainers import quiet
 
 STEPS, SIZE = 24, 8
 RATE, RISE = 0.2, 22  # the learning rate, and the step from which on it is 2.5 times that: the early warning says so
-OPTIONS: dict[str, Any] = {
-    "tier": "gfs_full",
-    "every": STEPS,
-    "gfs_every": 8,
-    "sharpness_every": 4,
-    "batch_sharpness_every": 4,
-    "directional_every": 4,
-    "running_every": 1,
-    "running_parts": 2,
-    "max_overhead": None,
-}
+OPTIONS: dict[str, Any] = {"tier": "gfs_full", "every": STEPS, "running_every": 1, "max_overhead": None}
+TUNED: dict[str, Any] = {"beside": {"gfs": 8, "sharpness": 4, "batch_sharpness": 4, "directional": 4}, "parts": 2}
 SIGNALS = {
     "directional": ("directional_sharpness", "critical_lr"),
     "running": ("running_sharpness", "running_stability_ratio", "mean_square_stability_ratio", "mean_square_bound"),
@@ -89,6 +81,7 @@ def plain(folder: Path, count: int, precision: str, size: int = SIZE) -> gfs.His
     optimizer = model.descent()
     scheduler = schedule(optimizer)
     monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**OPTIONS, history=str(folder / "history.jsonl")))
+    tuned(monitor, **TUNED)
 
     def loss_of(batch: Any) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -128,6 +121,7 @@ class Module(L.LightningModule):
 
 def lightning(folder: Path, count: int, precision: str) -> gfs.HistoryPart:
     callback = lightning_gfs.GFSCallback(**OPTIONS, history=str(folder / "history.jsonl"))
+    tuned_callback(callback, **TUNED)
     trainer = quiet(
         folder,
         [callback],
@@ -163,7 +157,7 @@ def hugging_face(folder: Path, count: int, precision: str, own: bool = True) -> 
     )
     rows = [{"x": x, "labels": y} for x, y in zip(*digits(), strict=True)]
     trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, schedule(optimizer)))
-    callback = hf_gfs.GFSCallback(**OPTIONS)
+    callback = tuned_callback(hf_gfs.GFSCallback(**OPTIONS), **TUNED)
     if own:
         callback.set_trainer(trainer)
     else:

@@ -21,6 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core
 from gfs_core import GFSConfig
+from gfs_core.actions import catalog as actions
+from gfs_core.detectors import early_warning
+from gfs_core.signals import catalog as signals
+from gfs_core.signals.catalog import Signals
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,18 +87,21 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(site: Path) -> None:
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     loaded = Loaded()
     loaded.feed((site / "api.html").read_text())
-    names = {f"gfs_core.{name}" for name in gfs_core.__all__} - {"gfs_core.stability"}
-    names |= {
-        "gfs_core.signals.measure.stability",
-        "lightning_gfs.GFSCallback",
-        "hf_gfs.GFSCallback",
-        "hf_gfs.GFSArguments",
-    }
+    names = {f"gfs_core.{name}" for name in gfs_core.__all__}
+    names |= {"lightning_gfs.GFSCallback", "hf_gfs.GFSCallback", "hf_gfs.GFSArguments"}
     names |= {"gfs_core.metrics.StabilityRatio", "gfs_core.StabilityMonitor.step"}
     assert names <= loaded.ids
     text = (site / "api.html").read_text()
     assert "{options}" not in re.sub(r"<details.*?</details>", "", text, flags=re.S)  # the source has them
     assert all(f"<td><code>{name}</code></td>" in text for name in [*GFSConfig.help(), *gfs_core.log_keys()])
+
+
+def test_every_signal_is_in_the_table_with_its_keys(site: Path) -> None:
+    text = (site / "tiers.html").read_text()
+    for signal in Signals().all:
+        keys = ", ".join(f"<code>{key.name}</code>" for key in signal.keys)
+        row = f"<td><code>{signal.name}</code></td>\n<td>{keys}</td>\n<td>{signal.cost.name.lower()}</td>"
+        assert row in text, signal.name
 
 
 # --- the code -----------------------------------------------------------------------------------------------------
@@ -110,6 +117,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
 
     from lightning_gfs import GFSCallback
 
+    for module, held in ((signals, "SIGNALS"), (early_warning, "DETECTORS"), (actions, "ACTIONS")):
+        monkeypatch.setattr(module, held, list(getattr(module, held)))  # pages add to them
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.manual_seed(0)
@@ -162,8 +171,23 @@ def hugging_face_trainer(folder: Path) -> Any:
     return Trainer(GPT2LMHeadModel(config), arguments, train_dataset=rows)
 
 
+IN_ORDER = "how_it_works.md"  # whose blocks build on each other
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("code", blocks("python"))
+def test_a_signal_a_detector_and_an_action_are_added_as_the_page_says(names: dict[str, Any]) -> None:
+    for block in blocks("python"):
+        if str(block.id).startswith(IN_ORDER):
+            exec(compile(str(block.values[0]), str(block.id), "exec"), names)
+    measurement = names["measurement"]
+    assert sum(measurement.layers("trace").values()) == pytest.approx(measurement.trace)
+    assert set(measurement.layers("trace")) == {name for name, _ in names["model"].named_parameters()}
+    assert measurement.as_log_dict()["gfs/trace/0.weight"] == measurement.layers("trace")["0.weight"]
+    assert Path("alerts.txt").read_text() == "29 ALARM the loss is nan\n"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", [b for b in blocks("python") if not str(b.id).startswith(IN_ORDER)])
 def test_a_block_of_python_runs(code: str, names: dict[str, Any], request: pytest.FixtureRequest) -> None:
     exec(compile(code, request.node.callspec.id, "exec"), names)
 

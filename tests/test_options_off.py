@@ -16,7 +16,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from transformers import HfArgumentParser
 
 import gfs_core as gfs
-from gfs_core.config import may_be_off
+import hf_gfs
+from gfs_core.config import GONE, may_be_off
 from hf_gfs import GFSArguments
 from lightning_gfs import GFSCallback
 
@@ -26,9 +27,7 @@ WORDS = ["none", "None", "NULL", "null", "off", "OFF"]
 
 
 def test_the_options_that_may_be_off() -> None:
-    assert {"max_overhead", "running_every", "probe_size", "micro_batch", "max_memory", "margin", "history"} <= set(
-        OPTIONAL
-    )
+    assert {"max_overhead", "running_every", "probe_size", "max_memory", "margin", "history"} == set(OPTIONAL)
     assert "every" not in OPTIONAL
 
 
@@ -117,6 +116,13 @@ def test_an_option_that_cannot_be_off_says_so(monkeypatch: pytest.MonkeyPatch) -
         gfs.GFSConfig(every="none")  # type: ignore[arg-type]
     with pytest.raises(gfs.ConfigError, match="`every` must be int, got False"):
         gfs.GFSConfig(every=False)
+
+
+@pytest.mark.parametrize("name", GONE)
+@pytest.mark.parametrize("callback", [GFSCallback, hf_gfs.GFSCallback])
+def test_a_callback_tells_of_an_option_that_is_no_more_what_to_use(callback: type, name: str) -> None:
+    with pytest.raises(gfs.ConfigError, match=f"^there is no option `{name}` any more: {re.escape(GONE[name])}$"):
+        callback(**{name: 3})
 
 
 def test_the_callback_with_an_option_off_trains() -> None:

@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gfs_core as gfs
 from gfs_core.loss.learned import Learned
 from tests.bitwise import assert_same
+from tests.core.options import tuned, tuned_callback
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-ALWAYS: dict[str, Any] = {"every": 2, "max_overhead": None, "tier": "gfs", "directional_every": 2, "alarm": "log"}
+ALWAYS: dict[str, Any] = {"every": 2, "max_overhead": None, "tier": "gfs", "alarm": "log"}
+TUNED: dict[str, Any] = {"beside": {"directional": 2}}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -51,8 +53,10 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
 
 
-def monitored(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> gfs.StabilityMonitor:
-    return gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**(ALWAYS | options)))
+def monitored(
+    model: nn.Module, optimizer: torch.optim.Optimizer, how: dict[str, Any] = TUNED, **options: Any
+) -> gfs.StabilityMonitor:
+    return tuned(gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**(ALWAYS | options))), **how)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "gradients"])
@@ -197,7 +201,7 @@ def test_a_step_captured_in_a_cuda_graph_is_replayed_as_it_is() -> None:
 def test_running_out_of_memory_is_met_by_fewer_examples() -> None:
     model = nn.Sequential(nn.Linear(12, 4096), nn.GELU(), nn.Linear(4096, 3)).cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monitor = monitored(model, optimizer, every=1, tier="sharpness", running_every=None, directional_every=None)
+    monitor = monitored(model, optimizer, {}, every=1, tier="sharpness", running_every=None)
     before = copy.deepcopy(model.state_dict())
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -248,7 +252,7 @@ def test_lightning_in_mixed_precision_on_a_gpu(tmp_path: Path) -> None:
         torch.manual_seed(1)
         model, history = Net(), tmp_path / kind
         options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        callbacks = [GFSCallback(**ALWAYS, history=str(history))] if measure else []
+        callbacks = [tuned_callback(GFSCallback(**ALWAYS, history=str(history)), **TUNED)] if measure else []
         trainer = lightning.Trainer(
             accelerator="gpu", devices=1, precision=kind, max_steps=8, callbacks=callbacks, default_root_dir=tmp_path,
             enable_checkpointing=False, **options,
@@ -281,7 +285,7 @@ def test_the_trainer_in_mixed_precision_on_a_gpu(tmp_path: Path, kind: str) -> N
         )  # fmt: skip
         trainer = transformers.Trainer(model, arguments, train_dataset=data)
         if measure:
-            trainer.add_callback(GFSCallback(**ALWAYS, history=str(tmp_path / "history")))
+            trainer.add_callback(tuned_callback(GFSCallback(**ALWAYS, history=str(tmp_path / "history")), **TUNED))
         trainer.train()
         assert next(model.parameters()).is_cuda
         return model.state_dict(), gfs.read_history(tmp_path / "history") if measure else []
@@ -306,7 +310,7 @@ def test_nccl(tmp_path: Path, engine: str) -> None:
         found = []
         for each in (wrapped, like):
             optimizer = torch.optim.SGD(each.parameters(), 0.1)
-            monitor = monitored(each, optimizer, every=1, tier="sharpness", tol=1e-3)
+            monitor = monitored(each, optimizer, TUNED | {"tol": 1e-3}, every=1, tier="sharpness")
             batch = examples(0)
             loss_fn(each, batch).backward()
             found.append(monitor.step(lambda b, m=each: loss_fn(m, b), batch, 0))

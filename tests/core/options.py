@@ -1,37 +1,64 @@
-"""A value for every option that is not its default: both adapters must bring each one through."""
+"""A value for every option that is not its default, and what tests set that is no option."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gfs_core import StabilityMonitor
+from gfs_core.config import TIERS
+
+# Both adapters must bring each one through.
 NOT_DEFAULT = {
     "tier": "gfs_full",
     "every": 7,
     "max_overhead": 0.5,
-    "directional_every": 3,
     "running_every": 4,
-    "running_parts": 8,
-    "batch_sharpness_every": 11,
-    "sharpness_every": 6,
-    "gfs_every": 9,
-    "directional": "losses",
-    "horizon": 2.5,
     "probe": "fixed",
-    "probe_batches": 2,
     "probe_size": 300,
-    "micro_batch": 3,
     "max_memory": 2.5,
-    "sync": "local",
     "hvp": "gradients",
     "precision": "float32",
-    "tol": 0.05,
-    "rtol": 0.002,
-    "max_hvps": 33,
-    "max_grads": 44,
     "control": "follow",
     "margin": 0.3,
     "alarm": "warn",
-    "alarm_checkpoint": True,
     "history": "somewhere.jsonl",
     "strict": True,
     "seed": 5,
 }
 
-# What an option needs beside it to be accepted.
-BESIDE: dict[str, dict[str, object]] = {"gfs_every": {"tier": "gfs_full"}}
+
+def tuned(
+    monitor: StabilityMonitor, *, beside: Mapping[str, int] | None = None, parts: int | None = None, **accuracy: Any
+) -> StabilityMonitor:
+    """The same monitor, set as no option sets it.
+
+    Args:
+        monitor: what is set.
+        beside: steps between measurements of further signals, by name.
+        parts: that a batch is cut into for the running estimate.
+        **accuracy: the fields of :class:`~gfs_core.signals.lab.Accuracy`.
+    """
+    every = {**monitor.schedule.every, **(beside or {})}
+    monitor.schedule.every = {name: every[name] for name in TIERS if name in every}
+    monitor.measuring.accuracy = replace(monitor.measuring.accuracy, **accuracy)
+    if parts is not None:
+        monitor.measuring.learned.parts = parts
+    return monitor
+
+
+def tuned_callback(callback: Any, **how: Any) -> Any:
+    """The same callback, of either framework, whose monitors are :func:`tuned` as soon as they are made."""
+    hook = "on_fit_start" if hasattr(callback, "on_fit_start") else "on_train_begin"
+    starts = getattr(callback, hook)
+
+    def started(*args: Any, **kwargs: Any) -> None:
+        starts(*args, **kwargs)
+        monitors = callback.monitors.values() if hasattr(callback, "monitors") else [callback.monitor]
+        for monitor in monitors:
+            if monitor is not None:
+                tuned(monitor, **how)
+
+    setattr(callback, hook, started)
+    return callback

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 import gfs_core as gfs
 import gfs_core.run.ranks
 from gfs_core.linalg.vectors import local
+from gfs_core.run.record import KEYS
 from tests.core import engines
+from tests.core.options import tuned
 from tests.forks import START
 
 BATCH = 32
@@ -113,7 +114,9 @@ def train(
     made: str = "",
     short: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Train on every ``size``-th example of each batch; ``wrong``: fault, rank and step of a measurement that fails.
+    """Train on every ``size``-th example of each batch; ``options`` may hold what is ``tuned``.
+
+    ``wrong``: fault, rank and step of a measurement that fails.
 
     ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``:
     with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
@@ -138,14 +141,16 @@ def train(
     else:
         optimizer = OPTIMIZERS[kind](trained.parameters())
     events: list[gfs.Alert] = []
+    options = dict(options)
+    how = options.pop("tuned", {})
     config = gfs.GFSConfig(**options)
     measured = trained if wrapped else model
-    monitor = gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append)
+    monitor = tuned(gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append), **how)
     found: list[gfs.Measurement] = []
     losses, rates = [], []
     sizes: dict[int, int] = {}
     if poor == rank:
-        monitor._schedule.clock.spent["gfs"] = 1e9
+        monitor.schedule.budget.spent["gfs"] = 1e9
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]
@@ -170,7 +175,7 @@ def train(
         losses.append(float(loss.detach()))
     monitor.close()
     return {
-        "found": [asdict(m) for m in found],
+        "found": [{"step": m.step, "reasons": m.reasons, **dict.fromkeys(KEYS), **m.values()} for m in found],
         "weights": [local(p).clone() for p in model.parameters()],
         "events": [(e.step, int(e.level), e.rule) for e in events],
         "scales": rates,

@@ -58,8 +58,8 @@ class Training:
             loss.backward()
             self.monitor.step(self.loss, (x, y), step, loss=loss.detach())
             self.optimizer.step()
-            assert self.monitor.alarm is not None
-            self.states.append(self.monitor.alarm.level)
+            assert self.monitor.watch.warning is not None
+            self.states.append(self.monitor.watch.warning.level)
             self.losses.append(loss.item())
 
     def change(self, how: Callable[[nn.Linear], None]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 import gfs_core as gfs
 from gfs_core.run.history import read_settings
 from gfs_report.runs import read_run
+from tests.core.options import tuned
 
 OPTIONS = {f.name: f.default for f in fields(gfs.GFSConfig)}
 WORDS = ["gfs", "running", "cap", "off", "stop", "fixed", "nan", "inf", "1e999", "<script>", "a\0b", "\ud800", "-1", ""]
@@ -58,7 +59,7 @@ def tried(call: Callable[[], Any]) -> tuple[Any, str]:
 @many(400)
 @given(st.dictionaries(st.sampled_from(sorted(OPTIONS)) | st.text(max_size=8), VALUES | ODD, max_size=2))
 @example({"tier": np.ones(2)})
-@example({"horizon": 10**400})
+@example({"max_memory": 10**400})
 @example({"seed": 2**64})
 @example({"history": "a\0b"})
 def test_any_value_of_an_option_is_taken_or_named(options: dict[str, Any]) -> None:
@@ -69,9 +70,10 @@ def test_any_value_of_an_option_is_taken_or_named(options: dict[str, Any]) -> No
     model = nn.Linear(2, 1)
     quick = {"max_overhead": None, "tier": config.tier if config.tier != "gfs_full" else "gfs", "history": None}
     monitor = gfs.StabilityMonitor(
-        model, torch.optim.SGD(model.parameters(), 0.1), gfs.GFSConfig(**(asdict(config) | quick | {"max_grads": 5}))
+        model, torch.optim.SGD(model.parameters(), 0.1), gfs.GFSConfig(**(asdict(config) | quick))
     )
-    monitor.history = None if config.history is None else Path("/dev/null") / config.history  # nowhere
+    tuned(monitor, max_grads=5)
+    monitor.journal.path = None if config.history is None else Path("/dev/null") / config.history  # nowhere
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         monitor.step(lambda x: model(x).square().mean(), torch.ones(4, 2), 0, loss=1.0)
@@ -104,7 +106,7 @@ def parser() -> Any:
 
 @many(150)
 @given(st.sampled_from(sorted(OPTIONS)), st.lists(ATOMS.map(str) | st.sampled_from(WORDS), max_size=2))
-@example("horizon", ["1e301"])
+@example("max_memory", ["1e301"])
 @example("every", ["9" * 5000])
 def test_any_value_of_a_flag_is_taken_or_named(name: str, values: list[str]) -> None:
     try:
@@ -226,10 +228,9 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Linear(3, 2)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 0.01)
-        config = gfs.GFSConfig(
-            tier="sharpness", every=2, running_every=1, directional_every=1, control="follow", tol=0.1, **options
-        )
-        self.monitor = gfs.StabilityMonitor(self.model, self.optimizer, config)
+        config = gfs.GFSConfig(tier="sharpness", every=2, running_every=1, control="follow", **options)
+        monitor = gfs.StabilityMonitor(self.model, self.optimizer, config)
+        self.monitor = tuned(monitor, beside={"directional": 1}, tol=0.1)
 
     def train(self, steps: int) -> list[gfs.Measurement]:
         found = []
@@ -245,10 +246,10 @@ class Training:
 
 @cache
 def saved() -> dict[str, Any]:
-    training = Training(probe="fixed", probe_size=256, max_overhead=None)
+    training = Training(probe="fixed", probe_size=32, max_overhead=None)
     training.train(8)
     state = training.monitor.state_dict()
-    state["fits"] = 6
+    state["measuring"]["learned"]["fits"] = 6
     return state
 
 
@@ -272,7 +273,7 @@ def damaged(state: Any, path: tuple[Any, ...], value: Any, drop: bool) -> Any:
 
 def comparable(monitor: gfs.StabilityMonitor) -> Any:
     state = monitor.state_dict()
-    state["clock"].pop("elapsed")
+    state["budget"].pop("elapsed")
     return json.dumps(state, default=lambda t: t.tolist())
 
 
@@ -301,18 +302,19 @@ def test_a_damaged_checkpoint_is_refused_whole_and_training_goes_on(
     ("path", "value"),
     [
         ((), "state"),
-        (("warm",), "vectors"),
-        (("fits",), "many"),
-        (("run",), 3),
-        (("running",), [1, 2]),
-        (("running", 0, "estimates", 0, "moments"), [1.0]),
-        (("running", 0, "blocks"), [[0]]),
-        (("clock", "spent"), {"gfs": "x"}),
+        (("measuring", "signals"), "vectors"),
+        (("measuring", "signals", "sharpness", "raw"), "vectors"),
+        (("measuring", "learned", "fits"), "many"),
+        (("journal", "run"), 3),
+        (("measuring", "signals", "running"), [1, 2]),
+        (("measuring", "signals", "running", "estimate", "estimates", 0, "moments"), [1.0]),
+        (("measuring", "signals", "running", "estimate", "blocks"), [[0]]),
+        (("budget", "spent"), {"gfs": "x"}),
         (("control", "_target"), -1.0),
         (("control", "last"), 0.0),
-        (("alarm", 0, "context", "losses"), ["x"]),
-        (("alarm", 0, "detectors", "rate", "rates"), [0.0]),
-        (("alarm", 0, "level"), 7),
+        (("watch", "context", "losses"), ["x"]),
+        (("watch", "detectors", "rate", "rates"), [0.0]),
+        (("watch", "level"), 7),
     ],
 )
 def test_what_is_damaged_is_said(path: tuple[Any, ...], value: Any) -> None:
@@ -327,11 +329,11 @@ def test_what_is_damaged_is_said(path: tuple[Any, ...], value: Any) -> None:
 
 
 def test_an_undamaged_checkpoint_is_loaded_without_a_word() -> None:
-    training = Training(probe="fixed", probe_size=256, max_overhead=None)
+    training = Training(probe="fixed", probe_size=32, max_overhead=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         training.monitor.load_state_dict(saved())
     state = dict(saved())
-    clock, own = state.pop("clock"), training.monitor.state_dict()
-    assert own.pop("clock")["prices"] == clock["prices"]
+    budget, own = state.pop("budget"), training.monitor.state_dict()
+    assert own.pop("budget")["prices"] == budget["prices"]
     assert json.dumps(own, default=lambda t: t.tolist()) == json.dumps(state, default=lambda t: t.tolist())

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from tests.core.options import tuned
 
 Batch = tuple[Tensor, Tensor]
 images, labels = load_digits(return_X_y=True)
@@ -31,10 +32,11 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.found: list[gfs.Measurement | None] = []
         self.told: list[str] = []
-        everything = {"tier": "sharpness", "every": 1, "running_every": 1, "running_parts": 2, "max_overhead": None}
+        everything = {"tier": "sharpness", "every": 1, "running_every": 1, "max_overhead": None}
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             self.monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**everything | options))
+            tuned(self.monitor, parts=2)
         self._hear(told)
 
     def _hear(self, told: list[warnings.WarningMessage]) -> None:
@@ -118,7 +120,7 @@ def test_a_control_that_gives_up_says_so_once_and_reports_the_users_rate() -> No
     assert len(told) == 1
     assert "starts from 4 stability ratios, and had 0 in 50 steps (no second time)" in told[0]
     assert "control='observe'" in told[0]
-    assert run.monitor._scale(0.05) == 1.0
+    assert run.monitor.rates.scale() == 1.0
     last = run.steps(10)  # … and it begins where the loss works again
     assert not run.monitor.control.lost
     assert last is not None
@@ -224,7 +226,7 @@ def test_once_the_steps_come_by_again_the_control_acts() -> None:
     model = net()
     run = Run(model, torch.optim.SGD(model.parameters(), 3.0), control="cap")
     run.steps(8, take=lambda: by_data(run))
-    assert run.monitor._scale(3.0) == 1.0
+    assert run.monitor.rates.scale() == 1.0
     last = run.steps(8)
     assert last is not None
     assert last.lr_scale is not None
@@ -270,7 +272,7 @@ def test_steps_that_the_control_reaches_make_no_warning(kind: str) -> None:
     run = Run(model, sgd(model, 3.0), control="cap", tier="running", running_every=None, every=4)
     run.steps(30, take=ACTING[kind](run))
     assert run.told == []
-    assert run.monitor._scale(3.0) < 1.0
+    assert run.monitor.rates.scale() < 1.0
 
 
 def test_a_sharpness_aware_step_with_a_closure_is_controlled() -> None:
@@ -380,7 +382,7 @@ def test_a_control_measures_anew_before_it_lets_new_weights_go() -> None:
     model[:3].requires_grad_(False)
     run = Run(model, sgd(model, 0.5), control="cap", tier="running", running_every=None, every=5)
     run.steps(60)
-    assert run.monitor._scale(0.5) > 0.3
+    assert run.monitor.rates.scale() > 0.3
     unfreeze(run)
     used: list[float] = []
     run.optimizer.register_step_pre_hook(lambda o, a, k: used.append(o.param_groups[0]["lr"]))
@@ -487,12 +489,13 @@ def test_one_bad_batch_is_told_once_and_the_next_measurement_is_right(bad: Any, 
     model = net()
     run = Run(model, sgd(model))
     run.steps(8)
-    before = run.monitor._running.vector
+    [running] = run.monitor.measuring.signals.named(["running"])
+    before = running.estimate.vector
     for _ in range(2):
         run.steps(1, loss_fn=bad)
         assert run.found[-1] is None
     assert [words in t for t in run.told] == [True]
-    assert (run.monitor._running.vector is before) == (bad is nothing)  # what still fits is kept
+    assert (running.estimate.vector is before) == (bad is nothing)  # what still fits is kept
     run.holds()
     assert len(run.told) == 1
 

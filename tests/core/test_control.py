@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gfs_core as gfs
-from gfs_core.actions.rate import Control, ControlProfile, at_scale
+from gfs_core.actions.rate import Control, ControlProfile
 from gfs_core.optimizers.learning_rate import LearningRateHook
 from tests.core.observed import observe_ratio
 
 RATE = 0.1
 
 
-def measured(ratio: float | None = None, **values: Any) -> gfs.Measurement:
-    return gfs.Measurement(0, mean_square_stability_ratio=ratio, **values)
+def measured(ratio: float | None = None, **values: Any) -> dict[str, float]:
+    return gfs.Measurement.of(0, mean_square_stability_ratio=ratio, **values).values()
 
 
 def started(policy: Any, ratio: float = 1.0, margin: float = 0.5) -> Control:
@@ -65,7 +65,7 @@ def test_a_limit_without_a_step_at_any_rate_scales_nothing() -> None:
 def test_another_profile_is_gone_by_and_is_no_part_of_the_state() -> None:
     profile = ControlProfile(
         margin_adaptive=0.2, growth_adaptive=1.5, first=2, first_scale=0.25, first_share=0.5, free=3,
-        ratio=lambda m, noisy: m.gfs_stability_ratio,
+        ratio=lambda m, noisy: m.get("gfs_stability_ratio"),
     )  # fmt: skip
     control = Control("cap", adaptive=True, profile=profile)
     assert (control.margin, control.growth) == (0.2, 1.5)
@@ -238,7 +238,7 @@ def test_of_other_weights_the_first_measurements_are_taken_anew() -> None:
 def test_the_solved_ratio_serves_where_there_is_no_running_one() -> None:
     control = Control("cap", 0.5)
     for _ in range(4):
-        control.measured(RATE, gfs.Measurement(0, stability_ratio=2.0))
+        control.measured(RATE, measured(stability_ratio=2.0))
     for _ in range(100):
         control.step(RATE)
     assert control.scale(RATE) == pytest.approx(0.25)
@@ -246,12 +246,12 @@ def test_the_solved_ratio_serves_where_there_is_no_running_one() -> None:
 
 def test_the_running_ratio_serves_where_that_in_the_mean_square_could_not_be_had() -> None:
     control = started("cap")
-    control.measured(RATE, gfs.Measurement(0, running_stability_ratio=5.0, stability_ratio=0.1))
+    control.measured(RATE, measured(running_stability_ratio=5.0, stability_ratio=0.1))
     assert control.step(RATE) == pytest.approx(0.1)
-    control.measured(RATE, gfs.Measurement(0, stability_ratio=0.01))  # solved for in between: without the noise
+    control.measured(RATE, measured(stability_ratio=0.01))  # solved for in between: without the noise
     assert control.step(RATE) == pytest.approx(0.1)
     fresh = Control("cap", 0.5)
-    fresh.measured(RATE, gfs.Measurement(0, running_stability_ratio=5.0))  # the very first part: nothing to go by yet
+    fresh.measured(RATE, measured(running_stability_ratio=5.0))  # the very first part: nothing to go by yet
     for _ in range(3):
         fresh.measured(RATE, measured(1.0))
     assert fresh.waiting
@@ -299,8 +299,8 @@ def test_loaded_at_any_point_it_goes_on_as_if_never_interrupted(policy: Any, eve
 
 
 def test_a_measurement_at_another_scale() -> None:
-    m = gfs.Measurement(0, threshold=20.0, stability_ratio=0.5, learning_rate=0.1, sharpness=10.0)
-    half = at_scale(m, 0.5)
+    m = gfs.Measurement.of(0, threshold=20.0, stability_ratio=0.5, learning_rate=0.1, sharpness=10.0)
+    half = m.at_scale(0.5)
     assert (half.threshold, half.stability_ratio, half.learning_rate, half.sharpness) == (40.0, 0.25, 0.05, 10.0)
     assert half.running_stability_ratio is None
 
@@ -540,10 +540,10 @@ def test_a_rate_far_too_high_is_held(kind: str, control: str) -> None:
 
 def test_a_rate_that_the_control_lets_rise_is_no_alarm() -> None:
     fit = Fit("sgd", 10.0)  # held far below that
-    assert fit.monitor.alarm is not None
-    observe_ratio(fit.monitor.alarm, 0, 0.5, solved=True)  # far from the edge the rule for the rate says nothing
+    assert fit.monitor.watch.warning is not None
+    observe_ratio(fit.monitor.watch.warning, 0, 0.5, solved=True)  # the rule says nothing far from the edge
     events: list[gfs.Alert] = []
-    fit.monitor.on_alarm = events.append
+    fit.monitor.watch.function = events.append
     fit.run(0, 41)
     control = fit.monitor.control
     assert control._limit is not None
@@ -625,7 +625,6 @@ def test_the_budget_waits_until_the_control_has_started() -> None:
         ({"control": "cap", "tier": "directional"}, "control='cap' needs a stability ratio"),
         ({"margin": 1.5}, r"`margin` must be in \(0, 1\], the edge of stability; got 1.5"),
         ({"control": "step_down", "alarm": "off"}, "control='step_down' goes by alarms"),
-        ({"alarm_checkpoint": True, "alarm": "off"}, "`alarm_checkpoint` needs an alarm"),
         ({"control": "edge"}, "`control` must be one of 'observe', 'cap'"),
     ],
 )
@@ -653,10 +652,10 @@ class Spiking(Fit):
 
 def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any) -> None:
     events: list[gfs.Alert] = []
-    fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", alarm_checkpoint=True, history=f"{tmp_path}/h.jsonl")
-    fit.monitor.on_alarm = events.append
-    assert fit.monitor.alarm is not None
-    observe_ratio(fit.monitor.alarm, 0, 0.5, solved=True)  # the rule says nothing far from the edge
+    fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", history=f"{tmp_path}/h.jsonl")
+    fit.monitor.watch.function = events.append
+    assert fit.monitor.watch.warning is not None
+    observe_ratio(fit.monitor.watch.warning, 0, 0.5, solved=True)  # the rule says nothing far from the edge
     fit.run(0, 100)
     assert not fit.monitor.should_stop
     with pytest.warns(gfs.GFSWarning, match="alarm at step 100: the loss is .* times as far above its median"):
@@ -672,8 +671,8 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     state = fit.monitor.state_dict()
     resumed = Fit("sgd", 0.05, control="step_down").monitor
     resumed.load_state_dict(state)
-    assert resumed.alarm is not None
-    assert resumed.alarm.state_dict() == fit.monitor.alarm.state_dict()
+    assert resumed.watch.warning is not None
+    assert resumed.watch.warning.state_dict() == fit.monitor.watch.warning.state_dict()
     assert resumed.control.scale(0.05) == 0.5
 
 
@@ -682,10 +681,10 @@ def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
     scales = []
     for step in range(600):
         monitor.record_loss((1.0 if step < 100 else 3.0) + 0.01 * (step % 7))
-        monitor.watch(step)
+        monitor.update_detectors(step)
         scales.append(monitor.control.step(0.05))
-    assert monitor.alarm is not None
-    assert monitor.alarm.level is gfs.AlertLevel.ALARM
+    assert monitor.watch.warning is not None
+    assert monitor.watch.warning.level is gfs.AlertLevel.ALARM
     assert scales[:200] == [1.0] * 100 + [0.5] * 100
     assert scales[200:] == sorted(scales[200:])
     assert scales[-1] == 1.0
@@ -693,7 +692,7 @@ def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
 
 def test_without_an_alarm_nothing_is_watched() -> None:
     fit = Fit("sgd", 0.05, alarm="off", control="observe").run(0, 30)
-    assert fit.monitor.alarm is None
+    assert fit.monitor.watch.warning is None
     assert all(m.alarm is None for m in fit.found)
     assert Fit("sgd", 0.05, control="observe").run(0, 30).found[-1].alarm == 0
 

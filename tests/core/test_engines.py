@@ -11,10 +11,11 @@ import torch
 
 import gfs_core as gfs
 from tests.core import engines, processes
+from tests.core.options import tuned
 from tests.core.reference import dense_hessian
-from tests.core.test_ranks import ALL, assert_close
+from tests.core.test_ranks import ROUGH, assert_close
 
-OPTIONS: dict[str, Any] = {**ALL, "tol": 1e-6, "tier": "sharpness"}
+OPTIONS: dict[str, Any] = {**ROUGH, "tier": "sharpness"}
 LIKE = {"checkpointed": "attention", "re-entrant": "attention", "compiled": "attention", "placed": "attention"}
 
 
@@ -53,8 +54,8 @@ def test_a_compiled_optimizer(tmp_path: Path) -> None:
     def run(measure: bool, control: str = "observe") -> tuple[list[torch.Tensor], list[float]]:
         model = processes.net()
         optimizer = torch.optim.AdamW(model.parameters(), 0.02)
-        config = gfs.GFSConfig(**{**OPTIONS, "control": control})
-        monitor = gfs.StabilityMonitor(model, optimizer, config) if measure else None
+        config = gfs.GFSConfig(**{**{name: v for name, v in OPTIONS.items() if name != "tuned"}, "control": control})
+        monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), **OPTIONS["tuned"]) if measure else None
         compiled = torch.compile(optimizer.step, backend="aot_eager")
         scales = []
         for step in range(8):

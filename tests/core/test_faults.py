@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfs_core as gfs
 from tests.bitwise import assert_same
+from tests.core.options import tuned
 
 STEP = 2  # optimizer steps taken before the measurement: Adam has its second moments
 # What a measurement of each tier has at the least.
@@ -147,13 +148,16 @@ class Training:
         control = "cap" if tier in ("gfs", "running") else "observe"  # it scales the rates while it measures
         cheap: dict[str, Any] = {
             "max_overhead": None,
-            "running_parts": 2,
             "running_every": None,
-            "tol": 0.1,
-            "rtol": 0.2,
         }
         options = gfs.GFSConfig(tier=tier, every=1, control=control, **cheap)
-        return gfs.StabilityMonitor(self.model, self.optimizer, options)
+        return tuned(gfs.StabilityMonitor(self.model, self.optimizer, options), parts=2, tol=0.1, rtol=0.2)
+
+    def keep_weights(self, monitor: gfs.StabilityMonitor, step: int) -> None:
+        """As if the monitor had seen the step that ended at ``step``."""
+        state = monitor.state_dict()
+        state["measuring"]["before"] = [step, self.before]
+        monitor.load_state_dict(state)
 
     def measure_broken(self, tier: Any, kind: str, at: int | None) -> tuple[int, gfs.Measurement | None]:
         """One measurement with a fault, nothing left changed, and a whole one after it by the same monitor.
@@ -164,13 +168,13 @@ class Training:
         monitor = self.monitor(tier)
         before = self.everything()
         try:
-            monitor.load_state_dict(monitor.state_dict() | {"before": [0, self.before]})
+            self.keep_weights(monitor, 0)
             with broken(kind, at) as fault:
                 found = monitor.step(self.model, self.x, 0, loss=0.5)
         finally:
             assert_same(before, self.everything())
             if tier != "gfs" or at is None or at % 4 == 0:  # the dearest; one in four
-                monitor.load_state_dict(monitor.state_dict() | {"before": [5, self.before]})
+                self.keep_weights(monitor, 5)
                 after = monitor.step(self.model, self.x, 5, loss=0.5)
                 assert after is not None
                 assert after.values().keys() >= VALUES[tier]

@@ -30,9 +30,9 @@ def told_of(loss_fn: Any) -> list[str]:
 
 
 def test_an_error_of_the_package_is_called_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gfs_core.run.monitor.measure", broken)
+    monkeypatch.setattr("gfs_core.run.measuring.Conditions", broken)
     [text] = told_of(lambda model, x: model(x).square().mean())
-    assert "a mistake in gfs itself, please report it: ValueError in gfs_core/run/monitor.py:" in text
+    assert "a mistake in gfs itself, please report it: AttributeError in gfs_core/signals/measuring.py:" in text
 
 
 def test_an_error_of_the_loss_is_called_the_losss() -> None:
@@ -115,4 +115,4 @@ def test_the_users_function_may_end_the_training() -> None:
 
     guard = Guard(False, list, pruned)
     with pytest.raises(RuntimeError, match="pruned at 3"), guard.hook("on_step", False):
-        guard.events.append(3)  # type: ignore[arg-type]
+        guard.alerts.append(3)  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def test_a_resumed_training_goes_on_with_its_losses(tmp_path: Path) -> None:
     resumed.load_state_dict(torch.load(saved(state, tmp_path), weights_only=True))
     for step in range(15, 25):
         resumed.record_loss(3.0)
-        resumed.watch(step)
+        resumed.update_detectors(step)
     [part] = gfs.history_parts(path)
     assert [(m.step, m.value) for m in part.losses] == [(0, 9.0), (10, 1.0), (14, 1.0), (24, 3.0)]
 
@@ -213,4 +213,4 @@ def test_a_history_without_losses_is_read_as_before(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     path.write_text('{"settings": {"every": 10}}\n{"step": 0, "sharpness": 2.0}\n')
     [part] = gfs.history_parts(path)
-    assert (part.losses, part.measurements) == ([], [gfs.Measurement(0, sharpness=2.0)])
+    assert (part.losses, part.measurements) == ([], [gfs.Measurement.of(0, sharpness=2.0)])

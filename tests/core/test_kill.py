@@ -94,12 +94,12 @@ def test_a_history_cut_anywhere_is_read_up_to_there_and_goes_on_behind_it(tmp_pa
     path = tmp_path / "history.jsonl"
     history.begin(path, {"tier": "gfs"})
     for step in range(3):
-        history.append(path, gfs.Measurement(step, sharpness=1.5 + step, reasons=("because é",)))
+        history.append(path, gfs.Measurement.of(step, sharpness=1.5 + step, reasons=("because é",)))
     text = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(text) if byte == ord("\n")]
     for cut in range(ends[0], len(text) + 1):
         path.write_bytes(text[:cut])
-        history.append(path, gfs.Measurement(9, sharpness=7.0))
+        history.append(path, gfs.Measurement.of(9, sharpness=7.0))
         found = history.read(path)
         whole = sum(cut >= end - 1 for end in ends[1:])  # the last character of a record may be all that is missing
         assert [(m.step, m.sharpness) for m in found] == [(i, 1.5 + i) for i in range(whole)] + [(9, 7.0)], cut

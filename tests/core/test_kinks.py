@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import gfs_core as gfs
 from gfs_core.linalg.vectors import random_like
-from gfs_core.signals.lab import Probe
+from gfs_core.signals.lab import Lab
+from tests.core.options import tuned
 from tests.core.reference import dense_hessian
 from tests.core.test_symmetry import ORDINARY
-from tests.core.test_unusual_weights import EVERY, ids, loss_fn
+from tests.core.test_unusual_weights import ALONG, EVERY, ids, loss_fn
 
 ANCHOR = torch.tensor([1.0, -2.0, 0.5, 0.3])
 READS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,7 +70,8 @@ def test_exact_products_take_the_side_of_the_kink_that_training_takes(how: str, 
 def test_it_is_told_once_and_measured_exactly_where_training_has_left_the_kink(how: str) -> None:
     model = Read(how, torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", tol=1e-6))
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness"))
+    tuned(monitor, beside=ALONG, tol=1e-6)
     found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -120,9 +122,8 @@ def test_rows_that_a_norm_keeps_at_zero_are_left_out(dtype: torch.dtype, hvp: st
     model = Sparse(dtype)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     tol = 1e-2 if dtype == torch.float32 else 1e-5
-    monitor = gfs.StabilityMonitor(
-        model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", hvp=hvp, tol=tol, running_parts=1)
-    )
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", hvp=hvp))
+    tuned(monitor, beside=ALONG, parts=1, tol=tol)
     found, truth = [], []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -149,14 +150,14 @@ def test_a_kink_in_other_batches_than_the_first_is_noticed() -> None:
     x, y = ids(0)
     free = (torch.where(x == 7, 3, x), y)
     with gfs.StateSnapshot(model) as isolation:
-        probe = Probe(gfs.Objective(model, loss_fn, [(x, y)], isolation=isolation), hvp="gradients")
-        start = random_like(probe.objective.weights, torch.Generator().manual_seed(0))
-        with probe.on([free]):
-            probe.hessian(start)
+        lab = Lab(gfs.Objective(model, loss_fn, [(x, y)], isolation=isolation), "gradients")
+        start = random_like(lab.objective.weights, torch.Generator().manual_seed(0))
+        with lab.on([free]):
+            lab.hessian(start)
         with pytest.raises(gfs.MeasurementError, match="the loss has a kink at the present weights"):
-            probe.hessian(start)
-        with probe.on([free]):  # and it is not taken for one that has it
-            probe.hessian(start)
+            lab.hessian(start)
+        with lab.on([free]):  # and it is not taken for one that has it
+            lab.hessian(start)
 
 
 def test_a_kink_beside_the_first_direction_is_noticed() -> None:

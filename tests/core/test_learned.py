@@ -61,7 +61,7 @@ def resumed(monitor: gfs.StabilityMonitor, config: gfs.GFSConfig = CONFIG) -> gf
 
 
 def learned(monitor: gfs.StabilityMonitor) -> Learned:
-    return Learned.from_state(monitor.state_dict()["learned"])
+    return Learned.from_state(monitor.state_dict()["measuring"]["learned"])
 
 
 def test_that_the_plain_kernel_is_needed_is_found_out_once(failures) -> None:
@@ -93,7 +93,8 @@ def test_that_products_come_from_gradients_is_found_out_once(failures) -> None:
 def test_an_option_that_is_given_goes_before_what_is_learned(saved, failures) -> None:
     monitor = monitor_of(make("mlp"))
     state = monitor.state_dict()
-    monitor.load_state_dict({**state, "learned": Learned(hvp=saved, precision="training").state_dict()})
+    state["measuring"]["learned"] = Learned(hvp=saved, precision="training").state_dict()
+    monitor.load_state_dict(state)
     asked = gfs.GFSConfig(
         **{**vars(CONFIG), "hvp": "gradients" if saved == "exact" else "exact", "precision": "float32"}
     )
@@ -118,10 +119,12 @@ def test_a_hessian_works_on_a_copy_of_what_is_learned() -> None:
 
 
 def test_learned_facts_go_through_plain_values() -> None:
-    facts = Learned("gradients", True, True, False, 0.25, True, "float32")
+    facts = Learned("gradients", True, True, False, 0.25, True, "float32", False, "it fails on a part", 7, 32)
     assert Learned.from_state(facts.state_dict()) == facts
     assert Learned.from_state({}) == Learned()
     with pytest.raises(ValueError, match="`hvp` is 'often'"):
         Learned.from_state({"hvp": "often"})
     with pytest.raises(ValueError, match="`precision` is 'float8'"):
         Learned.from_state({"precision": "float8"})
+    with pytest.raises(ValueError, match="0 parts"):
+        Learned.from_state({"parts": 0})

@@ -14,6 +14,7 @@ from torch import nn
 
 import gfs_core as gfs
 from benchmarks.long_run import hooks
+from tests.core.options import tuned
 
 
 def counts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -36,10 +37,11 @@ def test_hundreds_of_steps_leave_nothing_behind(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 3))
     optimizer = torch.optim.AdamW(model.parameters(), 0.003)
     config = gfs.GFSConfig(
-        tier="gfs", every=10, directional_every=10, batch_sharpness_every=20, running_every=5, max_overhead=None,
+        tier="gfs", every=10, running_every=5, max_overhead=None,
         control="cap", alarm="log", history=str(tmp_path / "history.jsonl"),
     )  # fmt: skip
     monitor = gfs.StabilityMonitor(model, optimizer, config)
+    tuned(monitor, beside={"directional": 10, "batch_sharpness": 20})
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long())

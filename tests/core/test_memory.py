@@ -13,6 +13,7 @@ from gfs_core.loss.batches import pieces
 from gfs_core.loss.memory import GIB, Limits
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.snapshot import StateSnapshot
+from gfs_core.signals.lab import Accuracy, Lab
 
 
 def make(width: int = 16, depth: int = 1) -> nn.Module:
@@ -30,38 +31,30 @@ def batch(count: int) -> Tensor:
 
 
 def config(**options) -> gfs.GFSConfig:
-    return gfs.GFSConfig(
-        **{"every": 1, "running_every": None, "max_overhead": None, "tol": 1e-9, "rtol": 1e-3} | options
-    )
+    return gfs.GFSConfig(**{"every": 1, "running_every": None, "max_overhead": None} | options)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "gradients"])
 def test_a_probe_that_streams_through_gives_the_same_values(hvp) -> None:
-    sizes: list[int] = []
+    def measured(count: int | None) -> tuple[float, float, set[int]]:
+        model, sizes = make(), []
 
-    def measured(count: int | None) -> gfs.Measurement:
-        model = make()
-        sizes.clear()
-
-        def loss(x):
+        def loss(model, x):
             sizes.append(len(x))
             return loss_fn(model, x)
 
-        options = config(tier="gfs", micro_batch=count, hvp=hvp, tol=1e-9 if hvp == "exact" else 1e-4)
-        monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), options)
-        monitor.step(loss, [batch(7), batch(12)], micro_batches=True)
-        sizes.clear()  # the first one tries whether the pieces are the whole
-        found = monitor.step(loss, [batch(7), batch(12)], micro_batches=True)
-        assert found is not None
-        return found
+        with StateSnapshot(model) as isolation:
+            objective = Objective(
+                model, loss, [batch(7), batch(12)], isolation=isolation, limits=Limits(examples=count)
+            )
+            found = Lab(objective, hvp, accuracy=Accuracy(tol=1e-9 if hvp == "exact" else 1e-4)).eigenvalue()
+            return found.value, objective.loss(), set(sizes)
 
-    whole = measured(None)
-    assert set(sizes) == {7, 12}
-    streamed = measured(5)
-    assert set(sizes) == {5, 2}
-    for name in ("sharpness", "gfs_sharpness", "loss_probe", "stability_ratio"):
-        assert getattr(streamed, name) == pytest.approx(getattr(whole, name), rel=1e-8 if hvp == "exact" else 1e-4)
-    assert measured(1).sharpness == pytest.approx(whole.sharpness, rel=1e-8 if hvp == "exact" else 1e-4)
+    whole, streamed, single = measured(None), measured(5), measured(1)
+    assert [sizes for *_, sizes in (whole, streamed, single)] == [{7, 12}, {5, 2}, {1}]
+    for value, loss, _ in (streamed, single):
+        assert value == pytest.approx(whole[0], rel=1e-8 if hvp == "exact" else 1e-4)
+        assert loss == pytest.approx(whole[1], rel=1e-12)
 
 
 def test_the_shares_of_the_pieces() -> None:
@@ -74,14 +67,11 @@ def test_the_shares_of_the_pieces() -> None:
 def test_streaming_keeps_one_pieces_graph_at_a_time() -> None:
     def peak(count: int | None) -> int:
         model = make(64, depth=8)
-        x = batch(1024)
-        monitor = gfs.StabilityMonitor(
-            model, torch.optim.SGD(model.parameters(), 0.1), config(tier="sharpness", micro_batch=count, tol=1e-2)
-        )
-        monitor.step(lambda b: loss_fn(model, b), x)
-        gc.collect()
-        with LiveBytes() as live:
-            monitor.step(lambda b: loss_fn(model, b), x)
+        with StateSnapshot(model) as isolation:
+            objective = Objective(model, loss_fn, [batch(1024)], isolation=isolation, limits=Limits(examples=count))
+            gc.collect()
+            with LiveBytes() as live:
+                Lab(objective, "exact").eigenvalue()
         return live.peak
 
     assert peak(64) < 0.25 * peak(None)
@@ -97,7 +87,7 @@ def test_max_memory_is_kept_by_measuring_on_less() -> None:
         return loss_fn(model, x)
 
     monitor = gfs.StabilityMonitor(
-        model, torch.optim.SGD(model.parameters(), 0.1), config(tier="sharpness", max_memory=most, tol=1e-2)
+        model, torch.optim.SGD(model.parameters(), 0.1), config(tier="sharpness", max_memory=most)
     )
     before = copy.deepcopy(model.state_dict())
     x = batch(1024)
@@ -113,7 +103,7 @@ def test_max_memory_is_kept_by_measuring_on_less() -> None:
         again = monitor.step(loss, x)
     assert again is not None
     assert 0.3 * most < live.peak / GIB <= most
-    wide = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config(tier="sharpness", tol=1e-2))
+    wide = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config(tier="sharpness"))
     assert again.sharpness == pytest.approx(wide.step(loss, x[: sizes[-1]]).sharpness, rel=1e-3)
 
 
@@ -124,8 +114,6 @@ def test_a_limit_below_the_vectors_is_refused_at_once() -> None:
     for wrong in (0.0, -1.0, float("inf")):
         with pytest.raises(gfs.ConfigError, match="`max_memory` must be"):
             config(max_memory=wrong)
-    with pytest.raises(gfs.ConfigError, match="`micro_batch` must be ≥ 1, got 0"):
-        config(micro_batch=0)
 
 
 def test_counting_changes_no_product() -> None:

@@ -288,10 +288,11 @@ def test_a_module_that_holds_its_metric_keeps_the_warm_start() -> None:
     model.metric.update(torch.ones(1, 1))
     monitor = model.metric.subject.monitor
     assert monitor is not None
-    held = monitor._warm.raw
+    [eigenvalue] = monitor.measuring.signals.named(["sharpness"])
+    held = eigenvalue.raw
     assert held is not None
     model.metric.update(torch.ones(1, 1))
-    assert monitor.measured == 2
+    assert monitor.measuring.count == 2
     assert int(model.metric.count) == 2
 
 
@@ -359,14 +360,19 @@ def test_options_arrive_and_mistakes_are_told() -> None:
     metric = GFSSharpness(model, quadratic, optimizer, **own, **flow, sync_on_compute=False)
     metric.update(torch.ones(4, 1))
     assert metric.subject.monitor is not None
-    config = vars(metric.subject.monitor.config)
-    assert {k: config[k] for k in own | flow} == own | flow
+    monitor = metric.subject.monitor
+    arrived = vars(monitor.config) | vars(monitor.measuring.accuracy)
+    assert {k: arrived[k] for k in own | flow} == own | flow
     assert metric.sync_on_compute is False
 
     with pytest.raises(gfs.ConfigError, match="`tol` must be a finite number > 0, got -1"):
         Sharpness(model, quadratic, tol=-1.0)
     with pytest.raises(ValueError, match="Unexpected keyword arguments: `horizon`"):
         Sharpness(model, quadratic, horizon=2.0)
+    with pytest.raises(ValueError, match="the options of Sharpness are hvp, max_hvps, probe_size, seed, strict, tol"):
+        Sharpness(model, quadratic, tier="gfs")
+    with pytest.raises(gfs.ConfigError, match="`max_grads` must be an integer ≥ 1, got 0"):
+        GFSSharpness(model, quadratic, optimizer, max_grads=0)
     with pytest.raises(gfs.ConfigError, match=r"expected a torch.nn.Module and a function .* got function and Linear"):
         Sharpness(quadratic, model)  # type: ignore[arg-type]
     with pytest.raises(gfs.ConfigError, match="no parameter with `requires_grad=True`"):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import io
+import re
 import warnings
 from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
-from gfs_core.loss.learned import Learned
-from gfs_core.run import monitor as monitor_module
+from gfs_core.config import GONE
+from gfs_core.run import measuring
 from gfs_core.run.history import append
+from gfs_core.signals.measuring import Measured, measure
+from tests.core.options import tuned
 
 
 def setup(config: gfs.GFSConfig, seed: int = 0):
@@ -39,7 +44,7 @@ def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
         optimizer.zero_grad()
         loss_fn(x).backward()
         measurement = monitor.step(loss_fn, x)
-        out += [dataclasses.replace(measurement, seconds=None, overhead=None)] if measurement else []
+        out += [measurement.having(seconds=None, overhead=None)] if measurement else []
         optimizer.step()
     return out
 
@@ -76,13 +81,18 @@ def test_resumed_is_the_same_to_the_bit() -> None:
 @pytest.mark.parametrize("probe", ["batch", "fixed"])
 def test_the_rest_that_ends_an_epoch_is_not_measured(probe: str) -> None:
     config = gfs.GFSConfig(
-        tier="sharpness", every=1, running_every=None, max_overhead=None, probe=probe, probe_batches=3
+        tier="sharpness",
+        every=1,
+        running_every=None,
+        max_overhead=None,
+        probe=probe,
+        probe_size=36 if probe == "fixed" else None,
     )
     model, optimizer, monitor = setup(config)
     data = [x[:5] if i % 4 == 1 else x for i, x in enumerate(batches(12))]
     found = [m.step for m in run(model, optimizer, monitor, data) if m.sharpness]
     assert found == ([0, 2, 3, 4, 6, 7, 8, 10, 11] if probe == "batch" else [3, 4, 6, 7, 8, 10, 11])
-    assert all(len(x) == 12 for x in monitor.state_dict()["probe"])
+    assert all(len(x) == 12 for x in monitor.state_dict()["measuring"]["probe"]["fixed"])
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -109,27 +119,32 @@ def test_a_healthy_run_with_a_short_last_batch_makes_no_warning(drop_last: bool)
 
 def test_a_warm_start_of_another_model_is_dropped() -> None:
     _, _, monitor = setup(gfs.GFSConfig())
-    state = monitor.state_dict() | {"warm": [[torch.ones(2)], None]}
+    state = monitor.state_dict()
+    state["measuring"]["signals"]["sharpness"]["raw"] = [torch.ones(2)]
     monitor.load_state_dict(state)
-    assert monitor.state_dict()["warm"] == [None, None]
+    held = monitor.state_dict()["measuring"]["signals"]["sharpness"]
+    assert (held["raw"], held["preconditioned"]) == (None, None)
+
+
+def told_the_time(monitor: gfs.StabilityMonitor, clock: Callable[[], float]) -> None:
+    """Its budget goes by this clock, which begins now."""
+    monitor.schedule.budget.clock, monitor.schedule.budget.began = clock, clock()
 
 
 @pytest.mark.parametrize("price", [0.01, 0.5])
 def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
     now = [0.0]
-    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now[0])
     model, _optimizer, monitor = setup(gfs.GFSConfig(every=5, max_overhead=0.05))
+    told_the_time(monitor, lambda: now[0])
 
     def loss_fn(x):
         return model(x).square().mean()
 
-    def slow(*args, tiers, **kwargs):
+    def slow(*args):
         now[0] += price
-        measurement, hessian, _ = original(*args, tiers=tiers, **kwargs)
-        return measurement, hessian, {"sharpness": 0.2 * price, "gfs": 0.8 * price}
+        return dataclasses.replace(measure(*args), seconds={"sharpness": 0.2 * price, "gfs": 0.8 * price})
 
-    original = monitor_module.measure
-    monkeypatch.setattr(monitor_module, "measure", slow)
+    monkeypatch.setattr(measuring, "measure", slow)
     steps = []
     for step, x in enumerate(batches(1) * 10_000):
         now[0] += 0.01
@@ -143,21 +158,22 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None
 @pytest.mark.parametrize("budget", [0.05, 0.2])
 def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
     now, spent = [0.0], {"running": 0.0, "gfs": 0.0}
-    monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: now[0])
     prices = {"running": 0.01, "gfs": 0.5}
 
-    def measured(*args, tiers, step, **kwargs):
-        seconds = {tier: prices[tier] for tier in tiers}
+    def measured(signals, step, learned, given):
+        names = [signal.name for signal in signals if signal.name in prices]
+        seconds = {name: prices[name] for name in names}
         now[0] += 0.001 + sum(seconds.values())
-        for tier in tiers:
-            spent[tier] += prices[tier]
-        spent[tiers[-1]] += 0.001
-        return gfs.Measurement(step), Learned(hvp="exact", double_backward_verified=True), seconds
+        for name in names:
+            spent[name] += prices[name]
+        spent[names[-1]] += 0.001
+        return Measured([], [], dataclasses.replace(learned, hvp="exact", double_backward_verified=True), seconds)
 
-    monkeypatch.setattr(monitor_module, "measure", measured)
+    monkeypatch.setattr(measuring, "measure", measured)
     model = nn.Linear(2, 1)
     config = gfs.GFSConfig(max_overhead=budget, every=10)
     monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+    told_the_time(monitor, lambda: now[0])
     for _ in range(60_000):
         now[0] += 0.01
         monitor.step(lambda x: model(x).mean(), torch.ones(4, 2))
@@ -165,7 +181,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
     assert 0.9 * budget < sum(fractions.values()) <= 1.01 * budget
     assert fractions["gfs"] > 0.23 * budget
     assert fractions["running"] > 0.5 * budget
-    assert monitor._schedule.clock.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
+    assert monitor.schedule.budget.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
 
 
 def test_failures_are_told_once_and_training_goes_on() -> None:
@@ -184,8 +200,9 @@ def test_failures_are_told_once_and_training_goes_on() -> None:
 
 @pytest.mark.parametrize("probe", ["batch", "fixed"])
 def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
-    options = gfs.GFSConfig(tier="sharpness", every=1, running_every=4, running_parts=2, max_overhead=None, probe=probe)
+    options = gfs.GFSConfig(tier="sharpness", every=1, running_every=4, max_overhead=None, probe=probe)
     model, _, monitor = setup(options)
+    tuned(monitor, parts=2)
     sizes: list[int] = []
 
     def loss_fn(b):
@@ -210,10 +227,9 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
 
     sizes.clear()
     running = gfs.StabilityMonitor(
-        model,
-        torch.optim.SGD(model.parameters(), 0.1),
-        gfs.GFSConfig(tier="running", every=1, running_parts=2, max_overhead=None),
+        model, torch.optim.SGD(model.parameters(), 0.1), gfs.GFSConfig(tier="running", every=1, max_overhead=None)
     )
+    tuned(running, parts=2)
     with pytest.warns(gfs.GFSWarning, match="half as many"):
         assert running.step(loss_fn, x, 0) is None
     assert sizes[-1] == 6
@@ -225,11 +241,12 @@ def test_what_runs_out_of_memory_is_met_by_a_smaller_probe(probe) -> None:
 @pytest.mark.parametrize("tier", ["sharpness", "running"])
 def test_memory_that_becomes_free_is_used_again(tier) -> None:
     alone = {"running_every": None} if tier == "sharpness" else {}
-    options = gfs.GFSConfig(tier=tier, every=1, running_parts=2, max_overhead=None, **alone)
+    options = gfs.GFSConfig(tier=tier, every=1, max_overhead=None, **alone)
     model, _, _ = setup(options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = gfs.StabilityMonitor(model, optimizer, options)
     sizes: list[int] = []
+    size = {"sharpness": 12, "running": 96}[tier]  # the running estimate takes a sixteenth
     room = 3
 
     def loss_fn(b):
@@ -247,7 +264,7 @@ def test_memory_that_becomes_free_is_used_again(tier) -> None:
             out.append(max(sizes))
         return out
 
-    x = batches(1)[0]  # 12 examples
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(7))
     monitor.step(lambda b: (model(b) - b[:, :3].sin()).square().mean(), x)
     with pytest.warns(gfs.GFSWarning, match="half as many") as told:
         tried = largest(100)
@@ -255,7 +272,7 @@ def test_memory_that_becomes_free_is_used_again(tier) -> None:
     assert 2 < sum(n > room for n in tried) < 8  # … seldom, …
     assert len(told) == 1  # … and without a word
     saved = monitor.state_dict()
-    room = 12
+    room = size
     usual = {"sharpness": 12, "running": 6}[tier]
     tried = largest(260)
     assert tried[-1] == usual
@@ -264,8 +281,19 @@ def test_memory_that_becomes_free_is_used_again(tier) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("part", ["_look", "_warned", "_write", "_keep_weights", "_is_short", "_controlled", "due"])
-def test_nothing_that_fails_beside_a_measurement_ends_training(part, strict, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("part", "left"),  # measurements that there are all the same
+    [
+        ("rates.look", 3),
+        ("watch.observe", 3),
+        ("journal._write", 3),
+        ("measuring.keep_weights", 1),
+        ("measuring.probe.short", 0),
+        ("rates.take_in", 0),
+        ("schedule.due", 0),
+    ],
+)
+def test_nothing_that_fails_beside_a_measurement_ends_training(part, left, strict, monkeypatch, tmp_path) -> None:
     options = {"tier": "directional", "every": 1, "control": "cdat", "max_overhead": None, "strict": strict}
     model, optimizer, monitor = setup(gfs.GFSConfig(history=str(tmp_path / "history.jsonl"), **options))
 
@@ -275,7 +303,8 @@ def test_nothing_that_fails_beside_a_measurement_ends_training(part, strict, mon
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(model, optimizer, monitor, batches(3))
-    monkeypatch.setattr(monitor, part, fails)
+    *path, name = part.split(".")
+    monkeypatch.setattr(functools.reduce(getattr, path, monitor), name, fails)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if strict:
@@ -283,7 +312,7 @@ def test_nothing_that_fails_beside_a_measurement_ends_training(part, strict, mon
                 run(model, optimizer, monitor, batches(3))
             return
         found = run(model, optimizer, monitor, batches(3))
-    assert len(found) == (0 if part in ("_is_short", "_controlled", "due") else 1 if part == "_keep_weights" else 3)
+    assert len(found) == left
     assert [str(w.message).endswith("RuntimeError: out of something") for w in told] == [True]
     monkeypatch.undo()
     assert len(run(model, optimizer, monitor, batches(3))) >= 2
@@ -294,8 +323,8 @@ def test_a_loss_that_is_no_number_is_not_taken_in() -> None:
     with pytest.warns(gfs.GFSWarning, match=r"not taken in: it has the shape \(3,\), and is no number"):
         monitor.record_loss(torch.ones(3))
     monitor.record_loss(2.0)
-    assert monitor.watch(1) is None
-    assert monitor._mean_loss.value() == 2.0
+    assert monitor.update_detectors(1) is None
+    assert monitor.measuring.mean_loss.value() == 2.0
 
 
 def test_what_on_alarm_raises_ends_training() -> None:
@@ -311,7 +340,7 @@ def test_what_on_alarm_raises_ends_training() -> None:
     def losses(loss: float, steps: range) -> None:
         for step in steps:
             monitor.record_loss(loss)
-            monitor.watch(step)
+            monitor.update_detectors(step)
 
     losses(1.0, range(50))
     with pytest.raises(Pruned):
@@ -351,7 +380,7 @@ def test_the_third_measurement_leaves_a_vector_that_the_first_was_wrong_with() -
 
     assert measured() == pytest.approx(3.0, rel=1e-3)
     state = monitor.state_dict()
-    state["warm"][0] = [torch.eye(6, dtype=torch.float64)[:1].clone()]  # exactly
+    state["measuring"]["signals"]["sharpness"]["raw"] = [torch.eye(6, dtype=torch.float64)[:1].clone()]  # exactly
     monitor.load_state_dict(state)
     h[5] = 5.0
     assert measured() == pytest.approx(3.0, rel=1e-3)
@@ -369,8 +398,8 @@ def test_nothing_is_kept_but_the_warm_start() -> None:
     before, weights = elements(), sum(p.numel() for p in model.parameters())
     run(model, optimizer, monitor, batches(3))
     assert elements() - before < weights  # what other tests left may go meanwhile
-    warm = monitor.state_dict()["warm"]
-    assert [sum(t.numel() for t in v) for v in warm] == [weights, weights]
+    warm = monitor.state_dict()["measuring"]["signals"]["sharpness"]
+    assert [sum(t.numel() for t in warm[name]) for name in ("raw", "preconditioned")] == [weights, weights]
 
 
 def test_probes() -> None:
@@ -387,9 +416,9 @@ def test_probes() -> None:
     seen.clear()
     monitor.step(loss_fn, data[0])
     assert {n for n, _ in seen} == {5}
-    with pytest.warns(gfs.GFSWarning, match="a fixed probe of 5 examples is misleading"):
+    with pytest.warns(gfs.GFSWarning, match="a fixed probe of 17 examples is misleading"):
         model, _, monitor = setup(
-            gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", probe_batches=2, probe_size=5, tier="sharpness")
+            gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", probe_size=17, tier="sharpness")
         )
     assert monitor.step(loss_fn, data[0]) is None
     seen.clear()
@@ -404,8 +433,8 @@ def test_probes() -> None:
         ("every", 0, "`every` must be ≥ 1, got 0"),
         ("every", 2.5, "`every` must be int, got 2.5"),
         ("every", True, "`every` must be int, got True"),
-        ("horizon", 0.0, "`horizon` must be a finite number > 0, got 0.0"),
-        ("horizon", -1, "`horizon` must be a finite number > 0, got -1"),
+        ("max_memory", 0.0, "`max_memory` must be a number of GiB > 0, or None for no limit; got 0.0"),
+        ("max_memory", -1, "`max_memory` must be a number of GiB > 0, or None for no limit; got -1"),
         ("max_overhead", 1.5, "`max_overhead` must be in (0, 1]"),
         (
             "tier",
@@ -415,9 +444,9 @@ def test_probes() -> None:
         ),
         ("hvp", None, "`hvp` must be one of"),
         ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),
-        ("tol", "x", "`tol` must be float, got 'x'"),
+        ("margin", "x", "`margin` must be float or None, got 'x'"),
         ("history", 3, "`history` must be str or None, got 3"),
-        ("horizons", 3, "unknown option `horizons`; the options are alarm, alarm_checkpoint, batch_sharpness_every, "),
+        ("horizons", 3, "unknown option `horizons`; the options are alarm, control, every, history, "),
     ],
 )
 def test_wrong_options_are_named(name: str, value: object, text: str) -> None:
@@ -428,9 +457,26 @@ def test_wrong_options_are_named(name: str, value: object, text: str) -> None:
 
 def test_documented_defaults() -> None:
     config = gfs.GFSConfig()
-    assert (config.tier, config.every, config.max_overhead, config.horizon) == ("gfs", 10, 0.05, 4.0)
+    assert (config.tier, config.every, config.running_every, config.max_overhead) == ("gfs", 10, 5, 0.05)
     assert (config.probe, config.probe_size, config.hvp) == ("batch", None, "auto")
-    assert (config.tol, config.rtol, config.history, config.strict, config.seed) == (1e-2, 1e-2, None, False, 0)
+    assert (config.history, config.strict, config.seed) == (None, False, 0)
+    accuracy = setup(config)[2].measuring.accuracy
+    assert (accuracy.tol, accuracy.rtol, accuracy.horizon) == (1e-2, 1e-2, 4.0)
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_an_option_that_is_no_more_is_told_with_what_to_use(name: str) -> None:
+    for make in (gfs.GFSConfig, gfs.GFSConfig.from_options):
+        with pytest.raises(gfs.ConfigError) as error:
+            make(**{name: 3})
+        assert str(error.value) == f"there is no option `{name}` any more: {GONE[name]}"
+
+
+@pytest.mark.parametrize("name", ["tol", "rtol", "horizon", "max_hvps", "max_grads"])
+@pytest.mark.parametrize("value", [0, -1, "x", True, float("nan"), 1e301])
+def test_what_is_no_accuracy_is_named(name: str, value: Any) -> None:
+    with pytest.raises(gfs.ConfigError, match=f"`{name}` must be .*, got {re.escape(repr(value))}"):
+        gfs.stability(nn.Linear(2, 1), lambda m, b: m(b).mean(), torch.ones(1, 2), None, **{name: value})
 
 
 def test_nothing_to_measure_is_refused() -> None:
@@ -443,19 +489,21 @@ def test_nothing_to_measure_is_refused() -> None:
 
 def test_history_survives_what_happens_to_files(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "history.jsonl"
-    first, second = gfs.Measurement(0, "SGD", sharpness=1.5, reasons=("why",)), gfs.Measurement(5, "SGD", hvps=3)
+    first, second = gfs.Measurement.of(0, "SGD", sharpness=1.5, reasons=("why",)), gfs.Measurement.of(5, "SGD", hvps=3)
     append(path, first)
     with path.open("a") as file:
         file.write('{"step": 3, "sharp')  # killed in the middle of a line
     append(path, second)
-    append(path, dataclasses.replace(second, hvps=4))  # a resumed run writes its step again
+    append(path, second.having(hvps=4))  # a resumed run writes its step again
     with path.open("a") as file:
         file.write('[1]\nnull\n{"step": "x"}\n{"step": 9, "sharpness": "<script>", "later": 1}\n')
-    assert gfs.read_history(path) == [first, dataclasses.replace(second, hvps=4), gfs.Measurement(9)]
+    *known, last = gfs.read_history(path)
+    assert known == [first, second.having(hvps=4)]
+    assert (last.step, last.values()) == (9, {"later": 1})  # a key of a later release is kept
     with pytest.raises(gfs.ConfigError, match="no history at"):
         gfs.read_history(tmp_path / "none")
     with pytest.raises(ValueError, match="JSON compliant"):
-        append(path, gfs.Measurement(1, sharpness=float("nan")))
+        append(path, gfs.Measurement.of(1, sharpness=float("nan")))
 
 
 def test_public_names() -> None:
@@ -481,7 +529,7 @@ KEPT = {"x": torch.ones(2, 3), "names": ["a", None], "n": (1, 2.0, True)}
 )
 def test_a_fixed_probe_is_saved_as_data_or_collected_anew(batch: Any) -> None:
     def monitor() -> gfs.StabilityMonitor:
-        options = gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", probe_batches=1, tier="sharpness")
+        options = gfs.GFSConfig(every=1, max_overhead=None, probe="fixed", tier="sharpness")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), options)
@@ -498,7 +546,7 @@ def test_a_fixed_probe_is_saved_as_data_or_collected_anew(batch: Any) -> None:
     state = torch.load(file, weights_only=True)
     if type(batch) in (dict, list):
         second.load_state_dict(state)
-        held = second._probe[0]
+        held = second.measuring.probe.fixed[0]
         assert type(held) is type(batch)
         assert torch.equal(held["x"] if isinstance(held, dict) else held[0], torch.ones(2, 3))
     else:

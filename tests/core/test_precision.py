@@ -12,6 +12,7 @@ from gfs_core.loss.learned import Learned
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.snapshot import StateSnapshot
+from tests.core.options import tuned
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -106,8 +107,8 @@ def test_training_in_half_precision_is_bitwise_the_same_and_measured_well(dtype,
         loss = autocast(dtype) if how == "autocast" else loss_fn
         x = batch() if how == "autocast" else batch(dtype)
         optimizer = torch.optim.AdamW(model.parameters(), 0.01, eps=1e-4)  # 1e-8 is 0 in float16
-        config = gfs.GFSConfig(tier="gfs", every=2, max_overhead=None, directional_every=2)
-        monitor = gfs.StabilityMonitor(model, optimizer, config)
+        config = gfs.GFSConfig(tier="gfs", every=2, max_overhead=None)
+        monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), beside={"directional": 2})
         found = []
         for _ in range(9):
             optimizer.zero_grad()
@@ -145,8 +146,8 @@ def test_half_precision_that_changes_too_much_gives_way_to_float32() -> None:
         return nn.functional.cross_entropy(out * (1.05 if coarse else 1.0), b[1])
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    config = gfs.GFSConfig(tier="sharpness", every=1, running_every=None, max_overhead=None, tol=1e-3)
-    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    config = gfs.GFSConfig(tier="sharpness", every=1, running_every=None, max_overhead=None)
+    monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), tol=1e-3)
     with pytest.warns(gfs.GFSWarning, match="bfloat16.*in float32"):
         first = monitor.step(loss, batch())
     assert first.precision_error > 0.05
@@ -154,7 +155,7 @@ def test_half_precision_that_changes_too_much_gives_way_to_float32() -> None:
     second = monitor.step(loss, batch())
     assert second.sharpness == pytest.approx(true, rel=1e-4)
     assert second.precision_error is None
-    again = gfs.StabilityMonitor(model, optimizer, config)
+    again = tuned(gfs.StabilityMonitor(model, optimizer, config), tol=1e-3)
     again.load_state_dict(monitor.state_dict())
     assert again.step(loss, batch()).sharpness == pytest.approx(true, rel=1e-4)
 

@@ -12,7 +12,8 @@ import gfs_core as gfs
 from gfs_core.linalg.inner import WHOLE
 from gfs_core.linalg.power import RunningSharpness, Sample
 from gfs_core.loss.batches import rotating_part
-from gfs_core.run.losses import MeanLoss
+from gfs_core.run.losses import MeanLoss, kept
+from tests.core.options import tuned
 
 SPECTRUM = torch.tensor([4.0, 2.0, 1.0, -11.0], dtype=torch.float64)
 
@@ -95,14 +96,14 @@ def test_the_mean_loss_passes_over_what_is_not_finite() -> None:
     mean = MeanLoss()
     assert mean.value() is None
     for loss in (2.0, torch.tensor(math.nan), torch.tensor([1.0], requires_grad=True), math.inf):
-        mean.add(loss)
+        mean.add(kept(loss))
         mean.end_step()
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
     mean.add(5.0)  # of the step that has not ended
     assert mean.value() == pytest.approx(0.9 * 2 + 0.1 * 1)
     mean = MeanLoss()
     reused = torch.tensor(3.0)
-    mean.add(reused)
+    mean.add(kept(reused))
     reused.fill_(7.0)  # as a CUDA graph does with its outputs
     mean.end_step()
     assert mean.value() == 3.0
@@ -197,11 +198,11 @@ class Net(nn.Module):
 DATA = torch.randn(256, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def train(config: gfs.GFSConfig, optimizer_of, steps: int, start: int = 0, state=None, batch: int = 128):
+def train(config: gfs.GFSConfig, optimizer_of, steps: int, start: int = 0, state=None, batch: int = 128, **how):
     """Measurements of a run on random batches; ``state`` resumes it at ``start``."""
     model = Net()
     optimizer = optimizer_of(model.parameters())
-    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), **how)
     if state is not None:
         for thing, held in zip((model, optimizer, monitor), state, strict=True):
             thing.load_state_dict(held)
@@ -230,8 +231,8 @@ def adamw(params):
 
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
 def test_the_running_ratio_comes_near_the_solved_one(optimizer_of) -> None:
-    config = gfs.GFSConfig(tier="running", every=2, running_parts=4, max_overhead=None)
-    found, model, optimizer, _ = train(config, optimizer_of, 240)
+    config = gfs.GFSConfig(tier="running", every=2, max_overhead=None)
+    found, model, optimizer, _ = train(config, optimizer_of, 240, parts=4)
     exact = gfs.stability(model, lambda m, x: m.loss(x), DATA, optimizer, tier="sharpness", tol=1e-4)
     assert found[-1].running_stability_ratio == pytest.approx(exact.stability_ratio, rel=0.2)
     assert found[-1].running_sharpness == pytest.approx(found[-1].running_stability_ratio * found[-1].threshold)
@@ -267,11 +268,12 @@ def test_each_product_sees_its_part_only() -> None:
 
 
 def test_resumed_it_is_the_same_to_the_bit() -> None:
-    config = gfs.GFSConfig(tier="sharpness", every=6, running_every=2, batch_sharpness_every=3, max_overhead=None)
-    whole, *_ = train(config, adamw, 40)
-    *_, file = train(config, adamw, 17)
+    config = gfs.GFSConfig(tier="sharpness", every=6, running_every=2, max_overhead=None)
+    beside = {"batch_sharpness": 3}
+    whole, *_ = train(config, adamw, 40, beside=beside)
+    *_, file = train(config, adamw, 17, beside=beside)
     file.seek(0)
-    rest, *_ = train(config, adamw, 40, start=17, state=torch.load(file, weights_only=True))
+    rest, *_ = train(config, adamw, 40, start=17, state=torch.load(file, weights_only=True), beside=beside)
     assert [m.as_log_dict() | {"gfs/overhead": 0} for m in rest] == [
         m.as_log_dict() | {"gfs/overhead": 0} for m in whole if m.step >= 17
     ]
@@ -340,7 +342,8 @@ def test_an_eigenvalue_that_overtakes_in_another_block_is_found_within_ten_measu
     for _ in range(20):
         monitor.step(model.loss, DATA)
     state = monitor.state_dict()
-    for vector in (state["warm"][0], state["running"][0]["vector"]):
+    signals = state["measuring"]["signals"]
+    for vector in (signals["sharpness"]["raw"], signals["running"]["estimate"]["vector"]):
         for part in () if vector is None else vector[4:]:
             part.zero_()
     monitor.load_state_dict(state)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from tests.core.options import tuned
 from tests.core.reference import dense_hessian
 
-EVERY: dict[str, Any] = {"every": 1, "running_every": 1, "directional_every": 1, "max_overhead": None, "alarm": "off"}
+EVERY: dict[str, Any] = {"every": 1, "running_every": 1, "max_overhead": None, "alarm": "off"}
+ALONG = {"directional": 1}
 
 
 class Bag(nn.Module):
@@ -41,10 +43,15 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Any], loss=loss_fn, **options: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Any],
+    loss=loss_fn,
+    tol: float = 1e-6,
+    **options: Any,
 ) -> tuple[list[gfs.Measurement], list[str]]:
-    config = gfs.GFSConfig(**{**EVERY, "tier": "gfs", "tol": 1e-6, **options}, strict=True)
-    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    config = gfs.GFSConfig(**{**EVERY, "tier": "gfs", **options}, strict=True)
+    monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), beside=ALONG, tol=tol)
     found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -198,7 +205,8 @@ def test_a_measurement_of_complex_weights_is_saved_and_goes_on() -> None:
     def made() -> tuple[nn.Module, gfs.StabilityMonitor]:
         model = Spectral()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        return model, gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", strict=True))
+        monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**EVERY, tier="sharpness", strict=True))
+        return model, tuned(monitor, beside=ALONG)
 
     model, monitor = made()
     for step in range(2):

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_gfs import GFSCallback
+from tests.core.options import tuned_callback
 from tests.core.processes import BATCH, examples, net
-from tests.distributed.lightning_run import OPTIONS
+from tests.distributed.lightning_run import OPTIONS, TUNED
 
 
 class Model(nn.Module):
@@ -54,7 +55,7 @@ def train(folder: str, mode: str) -> None:
         disable_tqdm=True,
         seed=0,
     )
-    model, callback = Model(), GFSCallback(**OPTIONS)
+    model, callback = Model(), tuned_callback(GFSCallback(**OPTIONS), **TUNED)
     trainer = Trainer(model, arguments, train_dataset=Rows())
     if mode == "add_callback":
         trainer.add_callback(callback)

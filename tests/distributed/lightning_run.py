@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from gfs_core.linalg.vectors import local
 from lightning_gfs import GFSCallback
+from tests.core.options import tuned_callback
 from tests.core.processes import BATCH, examples, net
 
-OPTIONS: dict[str, Any] = {
-    "tier": "gfs", "every": 3, "running_every": 1, "running_parts": 4, "max_overhead": None, "tol": 1e-8,
-    "max_hvps": 500,
-}  # fmt: skip
+OPTIONS: dict[str, Any] = {"tier": "gfs", "every": 3, "running_every": 1, "max_overhead": None}
+TUNED: dict[str, Any] = {"parts": 4, "tol": 1e-8, "max_hvps": 500}
 
 
 class Module(L.LightningModule):
@@ -51,9 +50,10 @@ def train(folder: str, mode: str) -> None:
     parts = [examples(step) for step in range(12)]
     data = TensorDataset(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
     shard = mode.startswith("sharded")
-    options = {**OPTIONS, "tier": "sharpness", "tol": 1e-6, "hvp": "gradients"} if mode == "gradients" else OPTIONS
-    options = {**OPTIONS, "tier": "sharpness", "tol": 1e-6} if shard else options
+    rough = shard or mode == "gradients"
+    options = OPTIONS | ({"tier": "sharpness"} if rough else {}) | ({"hvp": "gradients"} if mode == "gradients" else {})
     module, callback = Module(mode == "fails", shard), GFSCallback(**options)
+    tuned_callback(callback, **TUNED | ({"tol": 1e-6} if rough else {}))
     sharding = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",

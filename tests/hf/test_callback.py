@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 import gfs_core as gfs
 from gfs_core.config import may_be_off
 from hf_gfs import GFSArguments, GFSCallback
-from tests.core.options import BESIDE, NOT_DEFAULT
+from tests.core.options import NOT_DEFAULT, tuned_callback
 from tests.hf.clients import ALPHABET, Characters, arguments, gpt2, train, train_and_hear
 from tests.wandb_files import logged
 
@@ -114,7 +114,7 @@ def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path, mode: str, probe
 
     def numbers(folder: str) -> list[gfs.Measurement]:
         found = gfs.read_history(tmp_path / folder / "history.jsonl")
-        return [dataclasses.replace(m, seconds=None, overhead=None) for m in found]
+        return [m.having(seconds=None, overhead=None) for m in found]
 
     train(lambda: language(tmp_path / "whole", **options), attached(callback(), mode))
     whole = numbers("whole")
@@ -154,8 +154,7 @@ def test_options_are_those_of_the_config() -> None:
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_every_option_arrives_from_a_flag(name: str, tmp_path: Path) -> None:
     parser = HfArgumentParser((TrainingArguments, GFSArguments))
-    options = {**BESIDE.get(name, {}), name: NOT_DEFAULT[name]}
-    flags = [text for option, value in options.items() for text in (f"--gfs_{option}", str(value))]
+    flags = [f"--gfs_{name}", str(NOT_DEFAULT[name])]
     _, arguments = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *flags])
     callback = GFSCallback(arguments.config())
     assert getattr(callback.config, name) == NOT_DEFAULT[name]
@@ -170,8 +169,8 @@ def test_help_and_wrong_flags(capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in gfs.GFSConfig.help().items():
         assert f"--gfs_{name}" in printed
         assert "".join(text.split()) in printed
-    [arguments] = parser.parse_args_into_dataclasses(["--gfs_horizon", "-1"])
-    with pytest.raises(gfs.ConfigError, match="`horizon` must be a finite number > 0, got -1"):
+    [arguments] = parser.parse_args_into_dataclasses(["--gfs_margin", "-1"])
+    with pytest.raises(gfs.ConfigError, match=r"`margin` must be in \(0, 1\], the edge of stability; got -1"):
         arguments.config()
 
 
@@ -335,7 +334,7 @@ def test_part_of_a_batch(tmp_path: Path) -> None:
 def test_differences_of_gradients_agree_with_exact_products(tmp_path: Path) -> None:
     found = {}
     for hvp in ("exact", "gradients"):
-        trainer = train(lambda: language(tmp_path), every(2, hvp=hvp, tol=1e-3).set_trainer)
+        trainer = train(lambda: language(tmp_path), tuned_callback(every(2, hvp=hvp), tol=1e-3).set_trainer)
         found[hvp] = [row["gfs/sharpness"] for row in rows(trainer)]
     assert found["gradients"] == pytest.approx(found["exact"], rel=2e-3)
 
@@ -368,7 +367,7 @@ def test_sparse_gradients_are_measured_as_dense_ones(tmp_path: Path, mode: str) 
             lambda s=sparse, a=args: WithoutGradientNorm(
                 model=Sums(s), args=a, train_dataset=Characters(labels="class")
             ),
-            attached(every(2, tol=1e-4), mode),
+            attached(tuned_callback(every(2), tol=1e-4), mode),
         )
         seen.append([(row["gfs/sharpness"], row["gfs/stability_ratio"]) for row in rows(trainer)])
         weights.append(trainer.model.embed.weight.detach().clone())

@@ -17,6 +17,7 @@ from transformers import Trainer
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.core.options import tuned_callback
 from tests.hf.clients import (
     Characters,
     adapted,
@@ -148,9 +149,8 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
         running_every=2,
         max_overhead=None,
         tier="sharpness" if large else "gfs",
-        max_hvps=30 if large else 100,
-        tol=0.05,
     )
+    tuned_callback(callback, max_hvps=30 if large else 100, tol=0.05)
     true: list[float] = []
 
     def attach(trainer: Trainer) -> None:
@@ -167,13 +167,16 @@ def run(name: str, folder: Path, mode: str) -> tuple[Trainer, list[str], list[fl
             callback.set_trainer(trainer)
 
     seen: list[float] = []
-    saw = gfs.StabilityMonitor.record_loss
+    record_loss = gfs.StabilityMonitor.record_loss
 
-    def recorded_saw(monitor: gfs.StabilityMonitor, loss: torch.Tensor, examples: int | None) -> None:
+    def recorded(monitor: gfs.StabilityMonitor, loss: torch.Tensor, examples: int | None) -> None:
         seen.append(loss.item())
-        saw(monitor, loss, examples)
+        record_loss(monitor, loss, examples)
 
-    with warnings.catch_warnings(record=True) as caught, mock.patch.object(gfs.StabilityMonitor, "saw", recorded_saw):
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mock.patch.object(gfs.StabilityMonitor, "record_loss", recorded),
+    ):
         warnings.simplefilter("always")
         trainer = train(lambda: make(folder, **options), attach)
     told = [str(w.message) for w in caught if issubclass(w.category, gfs.GFSWarning)]

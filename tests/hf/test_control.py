@@ -122,9 +122,7 @@ def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
             return loss * 100 if self.state.global_step == 30 else loss
 
     events: list[gfs.Alert] = []
-    callback = GFSCallback(
-        tier="running", every=5, max_overhead=None, alarm="stop", alarm_checkpoint=True, on_alarm=events.append
-    )
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, alarm="stop", on_alarm=events.append)
     options = {"max_steps": 40, "learning_rate": 1e-4, "save_strategy": "no", "max_grad_norm": 1.0}
 
     def spiking() -> Trainer:

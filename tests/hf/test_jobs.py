@@ -14,15 +14,16 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.core.options import tuned_callback
 from tests.hf.clients import Characters, adapted, arguments, bert, gpt2, outcome, train, train_and_hear
 
 MODES = ["add_callback", "set_trainer"]
-OPTIONS: dict[str, Any] = {"every": 2, "running_every": 2, "max_overhead": None, "tier": "sharpness", "max_hvps": 60}
+OPTIONS: dict[str, Any] = {"every": 2, "running_every": 2, "max_overhead": None, "tier": "sharpness"}
 
 
-def attached(mode: str, **options: Any) -> Callable[[Trainer], None]:
+def attached(mode: str, max_hvps: int = 60, **how: Any) -> Callable[[Trainer], None]:
     def attach(trainer: Trainer) -> None:
-        callback = GFSCallback(**OPTIONS | options)
+        callback = tuned_callback(GFSCallback(**OPTIONS), max_hvps=max_hvps, **how)
         if mode == "add_callback":
             trainer.add_callback(callback)
         else:

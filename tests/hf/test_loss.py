@@ -15,10 +15,11 @@ from transformers import Trainer
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.core.options import tuned_callback
 from tests.hf.clients import ALPHABET, Characters, arguments, outcome, train, train_and_hear
 
 OPTIONS: dict[str, Any] = {
-    "every": 2, "max_overhead": None, "tier": "sharpness", "running_every": None, "tol": 0.5, "max_hvps": 10
+    "every": 2, "max_overhead": None, "tier": "sharpness", "running_every": None,
 }  # fmt: skip
 MODES = ("add_callback", "set_trainer")
 
@@ -45,8 +46,11 @@ class Shares(Small):
         return {"loss": self.loss(input_ids, labels, "sum") / kwargs["num_items_in_batch"]}
 
 
-def run(make: Callable[[], Trainer], callback: GFSCallback, mode: str) -> tuple[Trainer, list[str]]:
+def run(
+    make: Callable[[], Trainer], callback: GFSCallback, mode: str, tol: float = 0.5, max_hvps: int = 10
+) -> tuple[Trainer, list[str]]:
     """The trained trainer and what was told."""
+    tuned_callback(callback, tol=tol, max_hvps=max_hvps)
     return train_and_hear(make, callback.set_trainer if mode == "set_trainer" else lambda t: t.add_callback(callback))
 
 
@@ -114,7 +118,9 @@ def test_the_early_warning_sees_the_losses_of_a_given_loss_that_is_the_trained_o
     for loss_fn in (penalised, plain):
         held = seen[loss_fn.__name__] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gfs.StabilityMonitor, "saw", lambda self, loss, examples, held=held: held.append(float(loss)))
+            patch.setattr(
+                gfs.StabilityMonitor, "record_loss", lambda self, loss, examples, held=held: held.append(float(loss))
+            )
             callback = GFSCallback(loss_fn=loss_fn, **OPTIONS)
             trainer, _ = run(
                 lambda: language(tmp_path, OwnStep, gradient_accumulation_steps=3), callback, "set_trainer"
@@ -382,7 +388,7 @@ def test_the_losses_of_the_rest_of_an_epoch(tmp_path: Path, mode: str) -> None:
     """8 batches in windows of 3: the last window has two, and each micro-batch's loss is its share of the window's."""
     seen: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gfs.StabilityMonitor, "saw", lambda self, loss, examples: seen.append(float(loss)))
+        patch.setattr(gfs.StabilityMonitor, "record_loss", lambda self, loss, examples: seen.append(float(loss)))
 
         def make() -> Trainer:
             options = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 1, "logging_steps": 1}

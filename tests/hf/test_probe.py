@@ -18,7 +18,7 @@ from tests.hf.clients import Characters, arguments
 from tests.hf.test_loss import MODES, Shares, Small, run
 
 OPTIONS: dict[str, Any] = {
-    "every": 1, "max_overhead": None, "tier": "sharpness", "running_every": None, "tol": 1e-3, "probe": "fixed"
+    "every": 1, "max_overhead": None, "tier": "sharpness", "running_every": None, "probe": "fixed"
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_the_value_is_that_of_the_loss_evaluated_by_hand(tmp_path: Path, kind: t
             model=recorded(kind()), args=arguments(tmp_path, **options), train_dataset=Characters(), callbacks=[weights]
         )
 
-    trainer, _ = run(make, GFSCallback(probe_batches=2, **OPTIONS), mode)
+    trainer, _ = run(make, GFSCallback(probe_size=8, **OPTIONS), mode, tol=1e-3, max_hvps=100)
     found = [m for m in gfs.read_history(tmp_path / "history.jsonl") if m.sharpness is not None]
     assert [m.step for m in found] == [0, 1, 2, 3]
     model = trainer.model

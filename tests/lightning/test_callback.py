@@ -29,7 +29,7 @@ import gfs_core as gfs
 from gfs_core.config import Off, may_be_off
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
-from tests.core.options import BESIDE, NOT_DEFAULT
+from tests.core.options import NOT_DEFAULT, tuned_callback
 from tests.lightning.trainers import quiet
 from tests.wandb_files import logged
 
@@ -173,12 +173,12 @@ def test_the_running_estimate_on_every_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     seen: list[float] = []
-    saw = gfs.StabilityMonitor.record_loss
+    record_loss = gfs.StabilityMonitor.record_loss
     monkeypatch.setattr(
-        gfs.StabilityMonitor, "saw", lambda m, loss, *n: (seen.append(loss.item()), saw(m, loss, *n))[1]
+        gfs.StabilityMonitor, "record_loss", lambda m, loss, *n: (seen.append(loss.item()), record_loss(m, loss, *n))[1]
     )
     plain = state(*train(tmp_path / "a", accumulate_grad_batches=accumulate))
-    callback = every(1, tier="running", running_parts=4, progress_bar=True)
+    callback = tuned_callback(every(1, tier="running", progress_bar=True), parts=4)
     model, trainer = train(tmp_path / "b", [callback], accumulate_grad_batches=accumulate)
     assert_same(plain, state(model, trainer))
     assert seen == pytest.approx(model.outs, rel=1e-6)  # the losses of training, each once and undivided
@@ -207,7 +207,9 @@ class Linear(L.LightningModule):
 def test_the_logged_values_are_right(tmp_path: Path, momentum: float) -> None:
     x = digits().tensors[0].double()
     expected = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item()
-    _, trainer = train(tmp_path, [every(5, tol=1e-5)], model=lambda: Linear(momentum), batch=160, max_epochs=11)
+    _, trainer = train(
+        tmp_path, [tuned_callback(every(5), tol=1e-5)], model=lambda: Linear(momentum), batch=160, max_epochs=11
+    )
     events = EventAccumulator(trainer.log_dir)
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -403,12 +405,12 @@ def test_resumed_values_are_the_same_to_the_bit(tmp_path: Path, probe: str) -> N
         return trainer
 
     def numbers(of: L.Trainer) -> list:
-        return [dataclasses.replace(m, seconds=None, overhead=None) for m in history(of)]
+        return [m.having(seconds=None, overhead=None) for m in history(of)]
 
     whole = fit("a", 40)
     fit("b", 21, ModelCheckpoint(dirpath=tmp_path, save_last=True))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["GFSCallback"]
-    assert saved[""]["measured"] == 11
+    assert saved[""]["measuring"]["count"] == 11
     resumed = fit("b", 40, checkpoint=tmp_path / "last.ckpt")  # in the same folder: the history goes on
     assert [m.step for m in numbers(resumed)] == list(range(0, 40, 2))
     if probe == "batch":
@@ -459,11 +461,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> LightningC
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_every_option_arrives_from_yaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     value = NOT_DEFAULT[name]
-    options = {**BESIDE.get(name, {}), name: str(value).lower() if isinstance(value, bool) else value}
+    text = str(value).lower() if isinstance(value, bool) else value
     path = tmp_path / "run.yaml"
     path.write_text(
         "trainer:\n  callbacks:\n    - class_path: lightning_gfs.GFSCallback\n      init_args:\n"
-        + "".join(f"        {option}: {text}\n" for option, text in options.items())
+        + f"        {name}: {text}\n"
     )
     callback = next(
         c for c in cli(monkeypatch, tmp_path, f"--config={path}").trainer.callbacks if isinstance(c, GFSCallback)

@@ -119,9 +119,7 @@ def test_the_scheduler_from_configure_optimizers_holds_the_rate(tmp_path: Path) 
 def test_an_alarm_saves_and_stops(tmp_path: Path) -> None:
     events: list[gfs.Alert] = []
     model = Net(rate=0.05, spike=40)
-    callback = GFSCallback(
-        tier="running", every=5, max_overhead=None, alarm="stop", alarm_checkpoint=True, on_alarm=events.append
-    )
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, alarm="stop", on_alarm=events.append)
     with pytest.warns(gfs.GFSWarning, match="alarm at step 40: the loss is"):
         trainer = fit(tmp_path, model, callback, max_epochs=20)
     assert trainer.global_step == 41
@@ -174,6 +172,6 @@ def test_each_of_two_optimizers_has_its_own_scale(tmp_path: Path) -> None:
     losses = {name: (lambda m, b, i, part=part: m.loss(part, b)) for part, name in enumerate(("fast", "slow"))}
     callback = control("cap", loss_fn=losses)
     fit(tmp_path, model, callback)
-    scales = {name: monitor.control.scale(monitor._rate()) for name, monitor in callback.monitors.items()}
+    scales = {name: monitor.control.scale(monitor.rates.base_lr()) for name, monitor in callback.monitors.items()}
     assert scales["fast"] < 0.3
     assert scales["slow"] == 1.0

@@ -25,10 +25,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.core.options import tuned_callback
 from tests.lightning.trainers import quiet
 
 BATCH, BATCHES = 32, 5
-OPTIONS: dict[str, Any] = {"every": 2, "running_every": 1, "max_overhead": None, "tier": "sharpness", "tol": 1e-4}
+OPTIONS: dict[str, Any] = {"every": 2, "running_every": 1, "max_overhead": None, "tier": "sharpness"}
+
+
+def callback_of(**options: Any) -> GFSCallback:
+    return tuned_callback(GFSCallback(**OPTIONS | options), tol=1e-4)
 
 
 def digits() -> TensorDataset:
@@ -206,7 +211,7 @@ def test_two_optimizers_that_take_turns(tmp_path: Path) -> None:
     losses = {"make": of_maker, "judge": of_judge}
     plain, _, _ = train(tmp_path / "plain", Adversarial, [])
     seen = Weights()
-    again, trainer, told = train(tmp_path / "gfs", Adversarial, [GFSCallback(loss_fn=losses, **OPTIONS), seen])
+    again, trainer, told = train(tmp_path / "gfs", Adversarial, [callback_of(loss_fn=losses), seen])
     assert_same(plain, again)
     assert told == []
     for part, loss_of in losses.items():
@@ -227,7 +232,7 @@ def test_steps_taken_by_hand(tmp_path: Path, accumulate: int, closure: bool) -> 
 
     plain, _, _ = train(tmp_path / "plain", make, [])
     seen = Weights()
-    callback = GFSCallback(loss_fn=of_module, **OPTIONS)
+    callback = callback_of(loss_fn=of_module)
     again, trainer, told = train(tmp_path / "gfs", make, [callback, seen])
     assert_same(plain, again)
     assert told == []
@@ -248,7 +253,7 @@ def test_nothing_lies_along_a_step_that_was_not_taken(tmp_path: Path) -> None:
 
 
 def test_the_control_scales_steps_taken_by_hand(tmp_path: Path) -> None:
-    callback = GFSCallback(loss_fn=of_module, **OPTIONS | {"tier": "running", "running_every": None, "control": "cap"})
+    callback = callback_of(loss_fn=of_module, tier="running", running_every=None, control="cap")
     _, trainer, told = train(tmp_path, lambda: ByHand(closure=True), [callback])
     assert told == []
     scales = [m.lr_scale for m in measured(trainer)]
@@ -280,7 +285,7 @@ def test_beside_other_callbacks(tmp_path: Path, name: str) -> None:
     others, options = OTHERS[name]
     plain, _, _ = train(tmp_path / "plain", Classifier, others(), **options)
     seen = Weights()
-    again, trainer, [text] = train(tmp_path / "gfs", Classifier, [GFSCallback(**OPTIONS), seen, *others()], **options)
+    again, trainer, [text] = train(tmp_path / "gfs", Classifier, [callback_of(), seen, *others()], **options)
     assert_same(plain, again)
     assert "the model holds BatchNorm in training mode" in text
     found = solved(trainer)
@@ -301,7 +306,7 @@ def test_an_epoch_that_only_renews_the_batch_statistics_is_not_measured(tmp_path
             self.most = max(self.most, len(callback._window.batches))
 
     plain, _, _ = train(tmp_path / "plain", Classifier, [averaging()], max_epochs=4)
-    callback, kept = GFSCallback(**OPTIONS), Kept()
+    callback, kept = callback_of(), Kept()
     again, trainer, _ = train(tmp_path / "gfs", Classifier, [callback, averaging(), kept], max_epochs=4)
     assert_same(plain, again)
     assert list(solved(trainer)) == list(range(0, 4 * BATCHES, 2))
@@ -341,7 +346,7 @@ def test_what_hooks_at_the_start_of_a_batch_change_is_measured_as_it_is_trained(
 ) -> None:
     plain, _, _ = train(tmp_path / "plain", make, [kind() for kind in others])
     losses = Losses()
-    callbacks = [GFSCallback(**OPTIONS), *(kind() for kind in others), losses]
+    callbacks = [callback_of(), *(kind() for kind in others), losses]
     again, trainer, _ = train(tmp_path / "gfs", make, callbacks)
     assert_same(plain, again)
     found = {m.step: m.loss_probe for m in measured(trainer) if m.sharpness is not None}

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from gfs_core.loss.batches import copied, is_plain, rotating_part
-from lightning_gfs.window import Window, opened
+from gfs_core.run.micro_batches import opened
+from lightning_gfs.window import Window
 
 
 def test_a_micro_batch_keeps_its_random_state_in_copies_and_checkpoints() -> None:
     window, module, drawn = Window(keeping=True), nn.Linear(2, 2), []
     torch.manual_seed(0)
     for i in range(2):
-        window.keep(torch.full((6, 2), float(i)), i, module, last=i == 1)
+        window.keep(torch.full((6, 2), float(i)), i, module)
         drawn.append(torch.rand(3))
     kept = copied(window.batches[1])
     assert is_plain(kept)
@@ -24,13 +25,13 @@ def test_a_micro_batch_keeps_its_random_state_in_copies_and_checkpoints() -> Non
     file.seek(0)
     for held in (window.batches[1], kept, torch.load(file, weights_only=True)):
         torch.manual_seed(1)
-        batch, index = opened(held, 7)
-        assert index == 1
+        batch, beside, whole = opened(held)
+        assert (beside["index"], whole) == (1, True)
         assert torch.equal(batch, torch.ones(6, 2))
         assert torch.equal(torch.rand(3), drawn[1])
     torch.manual_seed(1)
     other = torch.rand(3)
     torch.manual_seed(1)
-    part, index = opened(rotating_part(kept, 3, 0), 7)
-    assert (part.shape, index) == ((2, 2), 1)
+    part, beside, whole = opened(rotating_part(kept, 3, 0))
+    assert (part.shape, beside["index"], whole) == ((2, 2), 1, False)
     assert torch.equal(torch.rand(3), other)  # a part goes on from where it is

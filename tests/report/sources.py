@@ -171,3 +171,32 @@ trainer = Trainer(
 trainer.train()
 trainer.save_model("outputs/final")
 """
+
+CROWDED = """
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gfs import GFSCallback
+
+
+class Net(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 10))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+x, y = load_digits(return_X_y=True)
+data = TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+callback = GFSCallback(max_memory=0.014)  # half of it is for vectors; 256 examples fit into the rest
+trainer = L.Trainer(max_epochs=40, accelerator="cpu", callbacks=[callback])
+trainer.fit(Net(), DataLoader(data, batch_size=512, drop_last=True))
+"""

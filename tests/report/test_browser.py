@@ -27,7 +27,7 @@ def page_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ratio = min(1.0, step / 200) + 0.1 * float(np.sin(step))
         history.append(
             path,
-            gfs.Measurement(
+            gfs.Measurement.of(
                 step, HOSTILE, sharpness=10 * ratio, threshold=10.0, stability_ratio=ratio, gfs_sharpness=9.5 * ratio,
                 running_stability_ratio=0.9 * ratio, mean_square_stability_ratio=1.1 * ratio, loss_probe=1 / (1 + step),
                 gfs_stability_ratio=0.95 * ratio, gfs_sharpness_full=30 - step / 50 if step % 100 == 0 else None,

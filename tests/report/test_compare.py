@@ -404,9 +404,9 @@ def test_a_history_alone_tells_divergence_by_its_alarm(tmp_path: Path) -> None:
     for name, failed in (("a", False), ("b", True)):
         path = tmp_path / name / "history.jsonl"
         for step in (0, 10, 20):
-            append(path, gfs.Measurement(step, "SGD", loss_probe=1 / (1 + step), overhead=0.04, alarm=0))
+            append(path, gfs.Measurement.of(step, "SGD", loss_probe=1 / (1 + step), overhead=0.04, alarm=0))
         if failed:
-            append(path, gfs.Measurement(23, "SGD", alarm=2, reasons=("the loss is inf",)))
+            append(path, gfs.Measurement.of(23, "SGD", alarm=2, reasons=("the loss is inf",)))
     made = compare([str(tmp_path / "a"), str(tmp_path / "b")])
     assert made.metric == "gfs/loss_probe"
     assert [s.failed for s in made.sets] == [0, 1]

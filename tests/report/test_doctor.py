@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from gfs_core import GFSConfig
+from gfs_core import GFSConfig, Measurement
 from gfs_report import jobs, terminal
 from gfs_report.cli import app
-from gfs_report.doctor import Examination, Price, _advise, _disagreement, examine, installed
+from gfs_report.doctor import STEPS, Examination, Price, _advise, _disagreement, examine, installed
 from tests.report import sources
 
 _JOBS = {
@@ -22,6 +22,7 @@ _JOBS = {
     "manual": jobs.Target("modules:Manual", "path", data="modules:Digits"),
     "config": jobs.Target("config.yaml", "config"),
     "transformers": jobs.Target("hf.py", "script"),
+    "crowded": jobs.Target("crowded.py", "script"),
 }
 
 
@@ -32,6 +33,7 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examination 
     (folder / "modules.py").write_text(sources.MODULES)
     (folder / "hf.py").write_text(sources.HUGGING_FACE)
     (folder / "config.yaml").write_text(sources.CONFIG)
+    (folder / "crowded.py").write_text(sources.CROWDED)
 
     def one(job: jobs.Target) -> Examination | jobs.JobFailed:
         try:
@@ -45,7 +47,7 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examination 
             found = dict(zip(_JOBS, pool.map(one, _JOBS.values()), strict=True))
     finally:
         os.chdir(here)
-    assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {"modules.py", "hf.py", "config.yaml"}
+    assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {"modules.py", "hf.py", "config.yaml", "crowded.py"}
     return found
 
 
@@ -99,7 +101,7 @@ def test_the_trainer_of_transformers(examined: dict[str, Examination | jobs.JobF
 def test_what_is_advised_can_be_set_and_is_within_the_budget(
     examined: dict[str, Examination | jobs.JobFailed],
 ) -> None:
-    for name in ("twice", "config", "transformers"):
+    for name in ("twice", "config", "transformers", "crowded"):
         found = _found(examined, name)
         assert found.advice is not None
         assert found.step is not None
@@ -107,7 +109,7 @@ def test_what_is_advised_can_be_set_and_is_within_the_budget(
         assert isinstance(call, ast.Call)
         config = GFSConfig(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
         prices = {p.tier: p.seconds for p in found.prices}
-        assert sum(prices[tier] / every for tier, every in config.cadence().items()) <= 0.05 * found.step
+        assert sum(prices[tier] / every for tier, every in config.intervals().items()) <= 0.05 * found.step
         for p in found.prices:
             assert p.seconds / (p.every * found.step) <= 0.05 < p.seconds / max(1e-9, (p.every - 1) * found.step)
 
@@ -165,9 +167,23 @@ def test_ratios_that_disagree_are_remarked_on_with_the_likely_cause() -> None:
     assert _disagreement({"running_stability_ratio": 0.2}) == ""
 
 
+def test_where_memory_is_short_what_was_measured_is_advised(
+    examined: dict[str, Examination | jobs.JobFailed],
+) -> None:
+    found = _found(examined, "crowded")
+    assert any("the next one is on half as many examples" in problem for problem in found.problems)
+    assert found.advice is not None
+    assert found.advice.options["probe_size"] == 256
+    assert "it had for probe_size=256." in found.advice.reasons[-1]
+    prices = [Price("sharpness", 0.4, 0.4, 10, None)]
+    failed = _advise(prices, 1.0, {"measuring": {"fits": 128}}, Measurement(STEPS - 1), "")
+    assert "probe_size" not in failed.options  # nor is it known whether so few fit
+
+
 def test_an_estimate_that_disagrees_is_not_advised() -> None:
     prices = [Price(tier, seconds, seconds, 10, None) for tier, seconds in (("running", 0.1), ("sharpness", 0.4))]
-    assert _advise(prices, 1.0, {}, [], "").options.get("running_every", 0) is not None
-    apart = _advise(prices, 1.0, {}, [], "far")
+    last = Measurement.of(STEPS - 1, sharpness=1.0)
+    assert _advise(prices, 1.0, {}, last, "").options.get("running_every", 0) is not None
+    apart = _advise(prices, 1.0, {}, last, "far")
     assert apart.options["running_every"] is None
     assert any("it is far from the solved ratio here" in reason for reason in apart.reasons)

@@ -314,8 +314,8 @@ def test_the_price_of_each_tier_is_told_apart() -> None:
 def test_what_is_advised_is_within_the_budget(prices: tuple[float, float, float]) -> None:
     held = dict(zip(("running", "sharpness", "gfs"), prices, strict=True))
     advice = advise(1.0, held)
-    cadence = GFSConfig(**advice.options).cadence()
-    assert sum(held[tier] / every for tier, every in cadence.items()) <= 0.05
+    intervals = GFSConfig(**advice.options).intervals()
+    assert sum(held[tier] / every for tier, every in intervals.items()) <= 0.05
     assert f"every={advice.options['every']}" in advice.python
     assert f"--gfs_every {advice.options['every']}" in advice.flags
 

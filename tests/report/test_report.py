@@ -164,8 +164,8 @@ def test_thinning_keeps_every_spike_and_both_ends() -> None:
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     path = tmp_path / "<b>run" / "history.jsonl"
-    first = gfs.Measurement(0, HOSTILE, sharpness=1.0, stability_ratio=0.5, reasons=(HOSTILE,), loss_probe=2.0)
-    second = gfs.Measurement(1, HOSTILE, stability_ratio=0.7, alarm=2, reasons=(f"alarm {HOSTILE}",), loss_probe=1.0)
+    first = gfs.Measurement.of(0, HOSTILE, sharpness=1.0, stability_ratio=0.5, reasons=(HOSTILE,), loss_probe=2.0)
+    second = gfs.Measurement.of(1, HOSTILE, stability_ratio=0.7, alarm=2, reasons=(f"alarm {HOSTILE}",), loss_probe=1.0)
     return written(path, first, second, evil=HOSTILE)
 
 
@@ -203,6 +203,22 @@ def test_text_numbers_and_pictures(hostile: Path, tmp_path: Path) -> None:
     assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
     assert not drawing.findall(".//{http://www.w3.org/2000/svg}script")
     assert imread(tmp_path / "r.png").shape[1] == 1200
+
+
+def test_a_report_stands_keys_of_a_later_version_and_layers(tmp_path: Path) -> None:
+    path = written(tmp_path / "run" / "history.jsonl", gfs.Measurement.of(0, "SGD", stability_ratio=0.5, residual=1e-3))
+    with path.open("a") as file:
+        for step in (1, 2):
+            line = {"step": step, "optimizer_name": "SGD", "stability_ratio": 0.6, "of_a_later_version": step}
+            file.write(json.dumps(line | {"layers": {"sharpness": {"net.0": 1.0}, "new": {"net.0": 2.0}}}) + "\n")
+    for ending in ("html", "md", "json", "svg"):
+        done = invoke(path, "-o", tmp_path / f"r.{ending}")
+        assert done.exit_code == 0, done.output
+    held = json.loads((tmp_path / "r.json").read_text())["values"]
+    assert set(held) == {"stability_ratio", "residual", "of_a_later_version"}
+    assert held["of_a_later_version"]["last"] == 2.0
+    assert held["of_a_later_version"]["meaning"] == "of_a_later_version"
+    assert held["residual"]["meaning"].startswith("bound on the distance of the sharpness")
 
 
 def test_a_format_beats_the_ending_and_an_unknown_ending_is_told(hostile: Path, tmp_path: Path) -> None:
@@ -243,10 +259,10 @@ def test_watching_follows_a_run_that_begins_later(tmp_path: Path, ending: signal
     try:
         assert job.stdout is not None
         assert "follows" in job.stdout.readline()
-        written(path, gfs.Measurement(3, "SGD", stability_ratio=0.5))
+        written(path, gfs.Measurement.of(3, "SGD", stability_ratio=0.5))
         assert job.stdout.readline().startswith("step 3: The run ended below the edge")
         assert '<meta http-equiv="refresh" content="1">' in page.read_text()
-        history.append(path, gfs.Measurement(8, "SGD", stability_ratio=2.0))
+        history.append(path, gfs.Measurement.of(8, "SGD", stability_ratio=2.0))
         assert job.stdout.readline().startswith("step 8: The run ended past the edge")
         time.sleep(0.2)
         job.send_signal(ending)
@@ -267,7 +283,7 @@ def test_a_part_of_a_history_is_named_in_every_format(tmp_path: Path) -> None:
     for name, ratio in (("a", 0.2), ("b", 0.9)):
         history.begin(path, {}, run=name)
         for step in (0, 10):
-            history.append(path, gfs.Measurement(step, "SGD", stability_ratio=ratio), run=name)
+            history.append(path, gfs.Measurement.of(step, "SGD", stability_ratio=ratio), run=name)
     latest = invoke(path, "-o", tmp_path / "latest.json")
     assert "This is part 2 of 2 in its history; --part N shows another one." in latest.output
     first = invoke(path, "-o", tmp_path / "first.json", "--part", "1")

@@ -25,11 +25,11 @@ def written(path: Path, *measurements: gfs.Measurement, **settings: Any) -> Path
 def test_a_history_is_read_with_alarms_reasons_and_settings(tmp_path: Path) -> None:
     path = written(
         tmp_path / "history.jsonl",
-        gfs.Measurement(0, "SGD", sharpness=2.0, stability_ratio=0.5, alarm=0, reasons=("no flow",)),
-        gfs.Measurement(10, "SGD", sharpness=3.0, alarm=1, reasons=("no flow", "the ratio rose")),
-        gfs.Measurement(20, "SGD", sharpness=4.0, alarm=2, reasons=("it rose more",)),
-        gfs.Measurement(30, "SGD", sharpness=1.0, alarm=1, reasons=("calmer",)),
-        gfs.Measurement(40, "SGD", alarm=1, reasons=("no flow",)),
+        gfs.Measurement.of(0, "SGD", sharpness=2.0, stability_ratio=0.5, alarm=0, reasons=("no flow",)),
+        gfs.Measurement.of(10, "SGD", sharpness=3.0, alarm=1, reasons=("no flow", "the ratio rose")),
+        gfs.Measurement.of(20, "SGD", sharpness=4.0, alarm=2, reasons=("it rose more",)),
+        gfs.Measurement.of(30, "SGD", sharpness=1.0, alarm=1, reasons=("calmer",)),
+        gfs.Measurement.of(40, "SGD", alarm=1, reasons=("no flow",)),
         every=10,
         margin=None,
     )
@@ -44,7 +44,7 @@ def test_a_history_is_read_with_alarms_reasons_and_settings(tmp_path: Path) -> N
 
 
 def test_a_killed_run_and_other_versions_are_read_as_far_as_they_go(tmp_path: Path) -> None:
-    path = written(tmp_path / "history.jsonl", gfs.Measurement(5, sharpness=1.0))
+    path = written(tmp_path / "history.jsonl", gfs.Measurement.of(5, sharpness=1.0))
     with path.open("a") as file:
         file.write('{"step": 6, "sharpness": 2.0, "of_a_later_version": [1]}\n')
         file.write('{"step": "7", "sharpness": 3.0}\n[]\nnull\n{"settings": 3}\n')
@@ -52,6 +52,24 @@ def test_a_killed_run_and_other_versions_are_read_as_far_as_they_go(tmp_path: Pa
     run = read_run(path)
     assert run.gfs["sharpness"].steps.tolist() == [5, 6]
     assert set(run.gfs) == {"sharpness"}
+
+
+def test_keys_of_a_later_version_are_kept_and_layers_left_out(tmp_path: Path) -> None:
+    path = written(tmp_path / "history.jsonl", gfs.Measurement.of(5, sharpness=1.0))
+    with path.open("a") as file:
+        file.write('{"step": 6, "sharpness": 2.0, "of_a_later_version": 7, "layers": {"sharpness": {"net.0": 3.0}}}\n')
+        file.write('{"step": 7, "layers": {"of_a_later_version": {"net.0": 1.0, "net.1": 2.0}}}\n')
+    run = read_run(path)
+    assert set(run.gfs) == {"sharpness", "of_a_later_version"}
+    assert run.gfs["sharpness"].values.tolist() == [1.0, 2.0]
+    assert run.gfs["of_a_later_version"].values.tolist() == [7.0]
+    with SummaryWriter(str(tmp_path / "events")) as writer:
+        for step in (1, 2):
+            writer.add_scalar("gfs/sharpness", 4.0, step)
+            writer.add_scalar("gfs/sharpness/net.0.loss", 3.0, step)
+    logged = read_run(tmp_path / "events")
+    assert set(logged.gfs) == {"sharpness"}
+    assert logged.loss_key() is None  # a layer of that name is no training loss
 
 
 def test_a_tensorboard_log_holds_both_kinds_of_values(tmp_path: Path) -> None:
@@ -85,7 +103,7 @@ def test_lightnings_csv_log(tmp_path: Path) -> None:
 
 
 def test_the_trainers_state_adds_the_loss_to_a_history(tmp_path: Path) -> None:
-    written(tmp_path / "history.jsonl", gfs.Measurement(1, "AdamW", sharpness=5.0))
+    written(tmp_path / "history.jsonl", gfs.Measurement.of(1, "AdamW", sharpness=5.0))
     for step in (10, 20):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -100,15 +118,15 @@ def test_the_trainers_state_adds_the_loss_to_a_history(tmp_path: Path) -> None:
 
 
 def test_of_several_one_has_to_be_named(tmp_path: Path) -> None:
-    path = written(tmp_path / "a" / "history.jsonl", gfs.Measurement(1, "g", sharpness=1.0))
-    history.append(path, gfs.Measurement(1, "d", sharpness=2.0))
+    path = written(tmp_path / "a" / "history.jsonl", gfs.Measurement.of(1, "g", sharpness=1.0))
+    history.append(path, gfs.Measurement.of(1, "d", sharpness=2.0))
     with pytest.raises(gfs.ConfigError, match="several optimizers, 'd', 'g'"):
         read_run(path)
     assert read_run(path, "d").gfs["sharpness"].last == 2.0
     with pytest.raises(gfs.ConfigError, match="no optimizer 'x'"):
         read_run(path, "x")
     assert read_run(tmp_path, "g").sources == [path]
-    written(tmp_path / "b" / "history.jsonl", gfs.Measurement(1, sharpness=1.0))
+    written(tmp_path / "b" / "history.jsonl", gfs.Measurement.of(1, sharpness=1.0))
     with pytest.raises(gfs.ConfigError, match=r"holds several runs: .*a, .*b; give one"):
         read_run(tmp_path)
 
@@ -141,7 +159,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_a_broken_log_beside_a_good_one_is_left_out_and_said(tmp_path: Path) -> None:
-    written(tmp_path / "history.jsonl", gfs.Measurement(1, "SGD", sharpness=1.0))
+    written(tmp_path / "history.jsonl", gfs.Measurement.of(1, "SGD", sharpness=1.0))
     (tmp_path / "metrics.csv").write_text("a\n1\n")
     run = read_run(tmp_path)
     assert run.gfs["sharpness"].last == 1.0
@@ -154,7 +172,7 @@ def two_trainings(tmp_path: Path) -> Path:
     for run, ratio in (("a", 0.2), ("b", 0.9)):
         history.begin(path, {"every": 1 if run == "a" else 2}, run=run)
         for step in (0, 10):
-            history.append(path, gfs.Measurement(step, "SGD", stability_ratio=ratio + step / 100), run=run)
+            history.append(path, gfs.Measurement.of(step, "SGD", stability_ratio=ratio + step / 100), run=run)
     (tmp_path / "metrics.csv").write_text("step,train_loss\n0,2\n10,1\n")
     return path
 

@@ -18,6 +18,7 @@ import gfs_core as gfs
 from hf_gfs import GFSCallback as TrainerGFSCallback
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.core.options import tuned_callback
 from tests.hf.clients import outcome, train_and_hear
 from tests.trainers.jobs import LIGHTNING, OPTIMIZERS, Weights, classifier, setfit
 
@@ -36,15 +37,16 @@ class Losses(pl.Callback):
 def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Weights, list[gfs.Measurement], list[str]]:
     """The weights of a job trained with the callback, what was measured, and the warnings."""
     found: list[gfs.Measurement] = []
-    watch = gfs.StabilityMonitor.watch
+    update_detectors = gfs.StabilityMonitor.update_detectors
 
     def kept(monitor: gfs.StabilityMonitor, step: int, measurement: gfs.Measurement | None = None) -> Any:
         found.extend([measurement] if measurement is not None else [])
-        return watch(monitor, step, measurement)
+        return update_detectors(monitor, step, measurement)
 
-    monkeypatch.setattr(gfs.StabilityMonitor, "watch", kept)
+    monkeypatch.setattr(gfs.StabilityMonitor, "update_detectors", kept)
     Losses.by_step.clear()
-    callback = GFSCallback(every=4, running_every=2, max_overhead=None, tier="sharpness", max_hvps=30, tol=0.05)
+    callback = GFSCallback(every=4, running_every=2, max_overhead=None, tier="sharpness")
+    tuned_callback(callback, max_hvps=30, tol=0.05)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights = LIGHTNING[name].train([callback, Losses()])

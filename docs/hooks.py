@@ -1,4 +1,4 @@
-"""Hooks of the site: pages that lie outside of docs/, links that are made for the repository, and the option table.
+"""Hooks of the site: pages that lie outside of docs/, links that are made for the repository, and tables from the code.
 
 Links are written for whoever reads the files in the repository. Here those to a page become links within the site;
 those to code, which the site does not hold, become the path in words.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mkdocs.structure.files import File, Files
 
 import gfs_core
 from gfs_core import GFSConfig, log_keys
+from gfs_core.config import TIERS
+from gfs_core.signals.catalog import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = (
@@ -49,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
     """Turn the repository's links into the site's, and fill in tables that are made from the code."""
     here = page.file.src_uri
-    for name, table in (("options", _options), ("log keys", _keys)):
+    for name, table in (("options", _options), ("log keys", _keys), ("signals", _signals)):
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", table())
 
@@ -107,3 +110,17 @@ def _options() -> str:
 
 def _keys() -> str:
     return "\n".join(["| key | meaning |", "|---|---|", *(f"| `{key}` | {text} |" for key, text in log_keys().items())])
+
+
+def _signals() -> str:
+    head = "| signal | keys | cost | needs | copies of the weights, without and with a preconditioner |"
+    rows = [
+        f"| `{s.name}` | {_names(k.name for k in s.keys)} | {s.cost.name.lower()} | {_names(s.needs)} "
+        f"| {s.copies[0]}, {s.copies[1]} |"
+        for s in sorted(Signals().all, key=lambda s: TIERS.index(s.name))
+    ]
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -20,6 +20,7 @@ from gfs_core.detectors.early_warning import EarlyWarning
 from gfs_core.errors import ConfigError
 from gfs_core.loss.batches import examples_of
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
+from gfs_core.run.due import DueMeasurements
 from gfs_core.run.journal import Journal
 from gfs_core.run.losses import RecentLosses, kept
 from gfs_core.run.measurable import check_memory, unmeasurable
@@ -31,7 +32,7 @@ from gfs_core.run.rates import Rates
 from gfs_core.run.record import Measurement
 from gfs_core.run.schedule import Schedule
 from gfs_core.run.watch import Requests, Watch
-from gfs_core.run.weights import Weights, to_come
+from gfs_core.run.weights import FROZEN, Weights, to_come
 from gfs_core.signals.catalog import Signals
 
 
@@ -103,6 +104,7 @@ class StabilityMonitor:
         self.schedule = Schedule(self.config, self.control, stability.empirical, signals.all, self.ranks)
         probe = Probe(self.config.probe, self.config.probe_size, short_batches)
         self.measuring = Measuring(model, optimizer, self.config, self.notices, self.ranks, signals, probe)
+        self._due = DueMeasurements(self.schedule, self.measuring, self.rates, self._label)
         self.requests = Requests()
         warning = None if self.config.alarm == "off" else EarlyWarning()
         actions = actions_for(self.config.alarm, self.control, self.notices.warn_always)
@@ -117,13 +119,9 @@ class StabilityMonitor:
         self._weights.changed(params)
         self._looked = self._seen = -1  # the last steps of `_look` and of `update_detectors`
         self._resumed = False
-        if self.config.probe == "fixed" and (self.config.probe_size or 256) < 256:
-            self.notices.warn_once(
-                f"a fixed probe of {self.config.probe_size} examples is misleading: training fits its noise, and the "
-                "trend of its sharpness has come out reversed; use probe='batch', or a larger fixed probe"
-            )
-        if stability.reason and not stability.adaptive:
-            self.notices.warn_once(stability.reason)
+        for doubt in (probe.doubt, "" if stability.adaptive else stability.reason):
+            if doubt:
+                self.notices.warn_once(doubt)
 
     @property
     def control(self) -> Control:
@@ -185,12 +183,11 @@ class StabilityMonitor:
             wanted = self.wants(step) and self._trained(step)
             if wanted:
                 self.measuring.failure = ""
-                measurement = self._measured(loss_fn, batches, step)
+                measurement = self._due.measure(loss_fn, batches, step)
                 self.rates.why = self.measuring.failure or self.rates.why
         if wanted:
             with self.notices.harmless("nothing is measured along a step", alone=True):
-                if self.schedule.needs_step(step + 1):
-                    self.measuring.keep_weights(step + 1)
+                self._due.keep_weights(step)
         return self.update_detectors(step, None if measurement is None else measurement.because(self.remarks))
 
     def record_loss(self, loss: Tensor | float, examples: int | None = None) -> None:
@@ -244,11 +241,11 @@ class StabilityMonitor:
 
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` needs a batch at this step: to measure, to fill a fixed probe, or to keep weights."""
-        return self.measuring.probe.filling or self.due(step) or self.schedule.needs_step(step + 1)
+        return self._due.wants(step)
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due at this step, by the signals' intervals, the budget and the control."""
-        return bool(self._due(step))
+        return bool(self._due.names(step))
 
     def close(self) -> None:
         """Write the last losses, leave the process group, and take the control's hooks off the optimizer."""
@@ -285,10 +282,7 @@ class StabilityMonitor:
         except Exception as error:  # a damaged checkpoint may hold anything
             self.measuring.signals.forget()
             self._load(held)
-            text = f"the saved state is damaged ({type(error).__name__}: {error}); measuring starts without it"
-            if self.config.strict:
-                raise ConfigError(text) from None
-            self.notices.warn_once(text, own=True)
+            self.notices.damaged(error)
         else:
             self._resumed = True  # the next step is where training was resumed
 
@@ -301,36 +295,6 @@ class StabilityMonitor:
         self.control.load_state_dict(state["control"])
         self.watch.load_state_dict(state["watch"])
         self._losses.load(state["losses"])
-
-    def _measured(self, loss_fn: Callable[[Any], Tensor], batches: list[Any], step: int) -> Measurement | None:
-        """Measure what is due at this step, and pass the result to the control."""
-        measuring, probe, budget = self.measuring, self.measuring.probe, self.schedule.budget
-        if measuring.agreed(probe.short(batches), True):
-            measuring.drop_weights()
-            return None
-        names, filling = self._due(step), probe.filling
-        if not names and not filling:
-            return None
-        began = budget.clock()
-        if not measuring.knows_parts(loss_fn, batches, names):
-            measuring.drop_weights()
-            if names:
-                budget.measured(began, budget.clock(), names, {})
-            return None
-        if (filling and not measuring.fill_probe(batches)) or not names:
-            return None
-        free, scale = self.schedule.free(names), self.rates.scale()
-        early = measuring.count == 0 and self._before_second_moments()
-        with self.rates.scaled(scale):
-            measurement, seconds = measuring.measure(
-                names, step, loss_fn, batches, self._label(), self.control.only_lowers
-            )
-        budget.measured(began, budget.clock(), names, seconds, early=early, free=free)
-        if measurement is None:
-            return None
-        self.notices.reasons(measurement.reasons)
-        measurement = measurement.having(seconds=budget.last, overhead=budget.overhead())
-        return self.rates.take_in(measurement, scale, along_the_step=self.schedule.leading == "directional")
 
     def _look(self, step: int) -> None:
         """Under a control, check once a step whether other weights are trained now, and whether the control acts."""
@@ -345,9 +309,7 @@ class StabilityMonitor:
         """Whether there are weights to measure now; state that belongs to other weights is dropped."""
         params = parameters_of(self.optimizer)
         if not params:
-            self.notices.warn_once(
-                "every weight that the optimizer holds is frozen: nothing is measured until one is trained"
-            )
+            self.notices.warn_once(FROZEN)
             return False
         if to_come(self.model, params):
             return False
@@ -360,16 +322,8 @@ class StabilityMonitor:
             self.rates.renew()
         return True
 
-    def _due(self, step: int) -> list[str]:
-        self.schedule.whole = self.measuring.learned.splits is False
-        return self.measuring.answered(lambda: self.schedule.due(step, self.measuring.stepped_to(step)), [])
-
     def _new_losses(self, step: int, now: bool) -> list[tuple[int, float, int]]:
         return self.measuring.answered(lambda: self._losses.up_to(step, now), [])
-
-    def _before_second_moments(self) -> bool:
-        stability = stability_of(self.optimizer, parameters_of(self.optimizer))
-        return stability.adaptive and stability.threshold is None
 
     def _settings(self) -> dict[str, Any]:
         """The settings that the history begins with: facts about the training, and the options."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 
-from gfs_core.errors import GFSWarning, MeasurementError, own_fault
+from gfs_core.errors import ConfigError, GFSWarning, MeasurementError, own_fault
 from gfs_core.run.ranks import OtherRankFailed, Ranks
 
 # Reasons that need no action from the user.
@@ -65,6 +65,17 @@ class Notices:
         for reason in reasons:
             if not any(words in reason for words in _PASSING):
                 self.warn_once(reason)
+
+    def damaged(self, error: Exception) -> None:
+        """Warn that a saved state could not be loaded.
+
+        Raises:
+            ConfigError: with ``strict``.
+        """
+        text = f"the saved state is damaged ({type(error).__name__}: {error}); measuring starts without it"
+        if self.strict:
+            raise ConfigError(text) from None
+        self.warn_once(text, own=True)
 
     def harmless(self, without: str, alone: bool = False) -> Harmless:
         """A context in which a failure becomes a warning, and training goes on.

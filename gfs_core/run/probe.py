@@ -11,6 +11,7 @@ from gfs_core.loss.learned import PARTS, Learned
 from gfs_core.signals.training import BatchSizes
 
 _WAIT = 8  # measurements after which more examples are tried again; each failure for lack of memory doubles it
+_FEW = 256  # examples of a fixed probe; with fewer its sharpness told another trend than the training loss's
 
 
 class Probe:
@@ -36,6 +37,16 @@ class Probe:
     def short(self, batches: list[Any]) -> bool:
         """Record the size of a step's batches; returns whether they are too short to be compared with the others."""
         return self._sizes is not None and self._sizes.short(examples_of(batches))
+
+    @property
+    def doubt(self) -> str:
+        """Why values on this probe may mislead, in words; empty: they do not."""
+        if self.kind == "batch" or (self.size or _FEW) >= _FEW:
+            return ""
+        return (
+            f"a fixed probe of {self.size} examples is misleading: training fits its noise, and the trend of its "
+            "sharpness has come out reversed; use probe='batch', or a larger fixed probe"
+        )
 
     @property
     def filling(self) -> bool:

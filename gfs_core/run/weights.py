@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+FROZEN = "every weight that the optimizer holds is frozen: nothing is measured until one is trained"
+
 
 class Weights:
     """The trained weights at the last call of :meth:`changed`.

@@ -133,6 +133,7 @@ class EarlyWarning:
         """
         self.level, self.reason = AlertLevel(state["level"]), str(state["reason"])
         self._context.load_state_dict(state["context"])
+        saved = dict(state["detectors"].items())
         for detector in self._detectors:
-            if detector.name in state["detectors"]:  # one that is new since has seen nothing yet
-                detector.load_state_dict(state["detectors"][detector.name])
+            if detector.name in saved:  # one that is new since has seen nothing yet
+                detector.load_state_dict(saved[detector.name])

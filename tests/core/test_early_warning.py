@@ -331,6 +331,8 @@ def test_a_damaged_state_raises(path: tuple[str, ...], values: tuple[object, ...
         place[path[-1]] = value
         with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
             EarlyWarning().load_state_dict(state)
+    if path[:-1] == ("detectors",):  # a detector may be new since: test_watch.py
+        return
     del place[path[-1]]
     with pytest.raises(KeyError):
         EarlyWarning().load_state_dict(state)

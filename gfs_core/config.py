@@ -158,9 +158,9 @@ class GFSConfig:
                 f"`running_every` is for tiers dearer than 'running', and `tier` is {self.tier!r}; use `every`"
             )
 
-    def intervals(self) -> dict[Tier, int]:
+    def intervals(self) -> dict[str, int]:
         """Optimizer steps between measurements of each tier that is on, cheapest first."""
-        steps: dict[Tier, int] = {self.tier: self.every}
+        steps: dict[str, int] = {self.tier: self.every}
         if self.tier == "gfs_full" and self.every > _SHORT_BESIDE_FULL:
             steps = {"gfs": _SHORT_BESIDE_FULL, **steps}
         if self.running_every is not None and TIERS.index(self.tier) > TIERS.index("running"):

@@ -129,8 +129,7 @@ class Watched:
         """Take in that measuring begins."""
         self.monitors = monitors
         for monitor in monitors:
-            wanted = monitor.schedule.every | self.plan.intervals
-            monitor.schedule.every = {name: wanted[name] for name in TIERS if name in wanted}  # cheapest first
+            monitor.schedule.also(self.plan.intervals)
         _scale_rates(monitors, self.plan.factor)
         self._peak = _peak_bytes(reset=True)
 

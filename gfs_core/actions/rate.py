@@ -107,7 +107,6 @@ class ControlProfile:
 
 
 PROFILE = ControlProfile()
-FIRST, PATIENCE = PROFILE.first, PROFILE.patience  # quoted in a warning
 
 # Arguments of a control, which are not part of its state.
 _GIVEN = ("policy", "profile", "_given_margin", "_adaptive")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -70,14 +71,9 @@ class Measuring:
         self._before: Vector | None = None  # the weights before the last optimizer step
         self._before_step = -1  # the step at which that copy may be used
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """Measure in this context: with several processes, a failure on one ends the measurement on all."""
-        if self.ranks is None:
-            yield
-            return
-        with self.ranks.together():
-            yield
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.together()
 
     def answered(self, ask: Callable[[], T], otherwise: T) -> T:
         """The result of ``ask``, which may exchange with other processes; ``otherwise`` once one does not answer."""

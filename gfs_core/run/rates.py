@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gfs_core.actions.rate import FIRST, PATIENCE, Control
+from gfs_core.actions.rate import Control
 from gfs_core.config import GFSConfig
 from gfs_core.errors import ConfigError
 from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
@@ -95,12 +95,12 @@ class Rates:
         Raises:
             MeasurementError: with ``strict=True``, the control does not act.
         """
-        policy = self.control.policy
+        policy, profile = self.control.policy, self.control.profile
         if self.control.lost:
             self.notices.complain(
-                f"control={policy!r} starts from {FIRST} stability ratios, and had {self.control.seen} in {PATIENCE} "
-                f"steps ({self.why}). It leaves the rate alone until it has them: lr_scale is 1. Mend what is in "
-                "brackets, or use control='observe'"
+                f"control={policy!r} starts from {profile.first} stability ratios, and had {self.control.seen} in "
+                f"{profile.patience} steps ({self.why}). It leaves the rate alone until it has them: lr_scale is 1. "
+                "Mend what is in brackets, or use control='observe'"
             )
         if self._hook is not None:
             self._hook.look(anywhere)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gfs_core.actions.rate import Control
-from gfs_core.config import GFSConfig
+from gfs_core.config import TIERS, GFSConfig
 from gfs_core.run.budget import OverheadBudget
 from gfs_core.run.ranks import Ranks
 from gfs_core.signals.base import Signal
@@ -42,20 +42,29 @@ class Schedule:
     ) -> None:
         self.config, self.control, self.ranks = config, control, ranks
         self._decided: tuple[int, list[str]] = (-1, [])  # a step, and the signals that all processes measure at it
-        self.every: dict[str, int] = dict(config.intervals().items())
-        for signal in signals:
-            if signal.every is not None and signal.name not in self.every:
-                cost = {s.name: s.cost for s in signals}
-                cheaper = {name: every for name, every in self.every.items() if cost[name] <= signal.cost}
-                self.every = {**cheaper, signal.name: signal.every, **self.every}
+        places: dict[str, int] = {name: place for place, name in enumerate(TIERS)}
+        by_cost = sorted(signals, key=lambda signal: (signal.cost, places.get(signal.name, len(places))))
+        self._cheapest_first = [signal.name for signal in by_cost]
+        self.every: dict[str, int] = {}
+        self.also({signal.name: signal.every for signal in signals if signal.every is not None})
+        self.also(config.intervals())
         by_the_step = empirical or control.policy == "cdat"
         if by_the_step and "directional" not in self.every:
             often = config.every if empirical else config.running_every or config.every
-            self.every = {"directional": often, **self.every}
+            self.also({"directional": often})
         self.whole = False
         self.budget = OverheadBudget({signal.name: signal.needs for signal in signals})
         leads = ("directional",) if by_the_step else _LEADING
         self.leading = next((name for name in self.every if name in leads), config.tier)
+
+    def also(self, every: Mapping[str, int]) -> None:
+        """Measure these signals too, or at another interval than before.
+
+        Args:
+            every: steps between measurements, by the signal's name.
+        """
+        wanted = self.every | dict(every)
+        self.every = {name: wanted[name] for name in self._cheapest_first if name in wanted}
 
     def due(self, step: int, stepped: bool) -> list[str]:
         """The signals to be measured at ``step``, cheapest first.

@@ -58,12 +58,13 @@ class Eigenvalue:
         """
         self.solved += 1
         lab.loss_on_probe()
-        found = self._solve(step, lab, mix=self.solved % _MIX_EVERY == _MIX_FIRST)
+        mix = self.solved % _MIX_EVERY == _MIX_FIRST
+        found = self._solve(step, lab, mix)
         if lab.top is not None and self.solved % _MIX_EVERY == 1 and lab.in_half_precision():
             error = lab.precision_error(step.stability, lab.top.vector, lab.top.value)
             found.append(Reading(PRECISION_ERROR, step.step, error))
             if not lab.in_half_precision():
-                found += self._solve(step, lab, mix=self.solved % _MIX_EVERY == _MIX_FIRST)
+                found += self._solve(step, lab, mix)
         if not lab.hessian.symmetric:  # the residual is no error bound then
             found = [reading for reading in found if reading.key is not RESIDUAL]
         return found

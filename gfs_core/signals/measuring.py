@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gfs_core.loss.learned import HvpMethod, Learned, PrecisionChoice
@@ -47,7 +47,6 @@ class Conditions:
         seed: of the random directions.
         max_memory: GiB that it may take beside the weights; ``None``: no limit.
         processes: the processes over which the mean loss is taken, each with its own data; ``None``: only this one.
-        clock: returns seconds, from any origin.
     """
 
     hvp: HvpMethod = "auto"
@@ -56,7 +55,6 @@ class Conditions:
     seed: int = 0
     max_memory: float | None = None
     processes: Processes | None = None
-    clock: Callable[[], float] = time.perf_counter
 
 
 def copies_of(signals: Sequence[Signal], preconditioned: bool) -> int:
@@ -90,10 +88,10 @@ def measure(signals: Sequence[Signal], step: StepContext, learned: Learned, give
     seconds: dict[str, float] = {}
     with _lab(signals, step, learned, given) as lab:
         for signal in signals:
-            began = given.clock()
+            began = time.perf_counter()
             if taken := signal.measure(step, lab):
                 readings += taken
-                seconds[signal.name] = given.clock() - began
+                seconds[signal.name] = time.perf_counter() - began
         readings += [
             Reading(LOSS_PROBE, step.step, lab.loss),
             Reading(HVPS, step.step, lab.hessian.hvps),

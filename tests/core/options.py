@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from gfs_core import StabilityMonitor
-from gfs_core.config import TIERS
 
 # Both adapters must bring each one through.
 NOT_DEFAULT = {
@@ -40,8 +39,7 @@ def tuned(
         parts: that a batch is cut into for the running estimate.
         **accuracy: the fields of :class:`~gfs_core.signals.lab.Accuracy`.
     """
-    every = {**monitor.schedule.every, **(beside or {})}
-    monitor.schedule.every = {name: every[name] for name in TIERS if name in every}
+    monitor.schedule.also(beside or {})
     monitor.measuring.accuracy = replace(monitor.measuring.accuracy, **accuracy)
     if parts is not None:
         monitor.measuring.learned.parts = parts

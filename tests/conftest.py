@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -18,3 +19,9 @@ def offline(monkeypatch: pytest.MonkeyPatch):
 
     yield wandb
     wandb.finish()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass by the frameworks: the Trainer collects whenever it begins to train."""
+    gc.collect()
+    gc.freeze()

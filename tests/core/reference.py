@@ -9,25 +9,37 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def dense_hessian(loss: Callable[[], Tensor], params: list[Tensor]) -> Tensor:
+def dense_hessian(loss: Callable[[], Tensor], params: list[Tensor], together: bool = True) -> Tensor:
+    """The rows together, by ``vmap``; or one after the other, where it has no rule for an operation."""
     with sdpa_kernel(SDPBackend.MATH):
         value = loss()
     grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
-    flat = _flat(grads, params)
-    rows = []
-    for entry in flat:
-        if not entry.requires_grad:
-            rows.append(torch.zeros_like(flat))
-            continue
-        row = torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True)
-        rows.append(_flat(row, params))
-    hessian = torch.stack(rows).detach()
-    return (hessian + hessian.T) / 2
+    flat = torch.cat(
+        [g.reshape(-1) if g is not None else torch.zeros_like(p).reshape(-1) for g, p in _pairs(grads, params)]
+    )
+    units = torch.eye(len(flat), dtype=flat.dtype)
+    if not flat.requires_grad:
+        return torch.zeros_like(units)
+
+    def products(of: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(
+            flat, params, of, retain_graph=True, allow_unused=True, is_grads_batched=of.dim() == 2
+        )
+        shape = (*of.shape[:-1], -1)
+        return [
+            of.new_zeros(*of.shape[:-1], p.numel()) if h is None else h.reshape(shape) for h, p in _pairs(found, params)
+        ]
+
+    hessian = (
+        torch.cat(products(units), 1)
+        if together
+        else torch.stack([torch.cat(products(unit.clone())) for unit in units])
+    )
+    return (hessian + hessian.T).detach() / 2
 
 
-def _flat(parts: tuple[Tensor | None, ...], like: list[Tensor]) -> Tensor:
-    pairs = zip(parts, like, strict=True)
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in pairs])
+def _pairs(parts: tuple[Tensor | None, ...], params: list[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+    return list(zip(parts, params, strict=True))
 
 
 class Attention(nn.Module):

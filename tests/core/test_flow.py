@@ -122,9 +122,9 @@ def test_full_solution_of_scalar_networks(weights: list[float], rate: float, exp
     model = Scalar(weights)
     optimizer = torch.optim.SGD(model.parameters(), rate)
     for phi in expected:
-        result = gfs.gfs_sharpness(model, product_loss, None, learning_rate=rate, rtol=1e-8, tol=1e-8)
+        result = gfs.gfs_sharpness(model, product_loss, None, learning_rate=rate, rtol=1e-5, tol=1e-8)
         assert result.converged
-        assert result.sharpness == pytest.approx(phi, rel=1e-5)
+        assert result.sharpness == pytest.approx(phi, rel=2e-6)
         optimizer.zero_grad()
         product_loss(model, None).backward()
         optimizer.step()
@@ -136,7 +136,7 @@ def test_the_end_of_the_flow_does_not_depend_on_where_on_the_path_it_starts() ->
     assert full.error is not None
     assert full.error < 1e-3
     objective = gfs.Objective(model, product_loss, [None])
-    flow = gfs.Flow(objective, lambda: 12.0, rtol=1e-8)
+    flow = gfs.Flow(objective, lambda: 12.0, rtol=1e-6)
     flow.advance(flow.start(), 0.5)
     later = gfs.gfs_sharpness(model, product_loss, None, learning_rate=0.2, rtol=1e-6, tol=1e-6)
     assert later.sharpness == pytest.approx(full.sharpness, rel=1e-4)
@@ -192,7 +192,7 @@ def test_kinks_do_not_shorten_the_steps_without_end() -> None:
         optimizer.zero_grad()
         loss_fn(model, x).backward()
         optimizer.step()
-    fine = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2, rtol=1e-4)
+    fine = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2, rtol=3e-4)
     found = gfs.gfs_sharpness(model, loss_fn, x, horizon=16, learning_rate=0.2)
     assert found.sharpness == pytest.approx(fine.sharpness, rel=2e-2)
     assert found.grad_evals <= 100

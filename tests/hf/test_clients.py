@@ -74,13 +74,14 @@ def language(
     )  # with dropout CPUs have no fused attention
     if lora:
         model = adapted(model)
-    return kind(model=model, args=arguments(folder, **options), train_dataset=Characters(), **extra)
+    return kind(model=model, args=arguments(folder, **STEPS, **options), train_dataset=Characters(), **extra)
 
 
 def classifier(folder: Path, **options: Any) -> Trainer:
-    return Trainer(model=bert(), args=arguments(folder, **options), train_dataset=Characters(labels="class"))
+    return Trainer(model=bert(), args=arguments(folder, **STEPS, **options), train_dataset=Characters(labels="class"))
 
 
+STEPS = {"max_steps": 4}  # two that measure, and one after each
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 NOT_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 

@@ -41,6 +41,8 @@ DETECTORS = ("test_detectors", "test_early_warning", "test_alarm_ends", "test_pr
 TESTS = {  # of each module
     "gfs_core.optimizers.thresholds": ["tests/core/test_stability.py"],
     "gfs_core.linalg.eigen": ["tests/core/test_eigen.py"],
+    "gfs_core.linalg.lanczos": ["tests/core/test_eigen.py"],
+    "gfs_core.linalg.chebyshev": ["tests/core/test_flow.py"],
     "gfs_core.loss.flow": ["tests/core/test_flow.py"],
     "gfs_core.actions.rate": ["tests/core/test_control.py"],
     **{
@@ -49,7 +51,7 @@ TESTS = {  # of each module
     },
 }
 # Tests that take minutes; run where the others pass.
-SLOW = {"gfs_core.loss.flow": "full_solution_of_scalar or kinks_do or end_of_the_flow"}
+SLOW = dict.fromkeys(("gfs_core.linalg.chebyshev", "gfs_core.loss.flow"), "full_solution_of_scalar or kinks_do")
 PATIENCE = 3  # times what the tests take as it is, and 20 s; a mutant that takes longer counts as found
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

@@ -78,6 +78,7 @@ class StateSnapshot:
         if any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in self.model.modules()):
             self._modes.enter_context(_no_cudnn())
         try:
+            self._rng.restore()  # a generator that is exchanged keeps its own state untouched
             self._hooks.silence()
             for p in self.parameters:
                 p.grad = None
@@ -166,7 +167,7 @@ class StateSnapshot:
             p.grad = grad
             p.requires_grad_(requires_grad)
         self._hooks.restore()
-        self._rng.restore()
+        self._rng.put_back()
 
     def restore_weights(self) -> None:
         """Put the parameters back to where the measurement found them."""

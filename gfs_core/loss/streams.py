@@ -29,7 +29,11 @@ _COPIED: tuple[type[Any], ...] = (itertools.count, type(iter([])), type(iter(())
 
 
 class RandomState:
-    """Random states of Python, of NumPy if it is loaded, and of torch on the CPU and on the devices of ``tensors``."""
+    """Random states of Python, of NumPy if it is loaded, and of torch on the CPU and on the devices of ``tensors``.
+
+    A CUDA generator is given another state object, and :meth:`put_back` gives it its own again. Whoever writes into the
+    state that it has makes cuDNN begin its stream anew, from which a recurrent layer of training draws its dropout.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.python = random.getstate()
@@ -38,15 +42,25 @@ class RandomState:
         self.cpu = torch.get_rng_state()
         devices = {t.device for t in tensors if t.device.type in _ACCELERATORS}
         self.devices = {d: _module(d).get_rng_state(*_where(d)) for d in devices}
+        self._own = {d: _generator(d).graphsafe_get_state() for d in devices if d.type == "cuda"}
+
+    def put_back(self) -> None:
+        """Restore the random states; a CUDA generator has its own state object again, which nothing has drawn from.
+
+        :meth:`restore` must have been called before the first draw.
+        """
+        self.restore()
+        for device, own in self._own.items():
+            _generator(device).graphsafe_set_state(own)
 
     def restore(self) -> None:
-        """Put the random states back."""
+        """Restore the random states."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
-            _module(device).set_rng_state(state, *_where(device))
+            _set(device, state)
 
     def shift(self, count: int) -> None:
         """Set other random states, which follow from that of Python and ``count``.
@@ -59,8 +73,7 @@ class RandomState:
             sys.modules["numpy"].random.seed(chosen.getrandbits(32))
         torch.default_generator.manual_seed(chosen.getrandbits(32))
         for device in self.devices:
-            with _module(device).device(device) if _where(device) else contextlib.nullcontext():
-                _module(device).manual_seed(chosen.getrandbits(32))
+            _set(device, chosen.getrandbits(32))
 
     def as_text(self) -> str:
         """The states as text, to be saved; :meth:`from_text` reads it."""
@@ -87,6 +100,23 @@ def _bytes(text: str) -> Tensor:
 
 def _module(device: torch.device) -> Any:
     return getattr(torch, device.type)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index or 0]
+
+
+def _set(device: torch.device, state: Tensor | int) -> None:
+    """Set the random state of a device: a whole state, or that of a seed."""
+    if device.type == "cuda":
+        other = _generator(device).clone_state()
+        other.manual_seed(state) if isinstance(state, int) else other.set_state(state)
+        _generator(device).graphsafe_set_state(other)
+    elif isinstance(state, int):
+        with _module(device).device(device) if _where(device) else contextlib.nullcontext():
+            _module(device).manual_seed(state)
+    else:
+        _module(device).set_rng_state(state, *_where(device))
 
 
 def _where(device: torch.device) -> tuple[torch.device, ...]:

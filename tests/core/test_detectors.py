@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gfs_core import Alert, AlertLevel, EarlyWarning
+from gfs_core import Alert, AlertLevel, EarlyWarning, Profile
 from tests.core.observed import (
     alarms,
     observe_loss,
@@ -74,6 +74,7 @@ def test_growth_beyond_the_edge_crosses_it_now() -> None:
         observe_ratio(alarm, 300 + 5 * k, 0.9 * 1.1 ** (k + 1), solved=False)
     assert alarm.level == AlertLevel.ALARM
     assert alarm.reason.startswith("the stability ratio rose to 1.")
+    assert alarm.reason.endswith("at this pace it crosses the edge now")
 
 
 def test_slow_growth_is_not_extrapolated() -> None:
@@ -223,7 +224,37 @@ def test_past_the_edge_in_the_mean_square() -> None:
         e is None or e.level is AlertLevel.WATCH
         for e in (observe_mean_square(healthy, i, v) for i, v in enumerate(values))
     )
-    assert observe_mean_square(healthy, 70, math.nan) is None
+    for value in (math.nan, 0.0, -1.0, math.inf):  # no measurement
+        assert observe_mean_square(healthy, 70, value) is None
+
+
+def test_other_weights_are_not_past_the_edge_before_they_are_measured() -> None:
+    alarm = EarlyWarning()
+    for i in range(11):
+        observe_mean_square(alarm, i, 3.0)
+    assert alarm.level is AlertLevel.ALARM
+    assert alarm.forget(11).level is AlertLevel.QUIET
+    assert [observe_mean_square(alarm, 12 + i, 3.0) for i in range(10)] == [None] * 10
+    assert observe_mean_square(alarm, 22, 3.0).level is AlertLevel.ALARM
+
+
+def test_what_the_rate_meant_for_other_weights_is_forgotten() -> None:
+    alarm = settled(0.001)
+    for step in range(60):
+        observe_rate(alarm, step, 0.1)
+    alarm.forget(60)
+    assert observe_rate(alarm, 60, 1.0).level is AlertLevel.ALARM  # the rate matters little to them no more
+
+
+def test_a_rate_is_judged_once_so_many_are_known() -> None:
+    first = Profile().rate_first
+    alarm = EarlyWarning()
+    assert [observe_rate(alarm, step, 0.1) for step in range(first - 1)] == [None] * (first - 1)
+    assert observe_rate(alarm, first - 1, 1.0) is None
+    alarm = EarlyWarning()
+    for step in range(first):
+        observe_rate(alarm, step, 0.1)
+    assert observe_rate(alarm, first, 1.0).level is AlertLevel.ALARM
 
 
 # --- healthy runs ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_stability_interval_from_both_sides(s: int) -> None:
         else:
             assert (abs(model.w.item()) < 1) is stable
     assert stages_needed(stability_interval(s) * 0.999) == s
+    assert stability_interval(s) == pytest.approx(0.65299 * (s**2 - 1), rel=1e-4)  # Sommeijer et al. 1998, eq. 2.9
 
 
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4])
@@ -140,6 +141,21 @@ def test_the_end_of_the_flow_does_not_depend_on_where_on_the_path_it_starts() ->
     flow.advance(flow.start(), 0.5)
     later = gfs.gfs_sharpness(model, product_loss, None, learning_rate=0.2, rtol=1e-6, tol=1e-6)
     assert later.sharpness == pytest.approx(full.sharpness, rel=1e-4)
+
+
+def test_a_loss_that_rises_along_its_own_gradient_ends_the_flow() -> None:
+    """The loss is not what its gradient says: a step is refused however short it is."""
+
+    def rising(model: Quadratic, batch: object = None) -> Tensor:
+        loss = quadratic(model)
+        return 10.0 + loss - 2 * loss.detach()
+
+    model = Quadratic([1.0, 0.3])
+    flow = gfs.Flow(gfs.Objective(model, rising, [None]), lambda: 1.0)
+    state = flow.advance(flow.start(), 5.0)
+    assert state.reason is gfs.Reason.STEP_TOO_SMALL
+    assert (state.time, state.steps) == (0.0, 0)
+    assert torch.equal(model.w, torch.ones_like(model.w))
 
 
 def test_separable_cross_entropy_ends_at_its_cutoff_and_says_so() -> None:

@@ -332,6 +332,12 @@ def test_an_own_optimizer_without_decay() -> None:
     assert (found.threshold, found.shift, found.plain) == (6.0, None, True)
 
 
+def test_a_momentum_that_forgets_nothing_multiplies_noise_without_end() -> None:
+    w = [torch.nn.Parameter(torch.ones(2))]
+    found = gfs.stability_of(torch.optim.SGD(w, 0.1, momentum=1.0), w)
+    assert (found.threshold, found.noise_factor) == (pytest.approx(40.0), math.inf)
+
+
 def test_the_momentum_of_nadam_is_that_of_the_coming_step() -> None:
     w = weight()
     optimizer = torch.optim.NAdam(w, 0.1, betas=(0.9, 0.999), momentum_decay=1.0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from gfs_core import Alert, AlertLevel, EarlyWarning, Profile
+from gfs_core.detectors.trend import steps_to_edge
 from tests.core.observed import (
     alarms,
     observe_loss,
@@ -66,6 +67,16 @@ def test_steady_growth_names_the_step_at_which_it_crosses_the_edge() -> None:
     named = int(last.reason.split("(step ")[1].rstrip(")"))
     assert named == pytest.approx(crosses, abs=6)  # the fit still holds some of the level before
     assert f"in about {named - last.step} steps" in last.reason
+
+
+@pytest.mark.parametrize(("every", "pace"), [(1, 1.1), (5, 1.02), (20, 1.004)])
+def test_the_crossing_of_a_ratio_that_grows_without_noise_is_exact(every: int, pace: float) -> None:
+    points = [(step, 0.4 * pace**step) for step in range(0, 9 * every, every)]
+    crosses = math.log(1 / 0.4) / math.log(pace)
+    assert steps_to_edge(points, Profile()) == math.ceil(crosses - points[-1][0])
+    past = [(step, 1.5 * ratio) for step, ratio in points]
+    assert steps_to_edge(past[2:], Profile()) == max(math.ceil(math.log(1 / 0.6) / math.log(pace) - past[-1][0]), 0)
+    assert steps_to_edge([(step, 0.4) for step, _ in points], Profile()) is None
 
 
 def test_growth_beyond_the_edge_crosses_it_now() -> None:

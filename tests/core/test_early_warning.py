@@ -15,7 +15,7 @@ from gfs_core import Alert, AlertLevel, EarlyWarning, Key, Profile, Reading
 from gfs_core.detectors.base import Finding, Track
 from gfs_core.detectors.context import Context
 from gfs_core.detectors.early_warning import DETECTORS
-from gfs_core.signals.training import EXAMPLES, LOSS
+from gfs_core.signals.training import EXAMPLES, LOSS, STEP_RATE
 from tests.core.observed import (
     RUNNING_RATIO,
     Seen,
@@ -232,7 +232,8 @@ def test_extreme_numbers_are_taken(losses: list[float], ratios: list[float]) -> 
     json.dumps(alarm.state_dict(), allow_nan=False)
 
 
-def test_rates_and_mean_squares_survive_a_resume() -> None:
+@pytest.mark.parametrize("cut", [66, 75, 88, 100])  # before anything, past the rate's rise, past the edge
+def test_rates_and_mean_squares_survive_a_resume(cut: int) -> None:
     def told(alarm: EarlyWarning, steps: range) -> list[Alert | None]:
         out: list[Alert | None] = []
         for step in steps:
@@ -240,10 +241,11 @@ def test_rates_and_mean_squares_survive_a_resume() -> None:
             out.append(observe_mean_square(alarm, step, 0.5 if step < 80 else 2.0))
         return out
 
-    whole, first, second = EarlyWarning(), EarlyWarning(), EarlyWarning()
-    before = told(first, range(66))
+    whole, first, second = EarlyWarning(), EarlyWarning(), settled(0.3)  # what it has seen of its own is forgotten
+    before = told(first, range(cut))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert before + told(second, range(66, 120)) == told(whole, range(120))
+    assert second.state_dict() == first.state_dict()
+    assert before + told(second, range(cut, 120)) == told(whole, range(120))
     assert whole.state_dict() == second.state_dict()
     assert whole.level is AlertLevel.ALARM
 
@@ -265,6 +267,12 @@ def test_what_no_detector_reads_is_passed_over(reading: Reading) -> None:
     before = warning.state_dict()
     assert warning.observe(reading) is None
     assert warning.state_dict() == before
+
+
+def test_readings_are_put_in_the_order_of_the_detectors_and_those_that_none_reads_left_out() -> None:
+    keys = [Key(name, "") for name in ("stability_ratio", "sharpness", LOSS.name, "learning_rate", STEP_RATE.name)]
+    ordered = EarlyWarning().in_order(Reading(key, 5, 1.0) for key in keys)
+    assert [r.key.name for r in ordered] == [STEP_RATE.name, "stability_ratio", LOSS.name]
 
 
 def test_the_examples_of_a_batch_belong_to_the_loss_of_its_step() -> None:

@@ -75,6 +75,17 @@ def test_a_stiff_linear_flow_against_its_exact_solution(rtol: float) -> None:
     assert flow.grad_evals < 1000 / 2.8 * 4  # RK4 at its stability limit
 
 
+def test_the_largest_eigenvalue_is_asked_for_again_as_the_flow_goes_on() -> None:
+    """About every ten of its time scales, at longer and longer intervals: after about 10, 20, 40, … of them."""
+    asked: list[float] = []
+    model = Quadratic([8.0, 1.0, 0.1])
+    flow = gfs.Flow(gfs.Objective(model, quadratic, [None]), lambda: asked.append(0.0) or 8.0)
+    state = flow.advance(flow.start(), 40.0)
+    assert state.reason is gfs.Reason.OK
+    assert 4 <= len(asked) <= 7  # log₂(40·8.8/10) = 5.1
+    assert not flow.doubtful
+
+
 def test_the_loss_never_rises_along_the_flow() -> None:
     model = make("mlp")
     with gfs.StateSnapshot(model) as isolation:

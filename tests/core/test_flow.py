@@ -182,6 +182,14 @@ def test_the_limit_of_gradients_is_kept_and_told() -> None:
     assert (result.converged, result.reason) == (False, gfs.Reason.MAX_GRADIENTS)
 
 
+def test_a_flow_that_has_had_its_gradients_takes_no_further_step() -> None:
+    flow = gfs.Flow(gfs.Objective(Quadratic([3.0, 0.2]), quadratic, [None]), lambda: 3.0)
+    state = flow.advance(flow.start(), 1.0)
+    flow.max_grads = used = flow.grad_evals
+    state = flow.advance(state, 50.0)
+    assert (state.reason, state.time, flow.grad_evals) == (gfs.Reason.MAX_GRADIENTS, 1.0, used)
+
+
 def test_large_weights_that_hardly_matter_loosen_nothing() -> None:
     """A pretrained model's embeddings, say: the error is held against the way of the flow, not against |w| alone."""
 

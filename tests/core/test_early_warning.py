@@ -140,6 +140,13 @@ def test_a_rate_that_the_run_has_stood_before_ends_as_restarts_do() -> None:
     assert told[2][0] < 200 + 25 + 20 + 20 + 2  # the usual rate is up again after 25 steps
 
 
+def test_a_rate_of_a_few_steps_is_none_that_the_run_has_stood() -> None:
+    alarm = EarlyWarning()
+    rates(alarm, 1.0, range(10))
+    rates(alarm, 0.1, range(10, 200))
+    assert [state for _, state, _ in rates(alarm, 1.0, range(200, 300))] == [AlertLevel.ALARM]
+
+
 def test_a_ratio_without_losses_has_to_come_back_itself() -> None:
     alarm = EarlyWarning()
     for step in range(0, 300, 5):

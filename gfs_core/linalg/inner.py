@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from gfs_core.linalg.vectors import Vector, axpy, is_half, on_host
+from gfs_core.linalg.vectors import Vector, axpy, bunches, is_half, on_host
 
 Pair: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
-_BUNCH = 1 << 23  # elements whose inner product is one call on an accelerator
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class InnerProduct:
             return []
         how = self.sharding
         if how is None and pairs[0][0][0].device.type != "cpu":
-            values = on_host([d for places in _bunches(pairs[0][0]) for d in _dots_of_bunch(pairs, places)])
+            values = on_host([d for places in bunches(pairs[0][0]) for d in _dots_of_bunch(pairs, places)])
             return [math.fsum(values[i :: len(pairs)]) for i in range(len(pairs))]
         arrived = iter(on_host([_dot(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)]))
         if how is None:
@@ -93,20 +92,6 @@ class InnerProduct:
 
 
 WHOLE = InnerProduct()  # of vectors that are not spread
-
-
-def _bunches(vector: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The places of neighbouring tensors on one device, a few million elements together."""
-    held: list[int] = []
-    size = 0
-    for i, tensor in enumerate(vector):
-        if held and (size + tensor.numel() > _BUNCH or tensor.device != vector[held[0]].device):
-            yield held
-            held, size = [], 0
-        held.append(i)
-        size += tensor.numel()
-    if held:
-        yield held
 
 
 def _dots_of_bunch(pairs: Sequence[Pair], places: list[int]) -> list[Tensor]:

@@ -11,8 +11,9 @@ and angles are an :class:`~gfs_core.linalg.inner.InnerProduct`'s, which knows ho
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 Vector: TypeAlias = list[Tensor]
 HALVES = (torch.float16, torch.bfloat16)
+# Elements that are worked on together: starting a call takes an accelerator longer than a small tensor does.
+_BUNCH, _BUNCH_ON_CPU = 1 << 23, 0
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -107,6 +110,36 @@ def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
         torch.randn(t.shape, generator=sources[t.device], dtype=torch.float32, device=t.device).to(d)
         for t, d in zip(vector, dtypes, strict=True)
     ]
+
+
+def bunches(vector: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The places of tensors that are worked on together: a few million elements, and on the CPU each tensor alone."""
+    held: list[int] = []
+    size = 0
+    for i, tensor in enumerate(vector):
+        most = _BUNCH_ON_CPU if tensor.device.type == "cpu" else _BUNCH
+        if held and (size + tensor.numel() > most or tensor.device != vector[held[0]].device):
+            yield held
+            held, size = [], 0
+        held.append(i)
+        size += tensor.numel()
+    if held:
+        yield held
+
+
+def multiply(factors: Iterable[Tensor | float], vector: Vector) -> None:
+    """Multiply each tensor by its factor, in place; only the factors that are worked on together are held at once."""
+    rest = iter(factors)
+    for places in bunches(vector):
+        by, own = list(itertools.islice(rest, len(places))), [vector[i] for i in places]
+        if len(by) < len(places):
+            raise ValueError(f"{len(vector)} tensors, and fewer factors")
+        tensors = [factor for factor in by if isinstance(factor, Tensor)]
+        if len(tensors) == len(by):
+            torch._foreach_mul_(own, tensors)
+        else:
+            for tensor, factor in zip(own, by, strict=True):
+                tensor.mul_(factor)
 
 
 def axpy(a: float, x: Vector, y: Vector) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from gfs_core.errors import MeasurementError, Reason
 from gfs_core.linalg.chebyshev import Step, move, stability_interval, stages_needed, step
-from gfs_core.linalg.vectors import Vector, axpy, clone, copy, random_like
+from gfs_core.linalg.vectors import Vector, axpy, clone, copy, multiply, random_like
 from gfs_core.loss.objective import Objective
 
 _MAX_STAGES = 10_000
@@ -249,11 +249,9 @@ class Flow:
     def _field(self) -> tuple[float, Vector]:
         self.grad_evals += 1
         loss, field = self.objective.gradient()
-        if self.preconditioner is None:
-            torch._foreach_neg_(field)
-        else:
-            for f, d in zip(field, self.preconditioner, strict=True):
-                f.mul_(d).neg_()
+        if self.preconditioner is not None:
+            multiply(self.preconditioner, field)
+        torch._foreach_neg_(field)
         return loss, field
 
     def _rho_is_old(self, state: FlowState) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from gfs_core.linalg.vectors import Vector, local
+from gfs_core.linalg.vectors import Vector, bunches, local, multiply
 
 
 class Curvature(Protocol):
@@ -28,29 +29,39 @@ class Diagonal:
 
     Args:
         params: the parameters, with the relative scale of each.
-        moments: a function that gives the diagonal P of S = P^-1/2 for a parameter, a new tensor. It gives ``None``
-            where the optimizer has not stepped the parameter yet; the entries of S are then 0. Without the function,
-            S holds the relative scales alone.
+        moments: a function that gives the diagonal P of S = P^-1/2 for some parameters, new tensors. It gives ``None``
+            for one that the optimizer has not stepped yet; the entries of S are then 0. Without the function, S holds
+            the relative scales alone.
         power: exponent of every entry.
     """
 
     def __init__(
         self,
         params: Sequence[tuple[Tensor, float]],
-        moments: Callable[[Tensor], Tensor | None] | None = None,
+        moments: Callable[[Sequence[Tensor]], list[Tensor | None]] | None = None,
         power: int = 1,
     ) -> None:
         self.params, self.moments, self.power = params, moments, power
 
     def __iter__(self) -> Iterator[Tensor | float]:
-        for p, relative in self.params:
-            if self.moments is None:
-                yield relative**self.power
-            elif (found := self.moments(p)) is None:
-                yield 0.0
-            else:
-                diagonal = local(found.rsqrt_()).to(local(p).dtype)
-                yield diagonal.mul_(relative).pow_(self.power)
+        for places in bunches([local(p) for p, _ in self.params]):
+            yield from self._of([self.params[i] for i in places])
+
+    def _of(self, entries: Sequence[tuple[Tensor, float]]) -> list[Tensor | float]:
+        """A few tensors of the diagonal, by calls that take them together."""
+        if self.moments is None:
+            return [relative**self.power for _, relative in entries]
+        diagonal: list[Tensor | float] = [0.0] * len(entries)
+        found = {i: local(m) for i, m in enumerate(self.moments([p for p, _ in entries])) if m is not None}
+        if not found:
+            return diagonal
+        torch._foreach_rsqrt_(list(found.values()))
+        roots = [root.to(local(entries[i][0]).dtype) for i, root in found.items()]
+        torch._foreach_mul_(roots, [entries[i][1] for i in found])
+        torch._foreach_pow_(roots, self.power)
+        for i, root in zip(found, roots, strict=True):
+            diagonal[i] = root
+        return diagonal
 
     def squared(self) -> Diagonal:
         """The diagonal of S²: for S = P^-1/2 that is P⁻¹."""
@@ -73,20 +84,21 @@ class Preconditioned:
 
     def __call__(self, vector: Vector) -> Vector:
         """S·(H + shift)·S·v."""
-        inner = vector if self.scale is None else [v * s for v, s in zip(vector, self.scale, strict=True)]
+        inner = vector
+        if self.scale is not None:
+            inner = [v.clone() for v in vector]
+            multiply(self.scale, inner)
         product = self.hessian(inner)
         if self.shift is not None:
             for h, v, shift in zip(product, inner, self.shift, strict=True):
                 h.add_(v, alpha=shift)
         if self.scale is not None:
-            for h, s in zip(product, self.scale, strict=True):
-                h.mul_(s)
+            multiply(self.scale, product)
         return product
 
     def gradient(self, compute: bool = True) -> Vector | None:
         """S·∇L, the gradient in the coordinates of the optimizer; ``None`` as in :meth:`Curvature.gradient`."""
         gradient = self.hessian.gradient(compute)
         if self.scale is not None and gradient is not None:
-            for g, s in zip(gradient, self.scale, strict=True):
-                g.mul_(s)
+            multiply(self.scale, gradient)
         return gradient

@@ -66,7 +66,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
-from gfs_core.linalg.vectors import local
+from gfs_core.linalg.vectors import Vector, local, on_host
 from gfs_core.optimizers.preconditioner import Diagonal
 
 Group: TypeAlias = dict[str, Any]
@@ -77,7 +77,7 @@ class _Rule:
     """How the threshold of one class of optimizer is computed."""
 
     threshold: Callable[[Any, Group], float]
-    preconditioner: Callable[[Any, Group, Tensor], Tensor] | None = None
+    preconditioner: Callable[[Any, Group, Vector], Vector] | None = None  # of some parameters of a group
     decoupled: bool = False
     gain: Callable[[Group], float] = lambda group: 1.0
 
@@ -119,7 +119,8 @@ def register_optimizer(
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise TypeError(f"expected a class of torch.optim.Optimizer, got {optimizer!r}")
-    _OPTIMIZERS[optimizer] = _Rule(threshold, preconditioner, decoupled_weight_decay, gain)
+    together = None if preconditioner is None else _each(preconditioner)
+    _OPTIMIZERS[optimizer] = _Rule(threshold, together, decoupled_weight_decay, gain)
 
 
 @dataclass(frozen=True)
@@ -231,10 +232,17 @@ def stability_of(optimizer: Any, params: Sequence[Tensor]) -> Stability:
         shift.append(0.0 if _decoupled(rule, group) else float(group.get("weight_decay", 0.0)))
     identity = not adaptive and all(relative == 1.0 for _, relative in entries)
 
-    def moments(p: Tensor) -> Tensor | None:
+    def moments(of: Sequence[Tensor]) -> list[Tensor | None]:
         assert rule is not None
         assert rule.preconditioner is not None
-        return rule.preconditioner(inner, where[id(p)][0], p) if _has_moments(inner, p) else None
+        found: list[Tensor | None] = [None] * len(of)
+        for group in groups:
+            own = [i for i, p in enumerate(of) if where[id(p)][0] is group and _has_moments(inner, p)]
+            if own:
+                made = rule.preconditioner(inner, group, [of[i] for i in own])
+                for i, diagonal in zip(own, made, strict=True):
+                    found[i] = diagonal
+        return found
 
     scale = None if identity else Diagonal(entries, moments if adaptive else None)
     leader = groups[thresholds.index(reference)]
@@ -316,47 +324,78 @@ def _steps(inner: Optimizer, group: Group) -> float:
     return next((float(inner.state[p]["step"]) for p in group["params"] if inner.state.get(p)), 0.0)
 
 
-def _adam_preconditioner(inner: Adam, group: Group, p: Tensor) -> Tensor:
-    held = _held(inner, p, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
-    correction = 1 - float(group["betas"][1]) ** float(inner.state[p]["step"])
-    return _with_eps((held / correction).sqrt_(), held, group)
+def _each(preconditioner: Callable[[Any, Group, Tensor], Tensor]) -> Callable[[Any, Group, Vector], Vector]:
+    """The same for several parameters, one after the other."""
+    return lambda inner, group, params: [preconditioner(inner, group, p) for p in params]
 
 
-def _sparse_adam_preconditioner(inner: SparseAdam, group: Group, p: Tensor) -> Tensor:
-    held = _held(inner, p, "exp_avg_sq")
-    correction = 1 - float(group["betas"][1]) ** float(inner.state[p]["step"])
-    return _with_eps(held.sqrt(), held, group).div_(math.sqrt(correction))
+def _adam_preconditioner(inner: Adam, group: Group, params: Vector) -> Vector:
+    held = _held(inner, params, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+    roots = list(torch._foreach_div(held, _corrections(inner, group, params)))
+    torch._foreach_sqrt_(roots)
+    return _with_eps(roots, held, group)
 
 
-def _radam_preconditioner(inner: RAdam, group: Group, p: Tensor) -> Tensor:
-    held = _held(inner, p, "exp_avg_sq")
-    second, step = float(group["betas"][1]), float(inner.state[p]["step"])
-    rectified = _rectification(second, step)
-    if rectified is None:
-        return torch.ones_like(held).masked_fill_(held == 0, math.inf)
-    return _with_eps(held.sqrt(), held, group).div_(rectified * math.sqrt(1 - second**step))
+def _sparse_adam_preconditioner(inner: SparseAdam, group: Group, params: Vector) -> Vector:
+    held = _held(inner, params, "exp_avg_sq")
+    roots = _with_eps(list(torch._foreach_sqrt(held)), held, group)
+    torch._foreach_div_(roots, [math.sqrt(c) for c in _corrections(inner, group, params)])
+    return roots
 
 
-def _rmsprop_preconditioner(inner: RMSprop, group: Group, p: Tensor) -> Tensor:
-    held = _held(inner, p, "square_avg")
+def _radam_preconditioner(inner: RAdam, group: Group, params: Vector) -> Vector:
+    held = _held(inner, params, "exp_avg_sq")
+    second, steps = float(group["betas"][1]), _steps_of(inner, params)
+    rectified = [_rectification(second, step) for step in steps]
+    roots = _with_eps(list(torch._foreach_sqrt(held)), held, group)
+    scales = [1.0 if r is None else r * math.sqrt(1 - second**step) for r, step in zip(rectified, steps, strict=True)]
+    torch._foreach_div_(roots, scales)
+    for root, second_moment, r in zip(roots, held, rectified, strict=True):
+        if r is None:
+            root.fill_(1.0).masked_fill_(second_moment == 0, math.inf)
+    return roots
+
+
+def _rmsprop_preconditioner(inner: RMSprop, group: Group, params: Vector) -> Vector:
+    held = _held(inner, params, "square_avg")
     if not group["centered"]:
-        return _with_eps(held.sqrt(), held, group)
-    return _with_eps((held - _held(inner, p, "grad_avg") ** 2).clamp_(min=0).sqrt_(), held, group)
+        return _with_eps(list(torch._foreach_sqrt(held)), held, group)
+    roots = list(torch._foreach_sub(held, torch._foreach_pow(_held(inner, params, "grad_avg"), 2)))
+    torch._foreach_clamp_min_(roots, 0.0)
+    torch._foreach_sqrt_(roots)
+    return _with_eps(roots, held, group)
 
 
-def _adagrad_preconditioner(inner: Adagrad, group: Group, p: Tensor) -> Tensor:
-    held = _held(inner, p, "sum")
-    return _with_eps(held.sqrt(), held, group)
+def _adagrad_preconditioner(inner: Adagrad, group: Group, params: Vector) -> Vector:
+    held = _held(inner, params, "sum")
+    return _with_eps(list(torch._foreach_sqrt(held)), held, group)
 
 
-def _held(inner: Optimizer, p: Tensor, name: str) -> Tensor:
+def _held(inner: Optimizer, params: Vector, name: str) -> Vector:
     """A moment in the optimizer's state, not to be changed; for complex weights, of real and imaginary parts."""
-    return local(inner.state[p][name])
+    return [local(inner.state[p][name]) for p in params]
 
 
-def _with_eps(root: Tensor, second_moment: Tensor, group: Group) -> Tensor:
-    """√v + ε; infinite where v is 0: no gradient so far."""
-    return root.add_(group["eps"]).masked_fill_(second_moment == 0, math.inf)
+def _steps_of(inner: Optimizer, params: Vector) -> list[float]:
+    """The steps that each parameter has taken, with one transfer: a fused optimizer counts them on the accelerator."""
+    return on_host([torch.as_tensor(inner.state[p]["step"]) for p in params])
+
+
+def _corrections(inner: Optimizer, group: Group, params: Vector) -> list[float]:
+    """1 − β₂^t of each parameter."""
+    second = float(group["betas"][1])
+    return [1 - second**step for step in _steps_of(inner, params)]
+
+
+def _with_eps(roots: Vector, second_moments: Vector, group: Group) -> Vector:
+    """√v + ε, in place; infinite where v is 0: no gradient so far."""
+    torch._foreach_add_(roots, group["eps"])
+    if group["eps"] > 0 and roots[0].device.type != "cpu":
+        torch._foreach_div_(roots, torch._foreach_sign(second_moments))  # by 1, or by 0: more memory, fewer calls
+    else:
+        for root, second_moment in zip(roots, second_moments, strict=True):
+            root.masked_fill_(second_moment == 0, math.inf)
+    return roots
 
 
 def _rectification(beta: float, step: float) -> float | None:

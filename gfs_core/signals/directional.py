@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gfs_core.linalg.vectors import Vector
+from gfs_core.linalg.vectors import Vector, clone, multiply
 from gfs_core.loss.products import Hessian
 
 
@@ -63,7 +63,10 @@ def along_the_gradient(hessian: Hessian, inverse: Iterable[Tensor | float] | Non
         The quotient; ``None`` if the gradient is zero.
     """
     gradient = hessian.objective.gradient()[1]
-    step = gradient if inverse is None else [g * s for g, s in zip(gradient, inverse, strict=True)]
+    step = gradient
+    if inverse is not None:
+        step = clone(gradient)
+        multiply(inverse, step)
     inner = hessian.objective.inner
     length = inner.dot(gradient, step)
     return inner.dot(step, hessian(step)) / length if length > 0 else None

@@ -70,6 +70,22 @@ def test_values_are_those_of_the_cpu(hvp) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-6 if hvp == "exact" else 3e-3)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.RAdam])
+def test_the_scale_of_an_optimizer_is_that_on_the_cpu(kind) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = net(0.0).double().to(device)
+        optimizer = kind(model.parameters(), 0.01)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_fn(model, examples(step, dtype=torch.float64, device=device)).backward()
+            model[0].weight.grad[0] = 0.0  # a unit that is off
+            optimizer.step()
+        found.append([s.cpu() for s in gfs.stability_of(optimizer, list(model.parameters())).scale])
+    assert not found[0][0][0].any()
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in zip(*found, strict=True))
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     "adamw, fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),

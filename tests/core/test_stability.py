@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import gfs_core as gfs
+from gfs_core.linalg import vectors
 from gfs_core.metrics import StabilityRatio
 
 OPTIMIZERS = {
@@ -165,6 +166,34 @@ def test_the_preconditioner_is_what_each_step_divides_by(kind: str) -> None:
         optimizer.step()
         [scale] = gfs.stability_of(optimizer, [w]).scale
         assert (0.01 * w.grad * scale**2).tolist() == pytest.approx((before - w.detach()).tolist(), rel=1e-9), step
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+@pytest.mark.parametrize("eps", [0.1, 0.0])
+def test_tensors_that_are_worked_on_together_have_the_scale_that_each_has_alone(
+    kind: str, eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two groups; one weight stepped later than the others, one never, one entry without a gradient so far."""
+    generator = torch.Generator().manual_seed(0)
+    w = [torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5, 2, 4)]
+    optimizer = STEPPING[kind](w[:2])
+    optimizer.param_groups[0]["eps"] = eps
+    optimizer.add_param_group({"params": w[2:], "lr": 0.02, "eps": eps})
+    for step in range(12):
+        for p in w[:2] if step < 3 else w[:3]:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.grad[0] = 0.0
+        optimizer.step()
+    monkeypatch.setattr(vectors, "_BUNCH_ON_CPU", 1 << 23)
+    together = list(gfs.stability_of(optimizer, w).scale)
+    assert [float(s[0]) for s in together[:3]] == [0.0] * 3  # no gradient so far
+    assert together[3] == 0.0  # never stepped
+    monkeypatch.setattr(vectors, "_BUNCH_ON_CPU", 0)
+    alone = list(gfs.stability_of(optimizer, w).scale)
+    for a, b in zip(together[:3], alone, strict=False):
+        assert torch.equal(a, b)
+        assert bool((a[1:] > 0).all())
+        assert bool(a.isfinite().all())
 
 
 def test_decay_is_of_the_loss_where_it_goes_through_the_gradient() -> None:

@@ -24,6 +24,7 @@ PAGES = {
     "noise": "benchmarks.noise",
     "peers": "benchmarks.peers.page",
     "peers_cuda": "benchmarks.peers.page",
+    "price": "benchmarks.price",
     "running": "benchmarks.running",
     "tiers": "benchmarks.tiers.page",
     "verdicts": "benchmarks.verdicts",

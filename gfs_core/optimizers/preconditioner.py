@@ -55,7 +55,8 @@ class Diagonal:
         found = {i: local(m) for i, m in enumerate(self.moments([p for p, _ in entries])) if m is not None}
         if not found:
             return diagonal
-        torch._foreach_rsqrt_(list(found.values()))
+        torch._foreach_sqrt_(list(found.values()))
+        torch._foreach_reciprocal_(list(found.values()))
         roots = [root.to(local(entries[i][0]).dtype) for i, root in found.items()]
         torch._foreach_mul_(roots, [entries[i][1] for i in found])
         torch._foreach_pow_(roots, self.power)

@@ -19,6 +19,7 @@ from torch import Tensor
 import gfs_core as gfs
 from benchmarks.growth.model import measurement
 from benchmarks.lib.meters import timed
+from benchmarks.lib.models import gpt2, llama
 from benchmarks.lib.store import FOLDER, Row, Store
 from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import gradient as take
@@ -32,26 +33,8 @@ TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def gpt2() -> tuple[Any, int, int]:
-    """Model, sequences in a step, tokens in a sequence."""
-    import transformers
-
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = transformers.GPT2Config(attn_implementation="sdpa", use_cache=False, **dropout)
-    return transformers.GPT2LMHeadModel(config), 16, 1024
-
-
-def llama() -> tuple[Any, int, int]:
-    """The shape of TinyLlama, with as many tokens in its vocabulary."""
-    import transformers
-
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
-    config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
-    return transformers.LlamaForCausalLM(config), 8, 1024
-
-
-MODELS: dict[str, Callable[[], tuple[Any, int, int]]] = {"GPT-2": gpt2, "Llama": llama}
+# Model, sequences in a step, tokens in a sequence.
+MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {"GPT-2": (gpt2, 16, 1024), "Llama": (llama, 8, 1024)}
 
 
 def batches(examples: int, length: int) -> Iterator[Tensor]:
@@ -65,8 +48,8 @@ def batches(examples: int, length: int) -> Iterator[Tensor]:
 def run(name: str, keep: Callable[[Row], None], steps: int = 12) -> None:
     """One model: a gradient of its batch, then each tier by turns with steps; the first measurement of each is cold."""
     torch.manual_seed(0)
-    model, examples, length = MODELS[name]()
-    model.cuda()
+    make, examples, length = MODELS[name]
+    model = make().cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     text = batches(examples, length)
 

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 import gfs_core as gfs
 from benchmarks.lib.data import digits, fashion_mnist, text_bytes
 from benchmarks.lib.meters import timed
-from benchmarks.lib.models import cnn, dense, seeded
+from benchmarks.lib.models import cnn, dense, gpt2, llama, seeded
 from benchmarks.lib.store import FOLDER, Row, Store
 from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import entropy, epochs, sgd
@@ -63,40 +63,10 @@ def adamw(model: nn.Module, rate: float = 1e-3) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
-def language(width: int, layers: int, shape: tuple[int, int], vocabulary: int = 256, device: str = "cpu") -> Workload:
-    """GPT-2 of this size over bytes of English text, on an accelerator under bfloat16 autocast.
-
-    Args:
-        width: of the embeddings.
-        layers: how many.
-        shape: rows in a batch, and bytes in a row.
-        vocabulary: tokens that the model knows; bytes are the first 256.
-        device: where it is trained.
-    """
-    import transformers
-
-    sizes = {"n_embd": width, "n_layer": layers, "n_head": max(width // 64, 2), "n_positions": shape[1]}
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, attn_implementation="sdpa", use_cache=False, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes,
-    )  # fmt: skip
-    return _over_bytes(seeded(lambda: transformers.GPT2LMHeadModel(config)), *shape, device)
-
-
-def llama(device: str = "cuda") -> Workload:
-    """A Llama of 1.1 billion weights."""
-    import transformers
-
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
-    config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
+def language(make: Callable[[], nn.Module], examples: int, length: int, device: str = "cpu") -> Workload:
+    """A language model over bytes of English text; on an accelerator under bfloat16 autocast."""
     with torch.device(device):
-        model = seeded(lambda: transformers.LlamaForCausalLM(config))
-    return _over_bytes(model, 8, 1024, device)
-
-
-def _over_bytes(model: nn.Module, examples: int, length: int, device: str) -> Workload:
-    model.to(device)
+        model = seeded(make)
     inputs, targets = (t.to(device) for t in text_bytes(64 * 1024 // length, length))
 
     def loss(batch: Any) -> Tensor:
@@ -114,12 +84,12 @@ WORKLOADS: dict[str, dict[str, Callable[[], Workload]]] = {
             lambda: dense(64, 100, 100, 10), digits(), lambda m: sgd(m, 0.1), 64
         ),
         "CNN, Fashion-MNIST, AdamW, batch 128": lambda: small(cnn, fashion_mnist(4000), adamw, 128),
-        "GPT of 1.9 M weights, 8 × 128 bytes, AdamW": lambda: language(192, 4, (8, 128)),
+        "GPT of 1.9 M weights, 8 × 128 bytes, AdamW": lambda: language(lambda: gpt2(192, 4, 128, 256), 8, 128),
     },
     "cuda": {
-        "GPT of 11 M weights, 64 × 256 bytes, AdamW": lambda: language(384, 6, (64, 256), device="cuda"),
-        "GPT-2, 124 M weights, 16 × 1024, AdamW": lambda: language(768, 12, (16, 1024), 50257, "cuda"),
-        "Llama, 1.1 G weights, 8 × 1024, AdamW": llama,
+        "GPT of 11 M weights, 64 × 256 bytes, AdamW": lambda: language(lambda: gpt2(384, 6, 256, 256), 64, 256, "cuda"),
+        "GPT-2, 124 M weights, 16 × 1024, AdamW": lambda: language(gpt2, 16, 1024, "cuda"),
+        "Llama, 1.1 G weights, 8 × 1024, AdamW": lambda: language(llama, 8, 1024, "cuda"),
     },
 }
 
@@ -137,7 +107,7 @@ def run(name: str, work: Workload, few: bool) -> Iterator[Row]:
     facts = {"workload": name, "weights": sum(p.numel() for p in work.model.parameters()), "step": seconds}
     bare = median(timed(lambda: take(work.optimizer, work.loss(next(work.batches))))[0] for _ in range(WARM))
     yield facts | {"signal": "one gradient, as training computes it", "warm": bare / seconds, "gradients": 1}
-    yield facts | {"signal": "one gradient, isolated", **_gradient(work, step)}
+    yield facts | {"signal": "one gradient, isolated", **_gradient(work, step, seconds)}
     yield facts | {"signal": "a step without a measurement", "warm": _idle(work) / seconds}
     for signal, options in SIGNALS.items():
         if few and signal in LONG:
@@ -163,8 +133,8 @@ def run(name: str, work: Workload, few: bool) -> Iterator[Row]:
         monitor.close()
 
 
-def _gradient(work: Workload, step: Callable[[], None]) -> Row:
-    """One gradient of a whole batch with all that keeps training as it was, in steps."""
+def _gradient(work: Workload, step: Callable[[], None], seconds: float) -> Row:
+    """One gradient of a whole batch with all that keeps training as it was, in steps of these seconds."""
 
     def once() -> float:
         step()
@@ -176,7 +146,6 @@ def _gradient(work: Workload, step: Callable[[], None]) -> Row:
 
         return timed(isolated)[0]
 
-    seconds = median(timed(step)[0] for _ in range(5))
     return {"cold": once() / seconds, "warm": median(once() for _ in range(WARM)) / seconds, "gradients": 1}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +76,25 @@ class Characters(nn.Module):
         """Logits (n, length, alphabet)."""
         out: Tensor = self.head(self.blocks(self.embed(x) + self.place, mask=self.mask))
         return out
+
+
+def gpt2(width: int = 768, layers: int = 12, length: int = 1024, vocabulary: int = 50257) -> Any:
+    """GPT-2 of this size, of 124 million weights by default, without dropout."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=max(width // 64, 2), n_positions=length,
+        attn_implementation="sdpa", use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> Any:
+    """The shape of TinyLlama, with as many tokens in its vocabulary: 1.1 billion weights."""
+    import transformers
+
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
+    return transformers.LlamaForCausalLM(config)

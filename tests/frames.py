@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 
-def measured(levels: int = 3) -> bool:
-    """Whether an adapter's ``_loss`` is among the next callers of the function that asks.
+def measured() -> bool:
+    """Whether an adapter's ``_loss`` is among the next three callers of the function that asks.
 
     ``inspect.stack`` would look at every loaded module for each frame.
     """
     frame = sys._getframe(1).f_back
-    for _ in range(levels):
+    for _ in range(3):
         if frame is None:
             return False
         if frame.f_code.co_name == "_loss":

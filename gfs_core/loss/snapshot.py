@@ -78,7 +78,7 @@ class StateSnapshot:
         if any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in self.model.modules()):
             self._modes.enter_context(_no_cudnn())
         try:
-            self._rng.restore()  # a generator that is exchanged keeps its own state untouched
+            self._rng.lend()
             self._hooks.silence()
             for p in self.parameters:
                 p.grad = None

@@ -31,8 +31,8 @@ _COPIED: tuple[type[Any], ...] = (itertools.count, type(iter([])), type(iter(())
 class RandomState:
     """Random states of Python, of NumPy if it is loaded, and of torch on the CPU and on the devices of ``tensors``.
 
-    A CUDA generator is given another state object, and :meth:`put_back` gives it its own again. Whoever writes into the
-    state that it has makes cuDNN begin its stream anew, from which a recurrent layer of training draws its dropout.
+    Between :meth:`lend` and :meth:`put_back` a CUDA generator has another state object than its own. To write into its
+    own makes cuDNN begin its stream anew, from which a recurrent layer of training draws its dropout.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -44,11 +44,13 @@ class RandomState:
         self.devices = {d: _module(d).get_rng_state(*_where(d)) for d in devices}
         self._own = {d: _generator(d).graphsafe_get_state() for d in devices if d.type == "cuda"}
 
-    def put_back(self) -> None:
-        """Restore the random states; a CUDA generator has its own state object again, which nothing has drawn from.
+    def lend(self) -> None:
+        """Give each CUDA generator another state object, in the same state: nothing is drawn from its own."""
+        for device in self._own:
+            _set(device, self.devices[device])
 
-        :meth:`restore` must have been called before the first draw.
-        """
+    def put_back(self) -> None:
+        """Restore the random states; a CUDA generator has its own state object again."""
         self.restore()
         for device, own in self._own.items():
             _generator(device).graphsafe_set_state(own)

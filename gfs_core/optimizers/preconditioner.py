@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gfs_core.linalg.vectors import Vector, bunches, local, multiply
+from gfs_core.linalg.vectors import Vector, bunches, clone, local, multiply
 
 
 class Curvature(Protocol):
@@ -87,7 +87,7 @@ class Preconditioned:
         """S·(H + shift)·S·v."""
         inner = vector
         if self.scale is not None:
-            inner = [v.clone() for v in vector]
+            inner = clone(vector)
             multiply(self.scale, inner)
         product = self.hessian(inner)
         if self.shift is not None:

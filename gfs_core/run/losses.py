@@ -146,9 +146,10 @@ class RecentLosses:
 
     def _take(self) -> list[tuple[int, float, int]]:
         held, self._held = self._held, []
-        step, loss, count = held[0] if held else (0, math.nan, 0)
-        if len(held) == 1 and isinstance(loss, float):  # at most steps on a CPU
-            return [(step, loss, count)]
+        if len(held) == 1:
+            [(step, loss, count)] = held
+            if isinstance(loss, float):  # at most steps on a CPU
+                return [(step, loss, count)]
         losses = _on_host([loss for _, loss, _ in held])
         return [(step, loss, count) for (step, _, count), loss in zip(held, losses, strict=True)]
 

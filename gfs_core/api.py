@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from gfs_core.config import Tier
 from gfs_core.errors import ConfigError, GFSWarning, MeasurementError
 from gfs_core.linalg.eigen import EigenResult, Solver, largest_eigenvalues
-from gfs_core.linalg.vectors import Vector
+from gfs_core.linalg.vectors import Vector, local
 from gfs_core.loss.learned import HvpMethod, Learned, PrecisionChoice
 from gfs_core.loss.objective import LossFn, Objective
 from gfs_core.loss.precision import Precision
 from gfs_core.loss.products import NOT_SYMMETRIC, ROUNDED
 from gfs_core.loss.snapshot import StateSnapshot
+from gfs_core.optimizers.thresholds import parameters_of
 from gfs_core.run.record import Measurement
 from gfs_core.signals.catalog import Signals
 from gfs_core.signals.context import StepContext
@@ -172,7 +174,7 @@ def stability(
     optimizer: Any,
     *,
     tier: Tier = "gfs",
-    before: Vector | None = None,
+    before: Vector | Sequence[Vector] = (),
     horizon: float = 4.0,
     tol: float = 1e-2,
     rtol: float = 1e-2,
@@ -190,8 +192,9 @@ def stability(
         batches: one batch, or a list of batches, as in :func:`sharpness`.
         optimizer: a torch optimizer of some or all of the model's parameters.
         tier: ``"batch_sharpness"``, ``"sharpness"``, ``"gfs"`` or ``"gfs_full"``; with ``before``, also
-            ``"directional"``.
-        before: a copy of the weights before the last optimizer step, which may be overwritten.
+            ``"directional"`` or ``"midpoint"``.
+        before: copies of the trained weights, in the optimizer's order: those before the last optimizer step, or a list
+            of those before the last step and those before the step before it.
         horizon: flow time of the short-horizon GFS sharpness, in units of the learning rate, > 0.
         tol: relative residual at which an eigenvalue counts as converged, > 0.
         rtol: relative error of the sharpness that a flow aims at, > 0.
@@ -206,13 +209,33 @@ def stability(
 
     Raises:
         MeasurementError: nothing could be measured, for instance because the loss is not finite.
-        ConfigError: ``batches`` is a list of several bare tensors, or a tolerance or limit is out of its range.
+        ConfigError: ``batches`` is a list of several bare tensors, a tolerance or limit is out of its range, or
+            ``before`` does not hold what ``tier`` needs.
     """
     given = _as_list(batches)
-    step = StepContext(0, model, optimizer, loss_fn, given, given, given, before)
     conditions = Conditions(hvp, precision, Accuracy(tol, max_hvps, rtol, max_grads, horizon), seed)
-    found = measure(Signals().named([tier]), step, Learned(), conditions)
+    signals = Signals().named([tier])
+    past = _iterates(before, tier, max(signal.past for signal in signals), parameters_of(optimizer))
+    step = StepContext(0, model, optimizer, loss_fn, given, given, given, past)
+    found = measure(signals, step, Learned(), conditions)
     return Measurement.from_readings(0, step.stability.name, found.readings, found.notes)
+
+
+def _iterates(before: Any, tier: Tier, needed: int, params: Sequence[Tensor]) -> list[Vector]:
+    """The past weights, the latest first.
+
+    Raises:
+        ConfigError: they are too few, or they are no weights of this optimizer.
+    """
+    held = [before] if len(before) and isinstance(before[0], Tensor) else list(before)
+    if len(held) < needed:
+        what = "the weights before the last step" if needed == 1 else "[weights before the last step, before that one]"
+        raise ConfigError(f"tier={tier!r} needs the weights before the last {needed} step(s): give `before={what}`")
+    shapes = [local(p).shape for p in params]
+    for vector in held:
+        if [local(t).shape for t in vector] != shapes:
+            raise ConfigError("`before` does not fit the optimizer's trained weights: other shapes, or another order")
+    return held[:needed]
 
 
 def _as_list(batches: Any) -> list[Any]:

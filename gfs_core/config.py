@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from gfs_core.errors import ConfigError
 
-Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"]
+Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "midpoint", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
 Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
 _SHORT_BESIDE_FULL = 10  # steps between short-horizon GFS sharpnesses at tier gfs_full; the full one is much dearer
@@ -51,12 +51,13 @@ class GFSConfig:
             option was removed.
     """
 
-    tier: Literal["directional", "running", "batch_sharpness", "sharpness", "gfs", "gfs_full"] = _option(
+    tier: Literal["directional", "running", "batch_sharpness", "sharpness", "midpoint", "gfs", "gfs_full"] = _option(
         "gfs",
         "Dearest quantity measured: directional, the curvature along the last step; running, an average of single "
         "products on parts of batches; batch_sharpness, the curvature along the gradients of single "
-        "batches; sharpness, solved for on the probe; gfs adds the short-horizon GFS sharpness; gfs_full adds "
-        "the full gradient flow solution (small models only), and the short-horizon one every 10 steps.",
+        "batches; sharpness, solved for on the probe; midpoint adds the sharpness at the midpoint of the last three "
+        "iterates; gfs adds the short-horizon GFS sharpness instead; gfs_full adds the full gradient flow solution "
+        "(small models only), and the short-horizon one every 10 steps.",
     )
     every: int = _option(
         10, "Optimizer steps between measurements of that tier; the budget may lengthen it, never shorten."

@@ -32,12 +32,14 @@ from tests.lightning.trainers import quiet
 STEPS, SIZE = 24, 8
 RATE, RISE = 0.2, 22  # the learning rate, and the step from which on it is 2.5 times that: the early warning says so
 OPTIONS: dict[str, Any] = {"tier": "gfs_full", "every": STEPS, "running_every": 1, "max_overhead": None}
-TUNED: dict[str, Any] = {"beside": {"gfs": 8, "sharpness": 4, "batch_sharpness": 4, "directional": 4}, "parts": 2}
+BESIDE = {"gfs": 8, "midpoint": 4, "sharpness": 4, "batch_sharpness": 4, "directional": 4}
+TUNED: dict[str, Any] = {"beside": BESIDE, "parts": 2}
 SIGNALS = {
     "directional": ("directional_sharpness", "critical_lr"),
     "running": ("running_sharpness", "running_stability_ratio", "mean_square_stability_ratio", "mean_square_bound"),
     "batch_sharpness": ("batch_sharpness",),
     "sharpness": ("sharpness", "preconditioned_sharpness", "threshold", "stability_ratio", "loss_probe"),
+    "midpoint": ("midpoint_sharpness", "midpoint_stability_ratio"),
     "gfs": ("gfs_sharpness", "gfs_stability_ratio"),
     "gfs_full": ("gfs_sharpness_full",),
 }
@@ -231,13 +233,15 @@ def test_the_plain_loop_measures_every_signal_when_it_is_due(found: FOUND, count
     assert steps.pop("sharpness") == steps.pop("stability_ratio") == steps.pop("loss_probe") == solved
     assert steps.pop("batch_sharpness") == solved
     assert steps.pop("directional_sharpness") == solved[1:]  # no step was taken before
+    assert steps.pop("midpoint_sharpness") == steps.pop("midpoint_stability_ratio") == solved[1:]
     assert solved[1:5] == steps.pop("critical_lr")[:4]  # of the last step the direction may be one that climbs
     assert steps.pop("running_sharpness") == steps.pop("running_stability_ratio") == list(range(STEPS))
     assert steps.pop("mean_square_stability_ratio") == steps.pop("mean_square_bound") == list(range(1, STEPS))
     assert steps.pop("threshold") == list(range(STEPS))
     assert steps == {"preconditioned_sharpness": []}  # SGD has none
     assert [m.alarm for m in part.measurements] == [0] * RISE + [2] * (STEPS - RISE)
-    assert [m.step for m in part.measurements if m.reasons] == [RISE]
+    assert [m.step for m in part.measurements if m.reasons] == [0, RISE]
+    assert part.measurements[0].reasons == ("midpoint left out: the weights before the last 2 steps were not kept",)
 
 
 def test_the_table_tells_precisions_and_accumulations_apart(found: FOUND) -> None:

@@ -48,18 +48,19 @@ class OverheadBudget:
         """Seconds of the run so far, those before a resume included."""
         return self.before + self.clock() - self.began
 
-    def affords(self, names: Sequence[str], budget: float | None, share: float = 1.0) -> bool:
-        """Whether measuring these signals now stays within the budget.
+    def affords(self, names: Sequence[str], budget: float | None, share: float = 1.0, ahead: float = 0.0) -> bool:
+        """Whether measuring these signals stays within the budget.
 
         Args:
             names: the signals, the dearest last.
             budget: fraction of wall time that measuring may take, in (0, 1]; ``None``: no limit.
             share: part of the budget that measurements with this dearest signal may take, in (0, 1].
+            ahead: seconds from now at which they are measured.
         """
         if budget is None or not self.first:
             return True
         price = self._price(names)
-        allowed = budget * (self.elapsed() - self.since + price)
+        allowed = budget * (self.elapsed() + ahead - self.since + price)
         spent = self.spent.get(names[-1], 0.0)
         return sum(self.spent.values()) + price <= allowed and spent + price <= share * allowed
 

@@ -28,16 +28,18 @@ class DueMeasurements:
     def names(self, step: int) -> list[str]:
         """The signals that are due at ``step``, cheapest first."""
         self.schedule.whole = self.measuring.learned.splits is False
-        return self.measuring.answered(lambda: self.schedule.due(step, self.measuring.stepped_to(step)), [])
+        return self.measuring.answered(lambda: self.schedule.due(step, self.measuring.iterates.back_from(step)), [])
 
     def wants(self, step: int) -> bool:
         """Whether a batch is of use at ``step``: to be measured, to fill a fixed probe, or to keep the weights."""
-        return self.measuring.probe.filling or bool(self.names(step)) or self.schedule.needs_step(step + 1)
+        return self.measuring.probe.filling or bool(self.names(step)) or self.schedule.keeps(step)
 
     def keep_weights(self, step: int) -> None:
-        """Copy the weights before the step that is about to be taken at ``step``, where a signal needs them after."""
-        if self.schedule.needs_step(step + 1):
-            self.measuring.keep_weights(step + 1)
+        """Copy the weights before the step that is about to be taken at ``step``, if a signal will need them."""
+        if self.schedule.keeps(step):
+            self.measuring.keep_weights(step, self.schedule.back)
+        else:
+            self.measuring.iterates.drop()
 
     def measure(self, loss_fn: LossOfBatch, batches: list[Any], step: int) -> Measurement | None:
         """Measure what is due, charge it to the budget, and pass it to the control.
@@ -50,14 +52,12 @@ class DueMeasurements:
         """
         measuring, probe, budget = self.measuring, self.measuring.probe, self.schedule.budget
         if measuring.agreed(probe.short(batches), True):
-            measuring.drop_weights()
             return None
         names, filling = self.names(step), probe.filling
         if not names and not filling:
             return None
         began = budget.clock()
         if not measuring.knows_parts(loss_fn, batches, names):
-            measuring.drop_weights()
             if names:
                 budget.measured(began, budget.clock(), names, {})
             return None
@@ -73,6 +73,7 @@ class DueMeasurements:
         if measurement is None:
             return None
         measuring.notices.reasons(measurement.reasons)
+        measurement = measurement.because(self.schedule.left_out(step, names))
         measurement = measurement.having(seconds=budget.last, overhead=budget.overhead())
         return self.rates.take_in(measurement, scale, along_the_step=self.schedule.leading == "directional")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from gfs_core.config import GFSConfig
 from gfs_core.errors import MeasurementError, NoLoss, own_fault
-from gfs_core.linalg.vectors import Vector, clone, fitted
 from gfs_core.loss.learned import Learned
 from gfs_core.loss.memory import OverLimit
 from gfs_core.loss.parts import UNTRIED, why_whole
 from gfs_core.optimizers.thresholds import parameters_of
+from gfs_core.run.iterates import Iterates
 from gfs_core.run.losses import MeanLoss
 from gfs_core.run.notices import Notices
 from gfs_core.run.probe import Probe
@@ -48,6 +48,7 @@ class Measuring:
         accuracy: tolerances and limits of the solvers.
         count: measurements so far, failed ones included.
         mean_loss: the mean training loss over the steps that have ended.
+        iterates: the weights before the last steps, for signals that look back.
         failure: the latest failure, in words; empty: none since the caller last emptied it.
     """
 
@@ -68,8 +69,7 @@ class Measuring:
         self.count = 0
         self.mean_loss = MeanLoss()
         self.failure = ""
-        self._before: Vector | None = None  # the weights before the last optimizer step
-        self._before_step = -1  # the step at which that copy may be used
+        self.iterates = Iterates()
 
     def together(self) -> AbstractContextManager[None]:
         """Measure in this context: with several processes, a failure on one ends the measurement on all."""
@@ -90,35 +90,32 @@ class Measuring:
         ranks = self.ranks
         return own if ranks is None else self.answered(lambda: ranks.any(own), otherwise)
 
-    def stepped_to(self, step: int) -> bool:
-        """Whether :meth:`keep_weights` was called for the step that ended at ``step``."""
-        return self._before_step == step
+    def keep_weights(self, step: int, back: int) -> None:
+        """Copy the weights before the optimizer step taken at ``step``, if memory has room for them.
 
-    def keep_weights(self, step: int) -> None:
-        """Copy the weights before the optimizer step that ends at ``step``, if memory has room for them.
+        Args:
+            step: optimizer steps taken so far.
+            back: how many steps the signals look back; older weights are dropped.
 
         Raises:
             torch.OutOfMemoryError: with ``strict=True``, it has not.
         """
-        # With several processes the step is noted even if the copy fails, as it must be the same on all of them.
-        self._before, self._before_step = None, step if self.ranks is not None else -1
+        self.iterates.drop_older_than(step + 1 - back)
         try:
-            self._before, self._before_step = clone(parameters_of(self.optimizer)), step
+            self.iterates.keep(step, parameters_of(self.optimizer))
         except torch.OutOfMemoryError:
             if self.config.strict:
                 raise
+            if self.ranks is not None:
+                self.iterates.note(step)
             self.notices.warn_once(
                 "there is no memory for the weights before a step; nothing is measured along it", own=True
             )
 
-    def drop_weights(self) -> None:
-        """Free the copy of the weights before the last step."""
-        self._before = None
-
     def forget(self) -> None:
         """Drop everything that was found out about the weights: other weights are trained from now on."""
         self.signals.forget()
-        self._before = None
+        self.iterates.drop()
         self.learned = self.learned.of_other_weights()
 
     def knows_parts(self, loss_fn: LossOfBatch, batches: list[Any], names: Collection[str]) -> bool:
@@ -216,14 +213,13 @@ class Measuring:
         current = self.probe.current(batches, self.learned)
         whole = self.probe.data(current)
         probe = self.probe.fitting(whole, self.learned)
-        before = self._before if self._before_step == step else None
-        self._before = None
+        past, back = self.iterates.before(step), max(s.past for s in self.signals.named(names))
         measured: Measured | None = None
         measurement: Measurement | None = None
         try:
             with self.together():
-                if "directional" in names and self.ranks is not None and self.ranks.any(before is None):
-                    before = None  # a process had no memory for the copy
+                if back and self.ranks is not None and self.ranks.any(len(past) < back):
+                    past = []  # a process had no memory for a copy
                 mean = self.mean_loss.value() if "running" in names else None
                 if "running" in names and self.ranks is not None:
                     mean = self.ranks.mean_of_known(mean)
@@ -235,7 +231,7 @@ class Measuring:
                     batches,
                     probe,
                     self.probe.fitting(current, self.learned),
-                    before,
+                    past,
                     mean,
                     rate_only_lowered,
                 )
@@ -299,7 +295,7 @@ class Measuring:
             "signals": self.signals.state_dict(),
             "learned": self.learned.state_dict(),
             "probe": self.probe.state_dict(),
-            "before": [self._before_step, self._before],
+            "iterates": self.iterates.state_dict(),
             "mean_loss": self.mean_loss.value(),
         }
 
@@ -318,8 +314,7 @@ class Measuring:
         if self.ranks is not None and not self.ranks.inner_product(params).whole:
             return  # the saved vectors may be shards of another rank
         self.signals.load_state_dict(state["signals"], params)
-        before_step, before = state["before"]
-        self._before_step, self._before = int(before_step), fitted(before, params)
+        self.iterates.load_state_dict(state["iterates"], params)
 
 
 def _skips(error: Exception) -> bool:

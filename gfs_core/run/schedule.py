@@ -12,7 +12,8 @@ from gfs_core.signals.base import Signal
 from gfs_core.signals.curvature import WHOLE_EVERY
 
 _CHEAP_SHARE = 0.75  # of the budget, for all signals but the dearest
-_LEADING = ("running", "sharpness", "gfs", "gfs_full")  # signals with a ratio for a control that is not along the step
+# Signals with a ratio for a control that is not along the step.
+_LEADING = ("running", "sharpness", "midpoint", "gfs", "gfs_full")
 
 
 class Schedule:
@@ -29,6 +30,7 @@ class Schedule:
         every: steps between measurements of each signal that is on, cheapest first.
         budget: the overhead budget.
         leading: the signal that the control goes by.
+        back: the most steps that a signal looks back.
         whole: whether the running estimate needs whole batches, and so is measured less often.
     """
 
@@ -53,7 +55,10 @@ class Schedule:
             often = config.every if empirical else config.running_every or config.every
             self.also({"directional": often})
         self.whole = False
-        self.budget = OverheadBudget({signal.name: signal.needs for signal in signals})
+        self._needs = {signal.name: signal.needs for signal in signals}
+        self._past = {signal.name: signal.past for signal in signals}
+        self.back = max(self._past.values())
+        self.budget = OverheadBudget(self._needs)
         leads = ("directional",) if by_the_step else _LEADING
         self.leading = next((name for name in self.every if name in leads), config.tier)
 
@@ -66,59 +71,71 @@ class Schedule:
         wanted = self.every | dict(every)
         self.every = {name: wanted[name] for name in self._cheapest_first if name in wanted}
 
-    def due(self, step: int, stepped: bool) -> list[str]:
+    def due(self, step: int, kept: int) -> list[str]:
         """The signals to be measured at ``step``, cheapest first.
 
         Signals that are due at the same step are admitted cheapest first. Each is admitted if the budget allows it
-        together with those before it.
+        together with those before it. In place of a signal that looks back further than weights were kept, the signals
+        that it needs are measured.
 
         Args:
             step: optimizer steps taken so far.
-            stepped: whether the weights before the last step were kept; the directional signal needs them.
+            kept: how many steps in a row, up to the last one, the weights before the step were kept.
 
         Raises:
             OtherRankFailed: another process has failed since the last exchange.
             RanksLost: another process does not answer.
         """
         if self.ranks is None:
-            return self._due(step, stepped, self._affords)
+            return self._due(step, kept, self._affords)
         if self._decided[0] != step:
-            wanted = self._due(step, stepped, lambda names: True)
+            wanted = self._due(step, kept, lambda names: True)
             if wanted and self.config.max_overhead is not None:
-                own = self._due(step, stepped, self._affords)
+                own = self._due(step, kept, self._affords)
                 said = self.ranks.total([float(self.ranks.rank == 0 and name in own) for name in wanted])
                 wanted = [name for name, yes in zip(wanted, said, strict=True) if yes]
             self._decided = (step, wanted)
         return list(self._decided[1])
 
-    def _due(self, step: int, stepped: bool, affords: Callable[[list[str]], bool]) -> list[str]:
+    def _due(self, step: int, kept: int, affords: Callable[[list[str]], bool]) -> list[str]:
         due: list[str] = []
         for name, every in self.every.items():
             free = name == self.leading and self.control.starting
             apart = every * WHOLE_EVERY if self.whole and name == "running" else every
             wanted = step % apart == 0 and (free or affords([*due, name]))
-            if (stepped or name != "directional") and (wanted or (free and self.control.waiting)):
-                due.append(name)
+            if wanted or (free and self.control.waiting):
+                due += [name] if kept >= self._past[name] else [n for n in self._needs[name] if n not in due]
         return due
 
-    def needs_step(self, step: int) -> bool:
-        """Whether the weights before the step that ends at ``step`` must be kept.
+    def left_out(self, step: int, names: Sequence[str]) -> list[str]:
+        """Why signals that have their turn at ``step`` are not among ``names`` but represented by those they need."""
+        return [
+            f"{name} left out: the weights before the last {back} steps were not kept"
+            for name, every in self.every.items()
+            if (back := self._past[name]) and step % every == 0 and name not in names
+            if self._needs[name] and set(self._needs[name]) <= set(names)
+        ]
 
-        They are, where the directional signal is on and any signal may be due at ``step``.
-        """
-        if "directional" not in self.every:
-            return False
-        if self.leading == "directional" and self.control.waiting:
-            return True
+    def keeps(self, step: int) -> bool:
+        """Whether the weights before the optimizer step taken at ``step`` are kept, as a signal will look back."""
         together = self.ranks is not None  # all processes keep their weights, as their clocks differ
-        return any(step % every == 0 and (together or self._affords([name])) for name, every in self.every.items())
+        for name, every in self.every.items():
+            for ahead in range(1, self._past[name] + 1):
+                if name == self.leading and self.control.waiting:
+                    return True
+                if (step + ahead) % every == 0 and (together or self._affords([name], step, ahead)):
+                    return True
+        return False
 
     def free(self, names: Sequence[str]) -> bool:
         """Whether a measurement of ``names`` is not charged to the budget, because the control needs it to start."""
-        return self.control.starting and list(names) == [self.leading]
+        instead = list(self._needs[self.leading]) if self._past[self.leading] else [self.leading]
+        return self.control.starting and list(names) in ([self.leading], instead)
 
-    def _affords(self, names: list[str]) -> bool:
+    def _affords(self, names: list[str], step: int = 0, ahead: int = 0) -> bool:
+        # At `step`, or that many steps ahead of it, which take as long as steps did so far.
         # The cheaper signals share three quarters of the budget evenly, so that the dearest gets its turn. The dearest
         # may use all that is left.
         share = 1.0 if self.config.tier in names else _CHEAP_SHARE / max(len(self.every) - 1, 1)
-        return self.budget.affords(names, self.config.max_overhead, share)
+        later = self.budget.elapsed() / max(step, 1) * ahead if ahead else 0.0
+        return self.budget.affords(names, self.config.max_overhead, share, later)

@@ -77,6 +77,7 @@ class Signal(Protocol):
         copies: copies of the weights in memory at the peak of a measurement, without and with a preconditioner;
             temporary memory for the layer that is being computed is not included.
         needs: names of the signals that are measured before it at the same step.
+        past: how many steps it looks back: it needs the weights before each of them.
         every: steps between its measurements, whatever the options ask for; ``None``: the options decide.
     """
 
@@ -98,6 +99,10 @@ class Signal(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the signals that are measured before it at the same step."""
+
+    @property
+    def past(self) -> int:
+        """How many steps it looks back; while the weights before them are not kept, ``needs`` is measured instead."""
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
         """Take readings at this step.

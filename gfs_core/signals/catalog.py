@@ -12,6 +12,7 @@ from gfs_core.signals.curvature import BatchSharpness, DirectionalCurvature, Run
 from gfs_core.signals.eigenvalue import Eigenvalue
 from gfs_core.signals.gradient_flow import FullFlow, ShortFlow
 from gfs_core.signals.keys import GRAD_EVALS, HVPS, LEARNING_RATE, LOSS_PROBE, THRESHOLD
+from gfs_core.signals.midpoint import Midpoint
 
 # In the order in which they are measured. Signals that select their own batches come first, so that the loss on the
 # probe is differentiated once for all others. A new signal is one more line here.
@@ -20,6 +21,7 @@ SIGNALS: list[Callable[[], Signal]] = [
     BatchSharpness,
     DirectionalCurvature,
     Eigenvalue,
+    Midpoint,
     ShortFlow,
     FullFlow,
 ]
@@ -69,6 +71,7 @@ KEYS: tuple[Key, ...] = tuple(
         for keys in (
             Eigenvalue.keys,
             (THRESHOLD,),
+            Midpoint.keys,
             ShortFlow.keys,
             FullFlow.keys,
             *(signal.keys for signal in Signals().all),

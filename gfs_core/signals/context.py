@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ class StepContext:
         batches: the micro-batches of the step; they are not changed.
         probe: the batches on which signals are measured that do not select their own.
         current: the step's micro-batches, limited to the size of a probe.
-        before: the weights before the last step, which the reader may overwrite; ``None``: not kept.
+        past: the weights before the last step, before the one before it, and so on as far as they were kept.
         mean_loss: mean training loss over the steps before; ``None``: not known.
         rate_only_lowered: whether the learning rate is controlled by a policy that only lowers it.
     """
@@ -38,7 +38,7 @@ class StepContext:
     batches: list[Any]
     probe: list[Any]
     current: list[Any]
-    before: Vector | None = None
+    past: Sequence[Vector] = ()
     mean_loss: float | None = None
     rate_only_lowered: bool = False
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.power import Sample
-from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half, scale
+from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half
 from gfs_core.loss.batches import batch_size, fraction_of, rotating_part
 from gfs_core.loss.parts import normalises_over_batch
 from gfs_core.signals.base import Cost, Key, Reading, Stateless
@@ -62,15 +62,15 @@ class DirectionalCurvature(Stateless):
     cost = Cost.GRADIENT
     copies = (4, 4)
     needs = ()
+    past = 1
     every = None
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
         """Measure with one product and one gradient; no readings if the weights before the step were not kept."""
-        if step.before is None:
+        if not step.past:
             return []
         lab.loss_on_probe()
-        before, step.before = step.before, None
-        along = _along_the_step(lab, before)
+        along = _along_the_step(lab, step.past[0])
         if along.sharpness is None:
             why = "nothing along the last step: the weights have not moved, or by less than rounding"
             return [Reading(DIRECTIONAL_SHARPNESS, step.step, None, reason=why)]
@@ -84,13 +84,12 @@ class DirectionalCurvature(Stateless):
 
 
 def _along_the_step(lab: Lab, before: Vector) -> Directional:
-    """Curvature along the step from ``before``, which may be overwritten, to the present weights."""
-    before = [b.float() if is_half(b) else b for b in before]
-    scale(-1.0, before)
-    axpy(1.0, lab.objective.weights, before)
-    if lab.objective.inner.norm(before) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
+    """Curvature along the step from ``before`` to the present weights."""
+    taken = [w.float() if is_half(w) else w.clone() for w in lab.objective.weights]
+    axpy(-1.0, before, taken)
+    if lab.objective.inner.norm(taken) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
         return Directional(None, None)
-    return along_by_product(lab.hessian, before)
+    return along_by_product(lab.hessian, taken)
 
 
 class BatchSharpness:
@@ -101,6 +100,7 @@ class BatchSharpness:
     cost = Cost.GRADIENT
     copies = (4, 5)
     needs = ()
+    past = 0
     every = None
 
     def __init__(self) -> None:
@@ -150,6 +150,7 @@ class RunningCurvature:
     cost = Cost.GRADIENT
     copies = (7, 8)
     needs = ()
+    past = 0
     every = None
 
     def __init__(self) -> None:

@@ -41,6 +41,7 @@ class Eigenvalue:
     cost = Cost.SOLVE
     copies = (10, 12)
     needs = ()
+    past = 0
     every = None
 
     def __init__(self) -> None:
@@ -72,14 +73,14 @@ class Eigenvalue:
     def _solve(self, step: StepContext, lab: Lab, mix: bool) -> list[Reading]:
         stability, at = step.stability, step.step
         top = lab.eigenvalue(start=self.raw, mix=mix)
-        found = [_reading(SHARPNESS, at, top, lab)]
+        found = [reading_of(SHARPNESS, at, top, lab)]
         usable = found[0].value is not None
         self.raw = lab.sharpest = top.vector if usable else None
         if usable:
             found.append(Reading(RESIDUAL, at, top.error_bound))
         if stability.threshold is not None and not stability.plain:
             top = lab.eigenvalue(stability, start=self.preconditioned, mix=mix)
-            found.append(_reading(PRECONDITIONED_SHARPNESS, at, top, lab))
+            found.append(reading_of(PRECONDITIONED_SHARPNESS, at, top, lab))
             usable = found[-1].value is not None
             self.preconditioned = top.vector if usable else None
         if usable and stability.threshold is not None:
@@ -106,8 +107,8 @@ class Eigenvalue:
         self.raw, self.preconditioned = (fitted(state[name], params) for name in ("raw", "preconditioned"))
 
 
-def _reading(key: Key, step: int, top: EigenResult, lab: Lab) -> Reading:
-    """A reading of an eigenvalue, or the reason why it is left out.
+def reading_of(key: Key, step: int, top: EigenResult, lab: Lab, name: str = "sharpness") -> Reading:
+    """A reading of an eigenvalue, which ``name`` names in words, or the reason why it is left out.
 
     It has a value if the solver has converged. For a symmetric operator, where the residual bounds the error, it also
     has one if that bound is at most ``WORST_RESIDUAL``.
@@ -122,5 +123,5 @@ def _reading(key: Key, step: int, top: EigenResult, lab: Lab) -> Reading:
     symmetric = lab.hessian.symmetric
     usable = symmetric and top.error_bound <= WORST_RESIDUAL
     why = top.reason if symmetric else "no eigenvalue of a curvature that is not symmetric was found"
-    reason = f"sharpness{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {why}"
+    reason = f"{name}{'' if usable else ' left out'} (relative residual {top.error_bound:.0e}): {why}"
     return Reading(key, step, top.value if usable else None, reason=reason)

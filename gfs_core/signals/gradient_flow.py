@@ -36,6 +36,7 @@ class ShortFlow(Stateless):
     cost = Cost.FLOW
     copies = (11, 13)
     needs = ("sharpness",)
+    past = 0
     every = None
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
@@ -69,6 +70,7 @@ class FullFlow(Stateless):
     cost = Cost.FLOW
     copies = (11, 13)
     needs = ("sharpness", "gfs")
+    past = 0
     every = None
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:

@@ -58,14 +58,16 @@ class Conditions:
 
 
 def copies_of(signals: Sequence[Signal], preconditioned: bool) -> int:
-    """Copies of the weights at the peak of a measurement, with one for the direction that the running estimate keeps.
+    """Copies of the weights at the peak of a measurement.
+
+    The direction that the running estimate keeps, and the weights before the last steps, are there all the time.
 
     Args:
         signals: the signals that are measured.
         preconditioned: whether the optimizer's operator differs from the Hessian.
     """
     beside = any(s.name == "running" for s in signals) and len(signals) > 1
-    return max(s.copies[preconditioned] for s in signals) + beside
+    return max(s.copies[preconditioned] for s in signals) + beside + max(s.past for s in signals)
 
 
 def measure(signals: Sequence[Signal], step: StepContext, learned: Learned, given: Conditions) -> Measured:

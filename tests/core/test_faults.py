@@ -22,6 +22,7 @@ STEP = 2  # optimizer steps taken before the measurement: Adam has its second mo
 # What a measurement of each tier has at the least.
 VALUES = {
     "gfs": {"sharpness", "stability_ratio", "gfs_sharpness", "lr_scale"},
+    "midpoint": {"sharpness", "stability_ratio", "midpoint_sharpness", "midpoint_stability_ratio"},
     "running": {"running_sharpness", "running_stability_ratio", "lr_scale"},
     "directional": {"directional_sharpness", "loss_probe"},
 }
@@ -111,6 +112,7 @@ class Training:
         self.model = Net()
         self.optimizer = torch.optim.Adam(self.model.parameters(), 0.01)
         self.calls: list[str] = []
+        self.before: list[list[Tensor]] = []
         self.model.net[0].weight.register_hook(lambda grad: self.calls.append("tensor") or 2 * grad)
         self.model.net[0].bias.register_post_accumulate_grad_hook(lambda p: self.calls.append("accumulated"))
         self.model.net[4].register_forward_hook(lambda module, args, out: None)
@@ -121,7 +123,7 @@ class Training:
             self.optimizer.zero_grad()
             self.model(self.x).backward()
             if i < STEP:
-                self.before = [p.detach().clone() for p in self.model.parameters()]
+                self.before.append([p.detach().clone() for p in self.model.parameters()])
                 self.optimizer.step()
 
     def everything(self) -> Any:
@@ -154,9 +156,9 @@ class Training:
         return tuned(gfs.StabilityMonitor(self.model, self.optimizer, options), parts=2, tol=0.1, rtol=0.2)
 
     def keep_weights(self, monitor: gfs.StabilityMonitor, step: int) -> None:
-        """As if the monitor had seen the step that ended at ``step``."""
+        """As if the monitor had seen the steps that ended at ``step``."""
         state = monitor.state_dict()
-        state["measuring"]["before"] = [step, self.before]
+        state["measuring"]["iterates"] = [[step - STEP + i, weights] for i, weights in enumerate(self.before)]
         monitor.load_state_dict(state)
 
     def measure_broken(self, tier: Any, kind: str, at: int | None) -> tuple[int, gfs.Measurement | None]:

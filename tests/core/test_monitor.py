@@ -439,8 +439,8 @@ def test_probes() -> None:
         (
             "tier",
             "all",
-            "`tier` must be one of 'directional', 'running', 'batch_sharpness', 'sharpness', 'gfs', 'gfs_full'; "
-            "got 'all'",
+            "`tier` must be one of 'directional', 'running', 'batch_sharpness', 'sharpness', 'midpoint', 'gfs', "
+            "'gfs_full'; got 'all'",
         ),
         ("hvp", None, "`hvp` must be one of"),
         ("probe_size", 0, "`probe_size` must be ≥ 1, got 0"),

@@ -71,12 +71,14 @@ class GFSConfig:
         0.05, "Fraction of wall time that measuring may take after the first measurement; null: no budget."
     )
     probe: Literal["batch", "fixed"] = _option(
-        "batch", "Measure on the current batch, or on a fixed probe of the first batches."
+        "batch",
+        "Measure on the current batch, or on a fixed probe of the first batches. In Python a loader may be given: then "
+        "its first batches are measured, as a second data set, and the early warning goes by the losses alone.",
     )
     probe_size: int | None = _option(
         None,
-        "Examples used for measuring: the first ones of a batch, or those that a fixed probe collects; null: all of a "
-        "batch.",
+        "Examples used for measuring: the first ones of a batch, or those that a fixed probe collects or a loader "
+        "gives; null: all of a batch.",
     )
     max_memory: float | None = _option(
         None,

@@ -19,6 +19,7 @@ from gfs_core.help import filled_in
 from gfs_core.optimizers.thresholds import parameters_of
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
+from gfs_core.run.second_data import SecondData, split_off
 from hf_gfs.agreement import GradientMissing, Reference, disagreement
 from hf_gfs.handle import TrainerControlHandle
 from hf_gfs.publish import Publisher
@@ -77,6 +78,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         on_alarm: Callable[[Alert], Any] | None = None,
         **options: Any,
     ) -> None:
+        self._loader = split_off(options)
         if config is not None and options:
             raise ConfigError(f"give either a config or options by name, not both ({', '.join(options)})")
         if config is not None and not isinstance(config, GFSConfig):
@@ -127,7 +129,13 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             return
         _measured[model] = (id(state), weakref.ref(self))
         later = None if self.on_alarm is None else self._guard.alerts.append
-        self.monitor = StabilityMonitor(model, optimizer, self.config, on_alarm=later, trainer=self._handle)
+        second = None
+        if self._loader is not None:
+            training = kwargs.get("train_dataloader")
+            second = SecondData(self._loader, self._prepared, lambda: [] if training is None else [training])
+        self.monitor = StabilityMonitor(
+            model, optimizer, self.config, probe=second, on_alarm=later, trainer=self._handle
+        )
         if self.monitor.journal.path is None and state.is_world_process_zero:
             self.monitor.journal.path = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)
@@ -198,6 +206,10 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take all hooks away."""
         self._close()
+
+    def _prepared(self, batch: Any) -> dict[str, Any]:
+        assert self._replay is not None
+        return self._replay.prepared(batch)
 
     def _publish(self, measurement: Measurement | None, state: Any, control: Any) -> None:
         """Log a measurement, where there is one."""

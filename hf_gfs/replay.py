@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from gfs_core import MeasurementError
-from gfs_core.loss.batches import batch_size, copied
+from gfs_core.loss.batches import batch_size, changed, copied
 from gfs_core.loss.processes import alone
 from gfs_core.loss.python_state import PythonState, is_of_the_user
 from gfs_core.loss.streams import rewinder
 from gfs_core.run.micro_batches import keep
-from hf_gfs.kept import end_step, opened
+from hf_gfs.kept import end_step, labels_in, opened
 
 GivenLoss = Callable[[Any, Any], Any]  # loss_fn(model, inputs)
 _ARGS = "__positional__"
@@ -82,6 +82,20 @@ class Replay:
         """The loss of one micro-batch, evaluated again."""
         raise NotImplementedError
 
+    def prepared(self, batch: Any) -> dict[str, Any]:
+        """A batch from a loader of the user's, as :meth:`loss` takes it.
+
+        Raises:
+            MeasurementError: the batch does not name the model's inputs.
+        """
+        if not isinstance(batch, Mapping):
+            raise MeasurementError(
+                f"a batch from the loader of `probe=` is a {type(batch).__name__}, and the model takes its inputs by "
+                "name: give a loader with the trainer's collator, whose batches are dictionaries"
+            )
+        device = next(self.model.parameters()).device
+        return changed(dict(batch), lambda t: t.to(device))  # type: ignore[no-any-return]
+
     def again(self) -> Callable[[dict[str, Any]], Tensor]:
         """:meth:`loss` as a function that also refers to the user's loss, so that a snapshot finds what that holds."""
         return functools.partial(_loss_of, self, self.loss_fn)
@@ -129,6 +143,14 @@ class TrainerReplay(Replay):
         """Give the trainer its ``compute_loss`` back."""
         self.clear()
         self._put_back()
+
+    def prepared(self, batch: Any) -> dict[str, Any]:
+        """A batch from a loader of the user's; a loss function that divides by the number of items is given theirs."""
+        inputs = super().prepared(batch)
+        if getattr(self.trainer, "compute_loss_func", None) is None:
+            return inputs
+        weight = next(self.model.parameters())
+        return keep(inputs, [weight], items=labels_in(inputs) or None, weight=1.0, per_label=1.0)
 
     def _weight(self, items: Any) -> float:
         scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None)
@@ -181,6 +203,10 @@ class StepReplay(Replay):
         """Give the trainer its ``training_step`` back."""
         self.clear()
         self._put_back()
+
+    def prepared(self, batch: Any) -> dict[str, Any]:
+        """A batch from a loader of the user's; the loss gets it as it is."""
+        return super().prepared(batch if isinstance(batch, Mapping) else {_WHOLE: batch})
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The user's loss of one micro-batch."""

@@ -68,6 +68,19 @@ def logger_step(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
+def prepared(trainer: Any, batch: Any) -> Any:
+    """A batch from a loader, as the training step gets it: moved to the module's device, through the user's hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def training_loaders(trainer: Any) -> list[Any]:
+    """The loaders that training takes its batches from; empty where that private attribute is missing."""
+    loaders = getattr(trainer.fit_loop, "_combined_loader", None)
+    return list(getattr(loaders, "flattened", ()))
+
+
 @contextlib.contextmanager
 def quiet(trainer: Any, module: Any) -> Iterator[None]:
     """Context under the trainer's autocast in which everything that the module logs is dropped."""

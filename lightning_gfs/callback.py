@@ -19,6 +19,7 @@ from gfs_core.loss.batches import batch_size
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
 from gfs_core.run.micro_batches import opened
+from gfs_core.run.second_data import SecondData, split_off
 from lightning_gfs import _compat
 from lightning_gfs.handle import LightningHandle
 from lightning_gfs.steps import StepsSeen
@@ -86,6 +87,7 @@ class GFSCallback(_Base):
         **options: Any,
     ) -> None:
         super().__init__()
+        self._loader = split_off(options)
         self.config = GFSConfig.from_options(**options)
         self.loss_fn, self.progress_bar, self.on_alarm = loss_fn, progress_bar, on_alarm
         self.monitors: dict[str, StabilityMonitor] = {}
@@ -109,10 +111,16 @@ class GFSCallback(_Base):
                 raise MeasurementError(problem)
         on_alarm = None if self.on_alarm is None else self._guard.alerts.append
         handle = LightningHandle(trainer, self._guard)
-        self.monitors = {
-            name: StabilityMonitor(pl_module, optimizer, self.config, name=name, on_alarm=on_alarm, trainer=handle)
-            for name, optimizer in zip(self._losses, trainer.optimizers, strict=True)
-        }
+        for name, optimizer in zip(self._losses, trainer.optimizers, strict=True):
+            self.monitors[name] = StabilityMonitor(
+                pl_module,
+                optimizer,
+                self.config,
+                probe=self._second_data(trainer),
+                name=name,
+                on_alarm=on_alarm,
+                trainer=handle,
+            )
         for name, monitor in self.monitors.items():
             monitor.journal.path = self._history(trainer, name)
             if name in self._resumed:
@@ -266,6 +274,12 @@ class GFSCallback(_Base):
         if self.loss_fn is None and not module.automatic_optimization:
             raise MeasurementError(_MANUAL)
         return {"": self.loss_fn}
+
+    def _second_data(self, trainer: Any) -> SecondData | None:
+        if self._loader is None:
+            return None
+        prepared = functools.partial(_compat.prepared, trainer)
+        return SecondData(self._loader, prepared, functools.partial(_compat.training_loaders, trainer))
 
     def _loss(self, trainer: Any, module: Any, loss_fn: LossFn | None, window: Window, batch: Any) -> Tensor:
         batch, beside, _ = opened(batch)

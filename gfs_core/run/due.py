@@ -57,17 +57,18 @@ class DueMeasurements:
         if not names and not filling:
             return None
         began = budget.clock()
-        if not measuring.knows_parts(loss_fn, batches, names):
+        data = measuring.batches_of(batches)
+        if data is None or not measuring.knows_parts(loss_fn, data, names):
             if names:
                 budget.measured(began, budget.clock(), names, {})
             return None
-        if (filling and not measuring.fill_probe(batches)) or not names:
+        if (filling and not measuring.fill_probe(data)) or not names:
             return None
         free, scale = self.schedule.free(names), self.rates.scale()
         early = measuring.count == 0 and self._before_second_moments()
         with self.rates.scaled(scale):
             measurement, seconds = measuring.measure(
-                names, step, loss_fn, batches, self.label(), self.rates.control.only_lowers
+                names, step, loss_fn, data, self.label(), self.rates.control.only_lowers
             )
         budget.measured(began, budget.clock(), names, seconds, early=early, free=free)
         if measurement is None:

@@ -157,6 +157,32 @@ class Measuring:
             self._tell_whole()
         return True
 
+    def batches_of(self, step: list[Any]) -> list[Any] | None:
+        """The batches to measure: those of the step, or of the second data set, all of as many on every process.
+
+        Returns:
+            The batches; ``None``: the second data set could not be read, and a warning says why.
+
+        Raises:
+            Exception: with ``strict=True``, whatever failed.
+        """
+        second = self.probe.second
+        if second is None:
+            return step
+        if not second.batches:
+            try:
+                with self.together():
+                    second.take(self.probe.size, self.model, parameters_of(self.optimizer))
+                    if self.ranks is not None:
+                        second.batches = second.batches[: self.ranks.least(len(second.batches))]
+            except Exception as error:
+                second.batches = []  # all processes take them at the same measurement
+                if self.config.strict:
+                    raise
+                self.failed(error)
+                return None
+        return second.batches
+
     def fill_probe(self, batches: list[Any]) -> bool:
         """Copy missing examples into a fixed probe; returns whether the probe is complete now.
 
@@ -200,7 +226,7 @@ class Measuring:
             names: the signals.
             step: optimizer steps taken so far.
             loss_fn: the loss of one micro-batch.
-            batches: the micro-batches of the step.
+            batches: the micro-batches of the step, or the batches of the second data set.
             label: the optimizer's name in the measurement.
             rate_only_lowered: whether the learning rate is controlled by a policy that only lowers it.
 
@@ -220,8 +246,9 @@ class Measuring:
             with self.together():
                 if back and self.ranks is not None and self.ranks.any(len(past) < back):
                     past = []  # a process had no memory for a copy
-                mean = self.mean_loss.value() if "running" in names else None
-                if "running" in names and self.ranks is not None:
+                known = "running" in names and self.probe.second is None
+                mean = self.mean_loss.value() if known else None
+                if known and self.ranks is not None:
                     mean = self.ranks.mean_of_known(mean)
                 context = StepContext(
                     step,
@@ -234,6 +261,7 @@ class Measuring:
                     past,
                     mean,
                     rate_only_lowered,
+                    self.probe.second is None,
                 )
                 measured = measure(self.signals.named(names), context, self.learned, self._conditions())
                 measurement = Measurement.from_readings(step, label, measured.readings, measured.notes)
@@ -282,6 +310,8 @@ class Measuring:
         else:
             self._try_parts_again()
             text = f"the loss failed when it was evaluated again: {type(error).__name__}: {error}"
+            if self.probe.second is not None:
+                text = f"the loss failed on a batch from the loader of `probe=`: {type(error).__name__}: {error}"
             self.notices.warn_once(str(error) if isinstance(error, MeasurementError) else text, own=True)
 
     def _try_parts_again(self) -> None:
@@ -309,6 +339,8 @@ class Measuring:
         if self.probe.load_state_dict(state["probe"], params[0].device if params else None, self.ranks is None):
             self.notices.warn_once(
                 "the fixed probe was not saved, its batches are of a class of their own; it is collected anew"
+                if self.probe.second is None
+                else "the second data set was not saved, its batches are of a class of their own; it is collected anew"
             )
         self.mean_loss.load(state["mean_loss"])
         if self.ranks is not None and not self.ranks.inner_product(params).whole:

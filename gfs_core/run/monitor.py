@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,8 @@ from gfs_core.run.ranks import Ranks
 from gfs_core.run.rates import Rates
 from gfs_core.run.record import Measurement
 from gfs_core.run.schedule import Schedule
+from gfs_core.run.scheduler import scheduler_of
+from gfs_core.run.second_data import REMARK, SecondData
 from gfs_core.run.watch import Requests, Watch
 from gfs_core.run.weights import FROZEN, Weights, to_come
 from gfs_core.signals.catalog import Signals
@@ -43,6 +45,9 @@ class StabilityMonitor:
         model: the module that is trained.
         optimizer: its torch optimizer, or a wrapper of one.
         config: the options; ``None``: the defaults.
+        probe: a second data set: a loader whose first batches are measured in place of those that training uses, by the
+            same loss. One batch is taken, or as many as hold ``probe_size`` examples; they are kept for the whole run.
+            The early warning then goes by the losses alone. ``None``: ``config.probe`` says what is measured.
         name: name of the optimizer in measurements and warnings, where there are several.
         on_alarm: called with each alert of the early warning; with several processes, on each of them.
         trainer: receives an alarm's request to save or stop; ``None``: ``requests`` receives it.
@@ -62,8 +67,8 @@ class StabilityMonitor:
     calls :meth:`step` for every optimizer step. The values are the same on all processes. Only rank 0 writes.
 
     Raises:
-        ConfigError: there is nothing to measure, ``max_memory`` is too small for the vectors, or the learning rate of
-            this optimizer cannot be controlled as asked.
+        ConfigError: there is nothing to measure, ``max_memory`` is too small for the vectors, ``probe`` is no loader,
+            or the learning rate of this optimizer cannot be controlled as asked.
         MeasurementError: another process does not make a monitor in time, or torch has no gloo backend.
 
     Example:
@@ -83,6 +88,7 @@ class StabilityMonitor:
         optimizer: Any,
         config: GFSConfig | None = None,
         *,
+        probe: Iterable[Any] | SecondData | None = None,
         name: str = "",
         on_alarm: Callable[[Alert], object] | None = None,
         trainer: TrainerHandle | None = None,
@@ -94,6 +100,7 @@ class StabilityMonitor:
         self.ranks = None if alone else Ranks.here()
         if problem := unmeasurable(model, optimizer):
             raise ConfigError(problem)
+        second = None if probe is None else _second_data(probe, optimizer, self.config)
         params = parameters_of(optimizer)
         stability = stability_of(optimizer, params)
         self.notices = Notices(self.config.strict, self.ranks, name)
@@ -102,8 +109,8 @@ class StabilityMonitor:
         check_memory(params, self.config, used, stability.adaptive or not stability.plain)
         self.rates = Rates(optimizer, self.config, stability.adaptive, self.notices)
         self.schedule = Schedule(self.config, self.control, stability.empirical, signals.all, self.ranks)
-        probe = Probe(self.config.probe, self.config.probe_size, short_batches)
-        self.measuring = Measuring(model, optimizer, self.config, self.notices, self.ranks, signals, probe)
+        data = Probe(self.config.probe, self.config.probe_size, short_batches, second)
+        self.measuring = Measuring(model, optimizer, self.config, self.notices, self.ranks, signals, data)
         self._due = DueMeasurements(self.schedule, self.measuring, self.rates, self._label)
         self.requests = Requests()
         warning = None if self.config.alarm == "off" else EarlyWarning()
@@ -119,7 +126,7 @@ class StabilityMonitor:
         self._weights.changed(params)
         self._looked = self._seen = -1  # the last steps of `_look` and of `update_detectors`
         self._resumed = False
-        for doubt in (probe.doubt, "" if stability.adaptive else stability.reason):
+        for doubt in (data.doubt, "" if stability.adaptive else stability.reason):
             if doubt:
                 self.notices.warn_once(doubt)
 
@@ -188,7 +195,8 @@ class StabilityMonitor:
         if wanted:
             with self.notices.harmless("nothing is measured along a step", alone=True):
                 self._due.keep_weights(step)
-        return self.update_detectors(step, None if measurement is None else measurement.because(self.remarks))
+        remarks = self.remarks if self.measuring.probe.second is None else (*self.remarks, REMARK)
+        return self.update_detectors(step, None if measurement is None else measurement.because(remarks))
 
     def record_loss(self, loss: Tensor | float, examples: int | None = None) -> None:
         """Record the loss of a training batch, for the running estimate, the early warning and the history.
@@ -227,7 +235,8 @@ class StabilityMonitor:
         with self.notices.harmless("the early warning has not seen a step"):
             self.measuring.mean_loss.end_step()
             losses = self._new_losses(step, now=measurement is not None)
-            alerts = self.watch.observe(step, losses, self.rates.effective, measurement)
+            judged = measurement if self.measuring.probe.second is None else None  # training's own curvature alone
+            alerts = self.watch.observe(step, losses, self.rates.effective, judged)
             self.journal.add_losses(losses)
         if alerts and measurement is None:
             measurement = Measurement(step, self._label())
@@ -333,7 +342,27 @@ class StabilityMonitor:
             "parameters": sum(p.numel() for p in parameters_of(self.optimizer) if not is_lazy(p)),
             "processes": 1 if self.ranks is None else self.ranks.size,
         }
-        return facts | asdict(self.config)
+        probe = {} if self.measuring.probe.second is None else {"probe": "loader"}
+        return facts | asdict(self.config) | probe
 
     def _label(self) -> str:
         return self.name or type(unwrap(self.optimizer)).__name__
+
+
+def _second_data(probe: Iterable[Any] | SecondData, optimizer: Any, config: GFSConfig) -> SecondData:
+    """The second data set that a monitor was given.
+
+    Raises:
+        ConfigError: ``probe`` is no loader, or contradicts the options.
+    """
+    second = probe if isinstance(probe, SecondData) else SecondData(probe)
+    if config.probe != "batch":
+        raise ConfigError(f"there is a loader for `probe=`, and the config says probe={config.probe!r}; leave one out")
+    scheduler = scheduler_of(optimizer)
+    policy = config.control if scheduler is None else scheduler.control.policy
+    if policy not in ("observe", "step_down"):
+        raise ConfigError(
+            f"control={policy!r} goes by the curvature of the loss that is trained, and `probe=` is a loader of other "
+            "data; use control='observe' or 'step_down', or probe='batch'"
+        )
+    return second

@@ -1,4 +1,4 @@
-"""Selects the data that is measured: the step's own batches or a fixed probe, and how many examples of them."""
+"""Selects the data that is measured: the step's own, a fixed probe, or a second data set; and how many examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from gfs_core.loss.batches import batch_size, changed, copied, examples_of, first_of_all, is_plain
 from gfs_core.loss.learned import PARTS, Learned
+from gfs_core.run.second_data import SecondData
 from gfs_core.signals.training import BatchSizes
 
 _WAIT = 8  # measurements after which more examples are tried again; each failure for lack of memory doubles it
@@ -22,16 +23,23 @@ class Probe:
             first batches until they hold that many examples.
         size: number of examples that are measured; ``None``: all of a batch.
         short_batches: also measure batches of less than half the usual size.
+        second: a second data set, whose batches are measured in place of those of each step; ``None``: there is none.
 
     Attributes:
         fixed: the batches of a fixed probe so far.
     """
 
-    def __init__(self, kind: Literal["batch", "fixed"], size: int | None, short_batches: bool) -> None:
-        self.kind, self.size = kind, size
+    def __init__(
+        self,
+        kind: Literal["batch", "fixed"],
+        size: int | None,
+        short_batches: bool,
+        second: SecondData | None = None,
+    ) -> None:
+        self.kind, self.size, self.second = kind, size, second
         self.fixed: list[Any] = []
         self._uncut = False  # the fixed probe is one whole batch, whatever its size
-        self._sizes = None if short_batches else BatchSizes()
+        self._sizes = None if short_batches or second is not None else BatchSizes()
         self._narrow, self._wait = 0, _WAIT  # measurements since memory ran out, and how many until more are tried
 
     def short(self, batches: list[Any]) -> bool:
@@ -120,13 +128,16 @@ class Probe:
             learned.fits = 2 * learned.fits if 2 * learned.fits < (examples_of(whole) or 0) else None
 
     def move(self, source: torch.device | None, target: torch.device | None) -> None:
-        """Move the tensors of a fixed probe from one device to another."""
+        """Move the tensors of a fixed probe, or of a second data set, from one device to another."""
         self.fixed = [changed(b, lambda t: t.to(target) if t.device == source else t) for b in self.fixed]
+        if self.second is not None:
+            self.second.move(target)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state; without the fixed probe where its batches are not plain data."""
+        """The whole state; without batches that are not plain data."""
         return {
             "fixed": self.fixed if is_plain(self.fixed) else None,
+            "second": None if self.second is None else self.second.state_dict(),
             "uncut": self._uncut,
             "room": [self._narrow, self._wait],
             "sizes": [] if self._sizes is None else list(self._sizes.seen),
@@ -141,11 +152,13 @@ class Probe:
             keep: whether the saved batches belong to this process.
 
         Returns:
-            Whether the fixed probe must be collected again because it could not be saved.
+            Whether batches must be collected again because they could not be saved.
         """
         self._narrow, self._wait = map(int, state["room"])
         if self._sizes is not None:
             self._sizes = BatchSizes(state["sizes"])
+        if self.second is not None:
+            return keep and state["second"] is not None and self.second.load_state_dict(state["second"], device)
         keep, held = keep and self.kind == "fixed", state["fixed"]
         self.fixed = [changed(b, lambda t: t.to(device)) for b in held or []] if keep else []
         self._uncut = bool(state["uncut"]) and len(self.fixed) > 0

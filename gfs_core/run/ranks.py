@@ -125,6 +125,13 @@ class Ranks:
         """Whether ``flag`` is true on any process."""
         return self.total([float(flag)])[0] > 0
 
+    def least(self, count: int) -> int:
+        """The smallest ``count``, an integer ≥ 0, of all processes; it takes that many exchanges and one more."""
+        least = 0
+        while not self.any(count <= least):
+            least += 1
+        return least
+
     def mean_of(self, value: float, vector: Vector) -> float:
         """The means over the processes of a number, which is returned, and of a vector, in place."""
         buckets = list(_buckets(vector))

@@ -23,12 +23,13 @@ class StepContext:
         model: the module that is trained.
         optimizer: its torch optimizer, or a wrapper of one.
         loss_fn: ``loss_fn(model, batch)`` returns a 0-dim tensor, the mean over one micro-batch.
-        batches: the micro-batches of the step; they are not changed.
+        batches: the micro-batches of the step, or the batches of a second data set; they are not changed.
         probe: the batches on which signals are measured that do not select their own.
-        current: the step's micro-batches, limited to the size of a probe.
+        current: the same as ``batches``, limited to the size of a probe.
         past: the weights before the last step, before the one before it, and so on as far as they were kept.
         mean_loss: mean training loss over the steps before; ``None``: not known.
         rate_only_lowered: whether the learning rate is controlled by a policy that only lowers it.
+        trained: whether ``batches`` are what training computes its gradient on; not so with a second data set.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepContext:
     past: Sequence[Vector] = ()
     mean_loss: float | None = None
     rate_only_lowered: bool = False
+    trained: bool = True
 
     @cached_property
     def params(self) -> list[Tensor]:

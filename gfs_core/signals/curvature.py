@@ -221,8 +221,9 @@ class RunningCurvature:
         found = {PRECISION_ERROR: error, RUNNING_SHARPNESS: value}
         if value is not None and stability.threshold is not None:
             weight = stability.noise_factor * fraction
+            found[RUNNING_STABILITY_RATIO] = value / stability.threshold
+        if value is not None and stability.threshold is not None and step.trained:  # the noise of its steps
             found |= {
-                RUNNING_STABILITY_RATIO: value / stability.threshold,
                 MEAN_SQUARE_STABILITY_RATIO: _ratio(estimate.noisy(weight), stability.threshold),
                 MEAN_SQUARE_BOUND: _ratio(estimate.bound(weight), stability.threshold),
             }

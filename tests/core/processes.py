@@ -113,6 +113,7 @@ def train(
     poor: int | None = None,
     made: str = "",
     short: tuple[int, int] | None = None,
+    second: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``options`` may hold what is ``tuned``.
 
@@ -120,7 +121,8 @@ def train(
 
     ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``:
     with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
-    measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are five examples.
+    measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are five examples;
+    ``second``: makes a rank's loader of a second data set.
     """
     gfs_core.run.ranks.TIMEOUT = timeout
     model = engines.MADE[made]() if made else net()
@@ -145,7 +147,8 @@ def train(
     how = options.pop("tuned", {})
     config = gfs.GFSConfig(**options)
     measured = trained if wrapped else model
-    monitor = tuned(gfs.StabilityMonitor(measured, optimizer, config, on_alarm=events.append), **how)
+    probe = None if second is None else second(rank, size)
+    monitor = tuned(gfs.StabilityMonitor(measured, optimizer, config, probe=probe, on_alarm=events.append), **how)
     found: list[gfs.Measurement] = []
     losses, rates = [], []
     sizes: dict[int, int] = {}

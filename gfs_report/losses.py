@@ -81,7 +81,7 @@ def course_of(run: Run, loss_key: str | None = None) -> Course:
         ConfigError: there is nothing under ``loss_key``.
     """
     key, calm, seen = run.loss_key(loss_key), _calm(run), run.training_loss
-    curves = [c for c in (seen, run.logged.get(key or ""), run.gfs.get("loss_probe")) if c is not None]
+    curves = [c for c in (seen, run.logged.get(key or ""), run.of_training("loss_probe")) if c is not None]
     if loss_key is not None:
         curves.sort(key=lambda c: c is not run.logged[loss_key])  # the one that was asked for first
     judged = [

@@ -44,8 +44,8 @@ class LowerRate(NamedTuple):
 
 
 def main_ratio(run: Run) -> Ratio | None:
-    """The stability ratio to judge by; ``None`` where none was logged."""
-    held = [(name, run.gfs[key]) for key, name in _NAMES.items() if key in run.gfs]
+    """The stability ratio to judge by; ``None`` where none was logged of the data that was trained on."""
+    held = [(name, curve) for key, name in _NAMES.items() if (curve := run.of_training(key)) is not None]
     if not held:
         return None
     for name, curve in held:

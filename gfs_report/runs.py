@@ -114,10 +114,19 @@ class Run:
         curves = [key for key in found if len(self.logged[key].steps) > 1]  # some log a summary of one value beside it
         return next(iter([*curves, *found]), None)
 
+    @property
+    def second_data(self) -> bool:
+        """Whether the values belong to a second data set, and not to the data that was trained on."""
+        return self.settings.get("probe") == "loader"
+
+    def of_training(self, key: str) -> Curve | None:
+        """What was measured under a key of this package, if it belongs to the data that was trained on."""
+        return None if self.second_data else self.gfs.get(key)
+
     def loss(self, wanted: str | None = None) -> Curve | None:
         """The training loss as logged, else as the monitor has seen it, else on the probe; ``None``: there is none."""
         key = self.loss_key(wanted)
-        seen = self.gfs.get("loss_probe") if self.training_loss is None else self.training_loss
+        seen = self.of_training("loss_probe") if self.training_loss is None else self.training_loss
         return seen if key is None else self.logged[key]
 
     @property

@@ -137,6 +137,11 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
 
 def _where(run: Run) -> tuple[Standing, str]:
     found = main_ratio(run)
+    if run.second_data:
+        return "unknown", (
+            "Where the run stood against the edge of stability is not known: the curvature is that of a second data "
+            "set, and not of the data that was trained on."
+        )
     if found is None:
         return "unknown", (
             "Where the run stood against the edge of stability is not known: no stability ratio was logged."
@@ -237,6 +242,8 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
             "the network tells its inputs no longer apart."
         )
     if standing == "unknown":
+        if run.second_data:
+            return 'To see how near to instability a run is, measure the data that it trains on: probe="batch".'
         if not any("stability_ratio" in key for key in run.gfs):
             return "Add GFSCallback to the run: without its values only the loss can be shown."
         return (

@@ -62,6 +62,18 @@ def test_controlled_loop(tmp_path: Path) -> None:
     assert "follow: step 0, rate used 0.05, scale 0.01" in lines
 
 
+def test_second_data(tmp_path: Path) -> None:
+    """Without the old digits in the batches their loss rises more, and becomes sharper."""
+    alone, mixed = run(tmp_path, "second_data.py").split("half of each batch from the old digits\n")
+    words = [[line.split() for line in text.splitlines() if "step" in line] for text in (alone, mixed)]
+    (first, *_, last), (again, *_, kept) = ([[float(row[i]) for i in (1, 5, 7)] for row in rows] for rows in words)
+    assert first == again
+    assert first[0] == 0
+    assert last[0] == kept[0] == 50
+    assert last[1] > 5 > 1 > kept[1]
+    assert last[2] > 2 * kept[2] > 2 * first[2]
+
+
 def test_torchmetrics_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "torchmetrics_loop.py").splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"epoch {epoch}" for epoch in range(8)]

@@ -73,7 +73,8 @@ def metric_of(sets: Sequence[RunSet]) -> str:
     keys: dict[str, str] = {}
     for one in sets:
         for name, run in one.runs.items():
-            own = [f"gfs/{name}" for name in (TRAINING_LOSS, "loss_probe") if curve_of(run, f"gfs/{name}") is not None]
+            losses = {TRAINING_LOSS: run.training_loss, "loss_probe": run.of_training("loss_probe")}
+            own = [f"gfs/{name}" for name, curve in losses.items() if curve is not None]
             key = run.loss_key() or next(iter(own), None)
             if key is not None:
                 keys.setdefault(key, f"{one.name}: {name}")

@@ -106,12 +106,19 @@ def test_every_signal_is_what_a_monitor_finds_that_is_handed_that_data() -> None
 
     run.monitor.step = both  # type: ignore[method-assign]
     for monitor in (run.monitor, other):
-        tuned(monitor, beside={"directional": 2, "batch_sharpness": 2})
+        tuned(monitor, beside={"directional": 2, "batch_sharpness": 2, "midpoint": 2})
     run.train(6)
     left_out = ("mean_square_stability_ratio", "mean_square_bound", "seconds", "overhead")
     values = [{k: v for k, v in m.values().items() if k not in left_out} for m in run.found]
     assert values == [{k: v for k, v in m.values().items() if k not in left_out} for m in found]
-    names = {"sharpness", "running_sharpness", "gfs_sharpness", "directional_sharpness", "batch_sharpness"}
+    names = {
+        "sharpness",
+        "running_sharpness",
+        "gfs_sharpness",
+        "directional_sharpness",
+        "batch_sharpness",
+        "midpoint_sharpness",
+    }
     assert names <= set().union(*values)
 
 

@@ -296,3 +296,19 @@ def test_a_part_of_a_history_is_named_in_every_format(tmp_path: Path) -> None:
     missing = invoke(path, "--part", "5", "-o", tmp_path / "x.html")
     assert missing.exit_code == 2
     assert "there is no part 5; it holds 2" in missing.output
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_second_data_set_says_nothing_about_the_run(second: bool) -> None:
+    """Past the edge, with a loss that rises: of the data that is not trained on, that is no fault of the run."""
+    run = run_with(stability_ratio=3.0, loss_probe=lambda s: 1 + s)
+    run.settings = {"probe": "loader" if second else "batch"}
+    verdict = judge(run)
+    assert verdict.failed is not second
+    assert verdict.standing == ("unknown" if second else "past")
+    if second:
+        assert verdict.summary.startswith("This run went well")
+        assert "that of a second data set" in verdict.where
+        assert "measure the data that it trains on" in verdict.do
+    run.logged = {}
+    assert (run.loss() is None) is second

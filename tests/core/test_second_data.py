@@ -161,11 +161,11 @@ def test_training_and_the_loader_are_left_as_they_were() -> None:
 def test_a_loader_with_workers_that_is_in_use_goes_on_where_it_was() -> None:
     loader = DataLoader(A, 16, num_workers=1, persistent_workers=True, timeout=30)
     batches = iter(loader)
-    seen = [next(batches)]
+    seen = [next(batches), next(batches)]
     [worker] = batches._workers  # type: ignore[attr-defined]
     run = Run(loader).train(2)
     assert len(run.found) == 1
-    seen += [next(batches) for _ in range(2)]
+    seen.append(next(batches))
     assert loader._iterator is batches  # type: ignore[attr-defined]
     assert batches._workers == [worker]  # type: ignore[attr-defined]
     assert torch.equal(torch.cat([x for x, _ in seen]), A[:48][0])

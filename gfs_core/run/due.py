@@ -32,7 +32,7 @@ class DueMeasurements:
 
     def wants(self, step: int) -> bool:
         """Whether a batch is of use at ``step``: to be measured, to fill a fixed probe, or to keep the weights."""
-        return self.measuring.probe.filling or bool(self.names(step)) or self.schedule.keeps(step)
+        return self.measuring.filling() or bool(self.names(step)) or self.schedule.keeps(step)
 
     def keep_weights(self, step: int) -> None:
         """Copy the weights before the step that is about to be taken at ``step``, if a signal will need them."""
@@ -53,7 +53,7 @@ class DueMeasurements:
         measuring, probe, budget = self.measuring, self.measuring.probe, self.schedule.budget
         if measuring.agreed(probe.short(batches), True):
             return None
-        names, filling = self.names(step), probe.filling
+        names, filling = self.names(step), measuring.filling()
         if not names and not filling:
             return None
         began = budget.clock()

@@ -70,6 +70,7 @@ class Measuring:
         self.mean_loss = MeanLoss()
         self.failure = ""
         self.iterates = Iterates()
+        self._filled = False  # whether the fixed probe is complete on every process
 
     def together(self) -> AbstractContextManager[None]:
         """Measure in this context: with several processes, a failure on one ends the measurement on all."""
@@ -183,8 +184,16 @@ class Measuring:
                 return None
         return second.batches
 
+    def filling(self) -> bool:
+        """Whether a fixed probe needs batches on any process: their batches may differ in size."""
+        if self.probe.kind != "fixed" or self._filled:
+            return False
+        filling = self.agreed(self.probe.filling, False)
+        self._filled = not filling
+        return filling
+
     def fill_probe(self, batches: list[Any]) -> bool:
-        """Copy missing examples into a fixed probe; returns whether the probe is complete now.
+        """Copy missing examples into a fixed probe; returns whether it is complete on every process now.
 
         Raises:
             MeasurementError: with ``strict=True``, a batch cannot be copied.
@@ -195,8 +204,7 @@ class Measuring:
             if self.config.strict:
                 raise
             self.failed(error)
-            return False
-        return not self.probe.filling
+        return not self.filling()
 
     def _tell_whole(self) -> None:
         why = self.learned.whole
@@ -332,7 +340,7 @@ class Measuring:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. Vectors that do not fit the weights are dropped."""
         params = parameters_of(self.optimizer)
-        self.count = int(state["count"])
+        self.count, self._filled = int(state["count"]), False
         self.learned = Learned.from_state(state["learned"])
         if self.learned.splits is False:
             self._tell_whole()

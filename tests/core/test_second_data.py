@@ -367,6 +367,27 @@ def test_the_history_says_what_was_measured(tmp_path: Path) -> None:
 ASKED: list[int] = []  # outside the loader, whose attributes are put back
 
 
+def fixed(rank: int, size: int) -> list[float | None]:
+    """Sharpness on a fixed probe of 32 examples, where rank 1 has 12 in place of 16 at step 1, and needs one more."""
+    model = processes.net()
+    config = gfs.GFSConfig(**OPTIONS | {"every": 1, "probe": "fixed", "probe_size": 32})
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+    found = []
+    for step in range(4):
+        x, y = (t[rank::size][: 12 if (rank, step) == (1, 1) else 16] for t in processes.examples(step))
+        m = monitor.step(lambda b: nn.functional.cross_entropy(model(b[0]), b[1]), (x, y))
+        found.append(None if m is None else m.sharpness)
+    monitor.close()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_wait_until_a_fixed_probe_is_complete_on_each(tmp_path: Path) -> None:
+    ours, theirs = processes.run(fixed, 2, tmp_path)
+    assert ours == theirs
+    assert [value is None for value in ours] == [True, True, False, False]
+
+
 class OwnPart:
     """Each process's own batches; rank 1 has one less, and cannot read them at first."""
 

@@ -93,6 +93,7 @@ def scenarios() -> dict[str, Scenario]:
     table["plain, recurrent"] = Scenario({"tier": "gfs"}, plain, made.recurrent)
     table["plain, BatchNorm"] = Scenario({"tier": "gfs", "every": 5}, plain, made.normalised, steps=26)
     table["plain, decay"] = Scenario({"tier": "gfs"}, plain, mlp, made.momentum_and_decay)
+    table["plain, midpoint"] = Scenario({"tier": "midpoint", "every": 3}, plain, mlp, adamw, resume=5)
     table["plain, gfs_full, no end"] = Scenario({"tier": "gfs_full"}, plain, steps=1)
     for tier in ("directional", "running", "sharpness", "gfs"):
         table[f"plain, Adamax, {tier}"] = Scenario({"tier": tier}, plain, mlp, made.adamax)

@@ -23,8 +23,8 @@ ABOUT = (
     "Copies of the weights at the peak of the first measurement, and of a warm one on another batch, the warm start "
     "included; one example, float32, tol 1e-5, so that the solver fills its basis. With few products it takes less: "
     "each product but the first adds a copy, up to six products. The running estimate has 8 examples: its check takes "
-    "6 copies, its second measurement a pair of products. With the running estimate beside a dearer tier (the default) "
-    "one more copy is kept.\n"
+    "6 copies, its second measurement a pair of products. The two copies of the weights that the midpoint needs are "
+    "included. With the running estimate beside a dearer tier (the default) one more copy is kept.\n"
 )
 
 
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 def main() -> None:
     head = ["tier", "optimizer", "layers", "peak of the first, in copies", "peak of the second", "kept afterwards"]
     rows = []
-    for tier in ("running", "sharpness", "gfs"):
+    for tier in ("running", "sharpness", "midpoint", "gfs"):
         for kind in (torch.optim.SGD, torch.optim.Adam):
             for depth in (4, 32):
                 width = 1024 // int(depth**0.5)
@@ -66,6 +66,10 @@ def main() -> None:
                 peaks = []
                 with LiveBytes() as live:  # over both: a warm start may go in one storage and come back in another
                     for batch in (x, other):
+                        for _ in range(2 if tier == "midpoint" else 0):  # it needs the weights before two steps
+                            monitor.measuring.keep_weights(monitor.count, 2)
+                            monitor.count += 1
+                            optimizer.step()
                         live.peak = live.now
                         monitor.step(loss_of, batch)
                         peaks.append(live.peak / weights)

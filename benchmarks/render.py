@@ -20,6 +20,7 @@ PAGES = {
     "growth": "benchmarks.growth.page",
     "idle": "benchmarks.idle",
     "long_run": "benchmarks.long_run",
+    "midpoint": "benchmarks.midpoint",
     "mutation": "benchmarks.mutation",
     "noise": "benchmarks.noise",
     "peers": "benchmarks.peers.page",

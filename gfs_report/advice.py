@@ -14,7 +14,7 @@ from gfs_report.units import count
 BUDGET = 0.05  # fraction of the training time, the default of `max_overhead`
 _CHEAP = 0.02  # … of it for the running estimate beside a dearer tier
 # Steps between measurements: a value that comes less often warns of nothing, and of a flow there is no curve to see.
-_LONGEST = {"gfs": 500, "sharpness": 1000, "running": 1000}
+_LONGEST = {"gfs": 500, "midpoint": 1000, "sharpness": 1000, "running": 1000}
 _CLOSEST = 5  # … of the running estimate: more often tells nothing new
 _CLOSEST_SOLVED = 10
 
@@ -82,7 +82,7 @@ def advise(
     if running or (cheap is not None and cheap > _LONGEST["running"]):
         reasons.append(f"The running estimate is off: {running or 'it costs too much beside so short a step'}.")
         cheap = None
-    for tier in ("gfs", "sharpness"):
+    for tier in ("gfs", "midpoint", "sharpness"):
         if tier not in prices or (tier == "gfs" and flow):
             if tier == "gfs" and flow:
                 reasons.append(f"No flow: {flow}.")

@@ -29,8 +29,9 @@ _OPTIONS: dict[str, Any] = {
     "max_overhead": None,
     "alarm": "off",
 }
-_INTERVALS = {"directional": 2, "batch_sharpness": 4, "sharpness": 2}  # of what a monitor with these leaves out
-_TIERS = ("running", "directional", "batch_sharpness", "sharpness", "gfs")
+# Of what a monitor with these leaves out.
+_INTERVALS = {"directional": 2, "batch_sharpness": 4, "sharpness": 2, "midpoint": 2}
+_TIERS = ("running", "directional", "batch_sharpness", "sharpness", "midpoint", "gfs")
 # A running ratio is 0.3 to 1.5 of the solved one once it has settled; it is the mean of a handful of products here.
 _APART = 10.0
 _NAMES = (
@@ -159,7 +160,8 @@ def examine(
         printed = jobs.last_lines(outcome.folder / "output.txt", 1000)
         step = _step_seconds(read_run(outcome.folder))
     last = next((m for m in measured if m.step == STEPS - 1), Measurement(STEPS - 1))
-    problems = [reason for m in measured for reason in m.reasons]
+    begun = "were not kept"  # weights of the steps before the monitor began
+    problems = [reason for m in measured for reason in m.reasons if begun not in reason or m.step > BEGIN]
     problems += [line.strip() for line in re.findall(r"GFSWarning: gfs: (?:stability measurement: )?(.*)", printed)]
     if outcome.steps < STEPS:
         problems.append(f"the job ended after {outcome.steps} steps; it takes {STEPS} to measure everything")
@@ -198,7 +200,8 @@ def _prices(facts: dict[str, Any], step: float | None) -> list[Price]:
     out = []
     for tier in _TIERS:
         if tier in parts and step:
-            seconds = parts.get("", 0.0) + parts[tier] + (parts.get("sharpness", 0.0) if tier == "gfs" else 0.0)
+            needed = parts.get("sharpness", 0.0) if tier in ("midpoint", "gfs") else 0.0
+            seconds = parts.get("", 0.0) + parts[tier] + needed
             out.append(Price(tier, seconds, seconds / step, interval(seconds, step), vectors.get(tier)))
     return out
 

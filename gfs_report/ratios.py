@@ -11,6 +11,7 @@ from gfs_report.runs import Curve, Run
 _NAMES = {  # the best one that was measured lately is the one to judge by
     "stability_ratio": "stability ratio",
     "running_stability_ratio": "running stability ratio",
+    "midpoint_stability_ratio": "midpoint stability ratio",
     "gfs_stability_ratio": "GFS_k stability ratio",
 }
 _NOISY = "mean_square_stability_ratio"

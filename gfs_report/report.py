@@ -30,6 +30,7 @@ _COLUMNS = {
     "sharpness": "sharpness",
     "preconditioned_sharpness": "preconditioned",
     "threshold": "threshold",
+    "midpoint_sharpness": "midpoint",
     "gfs_sharpness": "GFS_k",
     "gfs_sharpness_full": "full GFS",
     "lr_effective": "rate used",
@@ -149,6 +150,7 @@ def pictures_of(run: Run, loss_key: str | None = None) -> list[Picture]:
                 ("stability ratio", of("stability_ratio"), BLUE, "line"),
                 ("running", of("running_stability_ratio"), SKY, "line"),
                 ("mean square", of("mean_square_stability_ratio"), PINK, "line"),
+                ("midpoint", of("midpoint_stability_ratio"), GREEN, "line"),
                 ("GFS_k", of("gfs_stability_ratio"), ORANGE, "line"),
             ),
             edge=1.0,
@@ -156,12 +158,14 @@ def pictures_of(run: Run, loss_key: str | None = None) -> list[Picture]:
         ),
         Picture(
             f"{kind} and the threshold",
-            "Raw; after a short stretch of gradient flow (GFS_k: its swing taken out, not the paper's quantity); at "
-            "the end of gradient flow (full GFS, the paper's quantity); the optimizer's threshold dashed.",
+            "Raw; without its swing, at the midpoint of the last three iterates or after a short stretch of gradient "
+            "flow (GFS_k), neither of them the paper's quantity; at the end of gradient flow (full GFS, the paper's "
+            "quantity); the optimizer's threshold dashed.",
             "sharpness",
             _lines(
                 ("raw", of("preconditioned_sharpness", of("sharpness")), BLUE, "line"),
                 ("running estimate", of("running_sharpness"), SKY, "line"),
+                ("midpoint", of("midpoint_sharpness"), PINK, "line"),
                 ("GFS_k (short horizon)", of("gfs_sharpness"), ORANGE, "line"),
                 ("full GFS", of("gfs_sharpness_full"), GREEN, "points"),
                 ("threshold", of("threshold"), RED, "dashed"),

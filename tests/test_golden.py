@@ -30,6 +30,7 @@ NAMES = (
     "plain, running",
     "plain, batch_sharpness",
     "plain, gfs",
+    "plain, midpoint",
     "plain, accumulated",
     "plain, resumed",
     "plain, attention",

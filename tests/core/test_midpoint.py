@@ -199,7 +199,7 @@ def test_half_precision_weights_have_a_midpoint_of_their_own() -> None:
     run.model.to(torch.bfloat16)
     run.batch = (run.batch[0].bfloat16(), run.batch[1])
     run.optimizer = torch.optim.SGD(run.model.parameters(), 0.5)
-    config = gfs.GFSConfig(tier="midpoint", every=2, running_every=None, max_overhead=None, precision="float32")
+    config = gfs.GFSConfig(tier="midpoint", every=2, running_every=None, max_overhead=None)
     run.monitor = gfs.StabilityMonitor(run.model, run.optimizer, config)
     tuned(run.monitor, tol=1e-4)
     run.run(range(3))
@@ -207,6 +207,16 @@ def test_half_precision_weights_have_a_midpoint_of_their_own() -> None:
     run.batch = (run.batch[0].double(), run.batch[1])
     run.iterates = [[t.double() for t in held] for held in run.iterates]
     assert run.found[-1].midpoint_sharpness == pytest.approx(run.exact(run.operator(), 2), rel=1e-3)
+
+
+def test_what_is_measured_after_it_is_at_the_present_weights() -> None:
+    beside, alone = Run(), Run(tier="gfs")
+    tuned(beside.monitor, tol=1e-6, beside={"gfs": EVERY})
+    tuned(alone.monitor, tol=1e-6)
+    for run in (beside, alone):
+        run.run(range(EVERY + 1))
+    assert beside.found[-1].midpoint_sharpness is not None
+    assert beside.found[-1].gfs_sharpness == pytest.approx(alone.found[-1].gfs_sharpness, rel=1e-5)
 
 
 def test_copies_are_kept_for_the_steps_that_need_them_only() -> None:

@@ -68,7 +68,14 @@ def test_a_loss_without_a_second_derivative_is_measured_from_gradients(
     assert found.values["stability_ratio"] == pytest.approx(found.values["sharpness"] / 40)
     assert found.facts["measured"] == 64 * 16 + 16 + 16 * 10 + 10
     assert found.facts["batch_size"] == 64
-    assert {p.tier for p in found.prices} == {"running", "directional", "batch_sharpness", "sharpness", "gfs"}
+    assert {p.tier for p in found.prices} == {
+        "running",
+        "directional",
+        "batch_sharpness",
+        "sharpness",
+        "midpoint",
+        "gfs",
+    }
 
 
 def test_a_config_of_the_cli(examined: dict[str, Examination | jobs.JobFailed]) -> None:
@@ -85,6 +92,7 @@ def test_a_config_of_the_cli(examined: dict[str, Examination | jobs.JobFailed]) 
     vectors = {p.tier: p.memory for p in found.prices}
     assert vectors["running"] == 8 * weights  # copies of the weights with a preconditioner: benchmarks/memory.md
     assert vectors["sharpness"] == 13 * weights  # 12, and what the running estimate beside it keeps
+    assert vectors["midpoint"] == 15 * weights  # and the weights before the last two steps
     assert "measuring raised the peak by" in found.memory
 
 

@@ -237,3 +237,18 @@ def test_once_from_iterates_that_are_handed_over() -> None:
         gfs.stability(run.model, loss_fn, [run.batch], run.optimizer, tier="midpoint", before=past[0])
     with pytest.raises(gfs.ConfigError, match="`before` does not fit"):
         gfs.stability(run.model, loss_fn, [run.batch], run.optimizer, tier="midpoint", before=[past[0], past[1][::-1]])
+
+
+@pytest.mark.parametrize(("price", "kept"), [(1.0, [8, 9]), (1.4, [])])
+def test_copies_are_kept_if_the_budget_will_allow_the_measurement_by_then(price: float, kept: list[int]) -> None:
+    """A tenth of the time: the price 1 is affordable from second 9 on, one of 1.4 from second 12.6 on."""
+    run = Run(every=10, max_overhead=0.1)
+    schedule = run.monitor.schedule
+    budget, seconds = schedule.budget, 0.0
+    budget.clock, budget.began, budget.first = lambda: seconds, 0.0, 1.0
+    budget.prices = {"": 0.0, "sharpness": price / 2, "midpoint": price / 2}
+    found = []
+    for step in range(11):
+        seconds = float(step)
+        found += [step] if schedule.keeps(step) else []
+    assert found == kept

@@ -14,6 +14,7 @@ from benchmarks.lib.store import Store
 PAGES = {
     "accelerator": "benchmarks.accelerator",
     "control": "benchmarks.control.page",
+    "defaults": "benchmarks.defaults",
     "edge": "benchmarks.edge",
     "eigenvalues": "benchmarks.eigenvalues.page",
     "flow_cost": "benchmarks.flow_cost",

@@ -17,6 +17,7 @@ from gfs_core import Alert, ConfigError, GFSConfig, GFSWarning, Measurement, Mea
 from gfs_core.errors import own_fault
 from gfs_core.help import filled_in
 from gfs_core.optimizers.thresholds import parameters_of
+from gfs_core.run.budget import OverheadBudget
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
 from gfs_core.run.second_data import SecondData, split_off
@@ -87,7 +88,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         if loss_fn is not None and not callable(loss_fn):
             raise ConfigError(f"`loss_fn` must be a function of the model and its inputs, got {loss_fn!r}")
         self.loss_fn, self.on_alarm = loss_fn, on_alarm
-        self._guard = Guard(self.config.strict, self._close, on_alarm)
+        self._guard = Guard(self.config.strict, self._close, on_alarm, self._budgets)
         self.monitor: StabilityMonitor | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._replay: Replay | None = None
@@ -292,6 +293,9 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         except Exception as error:
             why = str(error).splitlines()[0] if str(error) else ""
             _warn(f"{path} cannot be used ({type(error).__name__}: {why}); measuring starts cold")
+
+    def _budgets(self) -> list[OverheadBudget]:
+        return [] if self.monitor is None else [self.monitor.schedule.budget]
 
     def _close(self) -> None:
         if self.monitor is not None:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch
 from torch import Tensor
 
 from gfs_core import Alert, ConfigError, GFSConfig, Measurement, MeasurementError, StabilityMonitor
@@ -16,6 +17,7 @@ from gfs_core.charts import WandbPanel, add_to_tensorboard
 from gfs_core.config import Off, may_be_off
 from gfs_core.help import filled_in
 from gfs_core.loss.batches import batch_size
+from gfs_core.run.budget import OverheadBudget
 from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
 from gfs_core.run.micro_batches import opened
@@ -43,6 +45,8 @@ _RARE = (
     "the optimizer takes no step with some of the batches: what is measured is the loss of one batch, and where "
     "gradients of several are added up, the noise of a step, and with it the running and the mean-square ratio, is less"
 )
+
+_ON_BAR = ("/stability_ratio", "/running_stability_ratio")
 
 
 class GFSCallback(_Base):
@@ -91,7 +95,7 @@ class GFSCallback(_Base):
         self.config = GFSConfig.from_options(**options)
         self.loss_fn, self.progress_bar, self.on_alarm = loss_fn, progress_bar, on_alarm
         self.monitors: dict[str, StabilityMonitor] = {}
-        self._guard = Guard(self.config.strict, self._give_up, on_alarm)
+        self._guard = Guard(self.config.strict, self._give_up, on_alarm, self._budgets)
         self._losses: dict[str, LossFn | None] = {}
         self._resumed: dict[str, Any] = {}
         self._panels: list[WandbPanel] | None = None  # not yet set up
@@ -163,12 +167,12 @@ class GFSCallback(_Base):
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
         window = self._window
+        if not window.keeping:
+            window.forget()
+            return
         for (name, monitor), loss in zip(self.monitors.items(), self._losses.values(), strict=True):
-            if window.keeping:
-                again = functools.partial(self._loss, trainer, pl_module, loss, window)
-                measurement = monitor.step(again, window.batches, self._step, micro_batches=True)
-            else:
-                measurement = monitor.update_detectors(self._step)
+            again = functools.partial(self._loss, trainer, pl_module, loss, window)
+            measurement = monitor.step(again, window.batches, self._step, micro_batches=True)
             if measurement is not None:
                 self._publish(trainer, pl_module, measurement, name, self._step)
         window.forget()
@@ -186,7 +190,8 @@ class GFSCallback(_Base):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning has divided the loss by the number of micro-batches.
-            self._window.losses.append((loss * trainer.accumulate_grad_batches, batch_size(batch)))
+            count = trainer.accumulate_grad_batches
+            self._window.losses.append((loss * count if count > 1 else loss, batch_size(batch)))
         if not self._window.over:
             return
         for name, monitor in self.monitors.items():
@@ -228,6 +233,9 @@ class GFSCallback(_Base):
         for panel in self._panels or ():
             panel.draw()
         self._panels = None
+
+    def _budgets(self) -> list[OverheadBudget]:
+        return [monitor.schedule.budget for monitor in self.monitors.values()]
 
     def _give_up(self) -> None:
         self._take_hooks_away()
@@ -310,11 +318,11 @@ class GFSCallback(_Base):
                 logger.log_metrics(values, step=step)
         for panel in self._panels:
             panel.add(values, step)
-        for key, value in (
-            values.items() if not trainer.barebones else ()
-        ):  # for callbacks that monitor a value, the bar
-            on_bar = self.progress_bar and key.endswith(("/stability_ratio", "/running_stability_ratio"))
-            module.log(key, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        if not trainer.barebones:
+            # For callbacks that monitor a value, and the bar. `log` would take a millisecond for a few of them.
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+            shown = {key: value for key, value in values.items() if key.endswith(_ON_BAR)}
+            trainer.progress_bar_metrics.update(shown if self.progress_bar else {})
 
     def _set_up_charts(self, trainer: Any) -> list[WandbPanel]:
         """Set up the charts of the loggers, before the first value: the user's hooks at the start have run by then."""

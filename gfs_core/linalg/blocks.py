@@ -118,6 +118,16 @@ class RunningBlocks:
         self.blocks, self._estimates, self._calls = None, [RunningSharpness()], 0
 
     @property
+    def complete(self) -> bool:
+        """Whether there is an estimate for each block; not so where an update broke off between two of them."""
+        return len(self._estimates) == len(self.blocks or [0])
+
+    @property
+    def settled(self) -> bool:
+        """Whether all directions have been turned often enough for a value."""
+        return all(e.settled for e in self._estimates)
+
+    @property
     def wants_pair(self) -> bool:
         """Whether the next product is to be one of a pair."""
         return any(e.wants_pair for e in self._estimates)
@@ -133,7 +143,7 @@ class RunningBlocks:
     def update(self, sample: Sample) -> list[float]:
         """Turn all directions by one product; see :meth:`gfs_core.linalg.power.RunningSharpness.update`.
 
-        The first call solves for the largest eigenvalue; the second looks for the blocks.
+        The second call looks for the blocks.
 
         Returns:
             A Rayleigh quotient for each block, to be taken in by :meth:`average`.
@@ -148,9 +158,15 @@ class RunningBlocks:
         return self._turn(self.blocks, sample)
 
     def average(
-        self, quotients: Sequence[float], relative_loss: float | None = None, stands_for: int = 1
+        self, quotients: Sequence[float], relative_loss: float | None = None, stands_for: float = 1.0
     ) -> float | None:
-        """Take in the quotients of one :meth:`update`; the new estimate, ``None`` while it is not positive."""
+        """Take in the quotients of one :meth:`update`.
+
+        Returns:
+            The new estimate; ``None`` while a direction settles, or the estimate is not positive.
+        """
+        if not self.settled:
+            return None
         values = [e.average(q, relative_loss, stands_for) for e, q in zip(self._estimates, quotients, strict=True)]
         return max((v for v in values if v is not None), default=None)
 

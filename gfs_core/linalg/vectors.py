@@ -22,7 +22,7 @@ from torch import Tensor
 Vector: TypeAlias = list[Tensor]
 HALVES = (torch.float16, torch.bfloat16)
 # Elements that are worked on together: starting a call takes an accelerator longer than a small tensor does.
-_BUNCH, _BUNCH_ON_CPU = 1 << 23, 0
+_BUNCH, _BUNCH_ON_CPU = 1 << 23, 1 << 16
 
 
 def local(tensor: Tensor) -> Tensor:

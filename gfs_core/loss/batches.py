@@ -18,8 +18,11 @@ def batch_size(batch: Any) -> int | None:
     """Length of the first dimension of the first tensor found; ``None`` where there is none."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else None
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((n for item in items if (n := batch_size(item)) is not None), None)
+    items = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
+    for item in items:  # called at every step: a generator would be slower
+        if (size := batch_size(item)) is not None:
+            return size
+    return None
 
 
 def first_examples(batch: Any, count: int) -> Any:
@@ -83,7 +86,10 @@ def first_of_all(batches: Sequence[Any], count: int | None) -> list[Any]:
 
 def examples_of(batches: Sequence[Any]) -> int | None:
     """How many examples the batches hold together; ``None`` where they cannot be counted."""
-    return sum(batch_size(b) or 0 for b in batches) or None
+    count = 0
+    for batch in batches:
+        count += batch_size(batch) or 0
+    return count or None
 
 
 def fraction_of(part: Any, batches: Sequence[Any]) -> float:

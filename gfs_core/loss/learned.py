@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 HvpMethod: TypeAlias = Literal["auto", "exact", "gradients"]
 PrecisionChoice: TypeAlias = Literal["auto", "training", "float32"]
 
+OfStep: TypeAlias = Literal["unknown", "mean", "sum", "other"]
+
 PARTS = 16
 
 
@@ -29,6 +31,13 @@ class Learned:
         whole: why it is not, in words.
         fits: examples that memory has room for, where it once had none; ``None``: all of them.
         parts: that a batch is cut into for the running estimate.
+        smooth: whether differences of gradients tell the curvature along a step that changes the gradient by a tenth;
+            ``None``: not known yet.
+        of_step: what ``.grad`` holds before an optimizer step: the gradient of the mean loss of the micro-batches, that
+            of their sum, or another one; ``"unknown"``: not compared yet.
+        uses: how often ``.grad`` was used since it was compared.
+        whole_cheaper: whether one gradient of the whole step takes less time than a product on a part; ``None``: not
+            timed yet.
     """
 
     hvp: HvpMethod = "auto"
@@ -42,10 +51,21 @@ class Learned:
     whole: str = ""
     fits: int | None = None
     parts: int = PARTS
+    smooth: bool | None = None
+    of_step: OfStep = "unknown"
+    uses: int = 0
+    whole_cheaper: bool | None = None
 
     def of_other_weights(self) -> Learned:
         """What still holds when other weights are trained: how the loss treats its batch."""
-        return Learned(splits=self.splits, whole=self.whole, fits=self.fits, parts=self.parts)
+        return Learned(
+            splits=self.splits,
+            whole=self.whole,
+            fits=self.fits,
+            parts=self.parts,
+            of_step=self.of_step,
+            whole_cheaper=self.whole_cheaper,
+        )
 
     def hvp_for(self, asked: HvpMethod) -> HvpMethod:
         """How products are had: as asked for, or as it is learned where that is left open."""
@@ -67,12 +87,13 @@ class Learned:
             ValueError: a value is none of those that it may have.
         """
         fresh = asdict(cls())
-        optional = {"splits": bool, "fits": int}
+        optional = {"splits": bool, "fits": int, "smooth": bool, "whole_cheaper": bool}
         held: dict[str, Any] = {}
         for name, default in fresh.items():
             value = state.get(name, default)
             held[name] = None if value is None and name in optional else optional.get(name, type(default))(value)
-        for name, choices in (("hvp", get_args(HvpMethod)), ("precision", get_args(PrecisionChoice))):
+        for name, kind in (("hvp", HvpMethod), ("precision", PrecisionChoice), ("of_step", OfStep)):
+            choices = get_args(kind)
             if held[name] not in choices:
                 raise ValueError(f"`{name}` is {held[name]!r}")
         if held["parts"] < 1 or (held["fits"] is not None and held["fits"] < 1):

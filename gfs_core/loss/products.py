@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
@@ -98,6 +99,10 @@ class Hessian:
             return self._known(vector)
         self._look_for_rounding()
         return self._first_of_rounded(vector) if self.rounded else self._first(vector)
+
+    def along(self, make: Callable[[], Vector]) -> Vector:
+        """H·v of the vector that ``make`` returns."""
+        return self(make())
 
     def _known(self, vector: Vector) -> Vector:
         """A product by the way that is settled; another way where it fails."""

@@ -17,6 +17,9 @@ class Curvature(Protocol):
     def __call__(self, vector: Vector, /) -> Vector:
         """H·v, a new vector."""
 
+    def along(self, make: Callable[[], Vector]) -> Vector:
+        """H·v of the vector that ``make`` returns, each time a new one."""
+
     def gradient(self, compute: bool = True) -> Vector | None:
         """∇L, a new vector; ``None`` where it is not free and ``compute`` is false."""
 
@@ -85,17 +88,24 @@ class Preconditioned:
 
     def __call__(self, vector: Vector) -> Vector:
         """S·(H + shift)·S·v."""
-        inner = vector
-        if self.scale is not None:
-            inner = clone(vector)
-            multiply(self.scale, inner)
-        product = self.hessian(inner)
+
+        def inner() -> Vector:
+            scaled = clone(vector)
+            if self.scale is not None:
+                multiply(self.scale, scaled)
+            return scaled
+
+        product = self.hessian.along(inner)
         if self.shift is not None:
-            for h, v, shift in zip(product, inner, self.shift, strict=True):
+            for h, v, shift in zip(product, inner(), self.shift, strict=True):
                 h.add_(v, alpha=shift)
         if self.scale is not None:
             multiply(self.scale, product)
         return product
+
+    def along(self, make: Callable[[], Vector]) -> Vector:
+        """S·(H + shift)·S·v of the vector that ``make`` returns."""
+        return self(make())
 
     def gradient(self, compute: bool = True) -> Vector | None:
         """S·∇L, the gradient in the coordinates of the optimizer; ``None`` as in :meth:`Curvature.gradient`."""

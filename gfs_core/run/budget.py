@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_WARM = {"running": 0.1}  # expected price after the first measurement, as a fraction of the first; others: 0.5
-_FLOW_GUESS = 4.0  # guessed price of a short flow before its first measurement, in prices of the sharpness
+_WARM = 0.5  # expected price after the first measurement, as a fraction of the first
+_START = 12  # measurements that let the running estimate settle, and are not charged
+# Guessed prices before the first measurement of a signal, in prices of another one.
+_GUESSES = {"sharpness": (40.0, "running"), "midpoint": (20.0, "running"), "gfs": (4.0, "sharpness")}
 
 
 class OverheadBudget:
-    """Wall time of training and of measuring.
+    """Wall time of training, and of everything that is done here: measurements, hooks and logging.
 
     Three kinds of measurement are not charged to the budget:
 
     - The first measurement of the run: it includes start-up of the libraries.
-    - The first measurement of each further signal. The short flow (``gfs``) is an exception, as it may take minutes:
-      it is charged, and its first price is guessed from that of the sharpness.
+    - The first 12 by which the running estimate settles.
     - The first 20 measurements that a control of the learning rate goes by, where nothing else is measured with them.
 
-    All other measurements together may take the budgeted fraction of the wall time. The next one counts in advance, at
-    the price of the last one.
+    All else together may take the budgeted fraction of the wall time. The next measurement counts in advance, at the
+    price of the last one, or at a guess.
 
     Args:
         needs: for each signal, the names of the signals that are measured before it.
         clock: returns seconds, from any origin.
 
     Attributes:
+        ours: seconds of the run that were not the training's.
+        start: those of them that were not charged.
         last: seconds of the last measurement; ``None`` before there is one.
         prices: expected seconds of each signal's own part; under the empty name, of what every measurement shares.
     """
@@ -38,18 +42,29 @@ class OverheadBudget:
         self.clock, self._needs = clock, needs or {}
         self.began = clock()
         self.before = 0.0  # seconds of earlier runs that this one resumes
-        self.first = 0.0  # seconds that were not charged
+        self.ours = self.start = 0.0
         self.spent: dict[str, float] = {}  # seconds that were charged, by the dearest signal of each measurement
         self.prices: dict[str, float] = {}
         self.last: float | None = None
         self.since = 0.0  # run time at which the first measurement ended
+        self._settling = 0  # measurements by which the running estimate has settled
+        self.counts = False  # whether the time is being counted now
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""
         return self.before + self.clock() - self.began
 
+    def counting(self) -> Counting:
+        """Context whose wall time is not the training's; one inside another is counted once."""
+        return Counting(self)
+
+    @property
+    def settles_free(self) -> bool:
+        """Whether the next measurement by which the running estimate settles is not charged."""
+        return self._settling < _START
+
     def affords(self, names: Sequence[str], budget: float | None, share: float = 1.0, ahead: float = 0.0) -> bool:
-        """Whether measuring these signals stays within the budget.
+        """Whether measuring these signals stays within the budget. The first measurement may be of one signal.
 
         Args:
             names: the signals, the dearest last.
@@ -57,17 +72,23 @@ class OverheadBudget:
             share: part of the budget that measurements with this dearest signal may take, in (0, 1].
             ahead: seconds from now at which they are measured.
         """
-        if budget is None or not self.first:
+        if budget is None:
             return True
-        price = self._price(names)
+        if self.last is None:
+            return len(names) == 1
+        price = self.price(names)
         allowed = budget * (self.elapsed() + ahead - self.since + price)
-        spent = self.spent.get(names[-1], 0.0)
-        return sum(self.spent.values()) + price <= allowed and spent + price <= share * allowed
+        return self.ours - self.start + price <= allowed and self.spent.get(names[-1], 0.0) + price <= share * allowed
 
-    def _price(self, names: Sequence[str]) -> float:
-        parts = {*names, *self._needs.get(names[-1], ())}
-        guesses = {"gfs": _FLOW_GUESS * self.prices.get("sharpness", self.first)}
-        return self.prices.get("", 0.0) + sum(self.prices.get(name, guesses.get(name, 0.0)) for name in parts)
+    def price(self, names: Sequence[str]) -> float:
+        """Expected seconds of a measurement of these signals, the dearest last."""
+        return self.prices.get("", 0.0) + sum(self._own(name) for name in {*names, *self._needs.get(names[-1], ())})
+
+    def _own(self, name: str) -> float:
+        if name in self.prices or name not in _GUESSES:
+            return self.prices.get(name, 0.0)
+        times, other = _GUESSES[name]
+        return times * (self._own(other) if other in self.prices or other in _GUESSES else 0.0)
 
     def measured(
         self,
@@ -76,7 +97,7 @@ class OverheadBudget:
         names: Sequence[str],
         seconds: Mapping[str, float],
         *,
-        early: bool = False,
+        settling: bool = False,
         free: bool = False,
     ) -> None:
         """Record the cost of a measurement.
@@ -86,41 +107,90 @@ class OverheadBudget:
             ended: when it ended, in seconds of the clock.
             names: the signals that were due, the dearest last.
             seconds: seconds that each signal's own part took.
-            early: it was the first, before the optimizer had second moments. It is not charged, and its price is not
-                kept, as later ones cost more.
-            free: a control needed it to start. It is not charged, but its price is kept.
+            settling: it let the running estimate settle, and nothing else was measured.
+            free: a control needed it to start. It is not charged.
         """
-        self.last = ended - began
+        first, self.last = self.last is None, ended - began
         costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
         costs.update(seconds)
-        new = {part for part in costs if part not in self.prices and (part != "gfs" or not self.first)}
-        given = self.last if early or free else sum(costs[part] for part in new)
-        if not self.first:
+        if settling:
+            free, self._settling = free or self.settles_free, self._settling + 1
+        if first:
             self.since = self.elapsed()
-        self.first += given
-        if not early:
-            for part, cost in costs.items():  # the first, cold measurement of a signal is dearer than the next ones
-                self.prices[part] = cost if part in self.prices else _WARM.get(part, 0.5) * cost
-            self.spent[names[-1]] = self.spent.get(names[-1], 0.0) + self.last - given
+            free = True
+        if not self.counts:
+            self.ours += self.last
+        if free:
+            self.start += self.last
+        else:
+            self.spent[names[-1]] = self.spent.get(names[-1], 0.0) + self.last
+        for part, cost in costs.items():  # the first, cold measurement of a signal is dearer than the next ones
+            self.prices[part] = cost if part in self.prices else _WARM * cost
+
+    def beside(self) -> float:
+        """Fraction of the run's wall time that is ours, but spent on no measurement."""
+        measuring = self.start + sum(self.spent.values())
+        return max(self.ours - measuring, 0.0) / max(self.elapsed(), 1e-9)
 
     def overhead(self) -> float:
-        """Fraction of the run's wall time spent measuring, uncharged measurements included."""
-        return (self.first + sum(self.spent.values())) / max(self.elapsed(), 1e-9)
+        """Fraction of the run's wall time that was not the training's, uncharged measurements included."""
+        return self.ours / max(self.elapsed(), 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as numbers."""
         return {
             "elapsed": self.elapsed(),
-            "first": self.first,
+            "ours": self.ours,
+            "start": self.start,
             "spent": dict(self.spent),
             "prices": dict(self.prices),
             "last": self.last,
             "since": self.since,
+            "settling": self._settling,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.before, self.began = float(state.get("elapsed", 0.0)), self.clock()
-        self.first, self.since = float(state.get("first", 0.0)), float(state.get("since", 0.0))
+        self.ours, self.start, self.since = (float(state.get(name, 0.0)) for name in ("ours", "start", "since"))
         self.spent, self.prices = ({k: float(v) for k, v in state.get(n, {}).items()} for n in ("spent", "prices"))
         self.last = None if state.get("last") is None else float(state["last"])
+        self._settling = int(state.get("settling", 0))
+
+
+class Counting:
+    """The context of :meth:`OverheadBudget.counting`. A class is faster than a generator, and every step enters it."""
+
+    __slots__ = ("_began", "_budget")
+
+    def __init__(self, budget: OverheadBudget) -> None:
+        self._budget, self._began = budget, math.nan
+
+    def __enter__(self) -> None:
+        if not self._budget.counts:
+            self._budget.counts, self._began = True, self._budget.clock()
+
+    def __exit__(self, *error: object) -> None:
+        if not math.isnan(self._began):  # else it is inside of another
+            self._budget.counts = False
+            self._budget.ours += self._budget.clock() - self._began
+
+
+class Charged:
+    """Context whose wall time is charged to budgets in equal parts, but for what they count themselves."""
+
+    __slots__ = ("_before", "_began", "_budgets")
+
+    def __init__(self, budgets: Sequence[OverheadBudget]) -> None:
+        self._budgets, self._began, self._before = budgets, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        for budget in self._budgets:
+            self._before += budget.ours
+            self._began = budget.clock()
+
+    def __exit__(self, *error: object) -> None:
+        for budget in self._budgets:
+            self._before -= budget.ours
+        for budget in self._budgets:
+            budget.ours += max(budget.clock() - self._began + self._before, 0.0) / len(self._budgets)

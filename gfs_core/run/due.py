@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from gfs_core.optimizers.thresholds import parameters_of, stability_of
 from gfs_core.run.measuring import LossOfBatch, Measuring
 from gfs_core.run.rates import Rates
@@ -24,15 +26,21 @@ class DueMeasurements:
 
     def __init__(self, schedule: Schedule, measuring: Measuring, rates: Rates, label: Callable[[], str]) -> None:
         self.schedule, self.measuring, self.rates, self.label = schedule, measuring, rates, label
+        self._has_state = False
 
     def names(self, step: int) -> list[str]:
-        """The signals that are due at ``step``, cheapest first."""
-        self.schedule.whole = self.measuring.learned.splits is False
+        """The signals that are due at ``step``, cheapest first; under a budget none before the optimizer has state."""
+        if self._waits_for_state():
+            return []
         return self.measuring.answered(lambda: self.schedule.due(step, self.measuring.iterates.back_from(step)), [])
 
     def wants(self, step: int) -> bool:
         """Whether a batch is of use at ``step``: to be measured, to fill a fixed probe, or to keep the weights."""
         return self.measuring.filling() or bool(self.names(step)) or self.schedule.keeps(step)
+
+    def quiet_until(self, step: int) -> int:
+        """The first step after ``step`` at which a batch may be of use."""
+        return step + 1 if self.measuring.probe.filling else self.schedule.next_possible(step)
 
     def keep_weights(self, step: int) -> None:
         """Copy the weights before the step that is about to be taken at ``step``, if a signal will need them."""
@@ -40,6 +48,13 @@ class DueMeasurements:
             self.measuring.keep_weights(step, self.schedule.back)
         else:
             self.measuring.iterates.drop()
+
+    def expect(self, step: int) -> None:
+        """Look at the gradients of the coming step, where a measurement may go by them."""
+        if self.schedule.nearly_due(step):
+            self.measuring.clipping.expect(parameters_of(self.measuring.optimizer))
+        else:
+            self.measuring.clipping.close()
 
     def measure(self, loss_fn: LossOfBatch, batches: list[Any], step: int) -> Measurement | None:
         """Measure what is due, charge it to the budget, and pass it to the control.
@@ -56,6 +71,7 @@ class DueMeasurements:
         names, filling = self.names(step), measuring.filling()
         if not names and not filling:
             return None
+        synchronize(measuring.optimizer)  # what training has still to compute is not ours
         began = budget.clock()
         data = measuring.batches_of(batches)
         if data is None or not measuring.knows_parts(loss_fn, data, names):
@@ -64,13 +80,12 @@ class DueMeasurements:
             return None
         if (filling and not measuring.fill_probe(data)) or not names:
             return None
-        free, scale = self.schedule.free(names), self.rates.scale()
-        early = measuring.count == 0 and self._before_second_moments()
+        free, settling, scale = self.schedule.free(names), self.schedule.settling, self.rates.scale()
         with self.rates.scaled(scale):
             measurement, seconds = measuring.measure(
                 names, step, loss_fn, data, self.label(), self.rates.control.only_lowers
             )
-        budget.measured(began, budget.clock(), names, seconds, early=early, free=free)
+        budget.measured(began, budget.clock(), names, seconds, settling=settling and names == ["running"], free=free)
         if measurement is None:
             return None
         measuring.notices.reasons(measurement.reasons)
@@ -78,7 +93,19 @@ class DueMeasurements:
         measurement = measurement.having(seconds=budget.last, overhead=budget.overhead())
         return self.rates.take_in(measurement, scale, along_the_step=self.schedule.leading == "directional")
 
-    def _before_second_moments(self) -> bool:
+    def _waits_for_state(self) -> bool:
+        """Whether an adaptive optimizer has no second moments yet: under a budget, nothing is spent without a ratio."""
+        if self._has_state or self.schedule.config.max_overhead is None:
+            return False
         optimizer = self.measuring.optimizer
         stability = stability_of(optimizer, parameters_of(optimizer))
-        return stability.adaptive and stability.threshold is None
+        known = stability.threshold is not None or stability.learning_rate == 0
+        self._has_state = not stability.adaptive or known
+        return not self._has_state
+
+
+def synchronize(optimizer: Any) -> None:
+    """Wait until the accelerator has computed what was started on it."""
+    params = parameters_of(optimizer)
+    if params and params[0].device.type == "cuda":
+        torch.cuda.synchronize(params[0].device)

@@ -16,6 +16,7 @@ from gfs_core.loss.learned import Learned
 from gfs_core.loss.memory import OverLimit
 from gfs_core.loss.parts import UNTRIED, why_whole
 from gfs_core.optimizers.thresholds import parameters_of
+from gfs_core.run.clipping import ClippingFactor
 from gfs_core.run.iterates import Iterates
 from gfs_core.run.losses import MeanLoss
 from gfs_core.run.notices import Notices
@@ -71,6 +72,7 @@ class Measuring:
         self.failure = ""
         self.iterates = Iterates()
         self._filled = False  # whether the fixed probe is complete on every process
+        self.clipping = ClippingFactor()
 
     def together(self) -> AbstractContextManager[None]:
         """Measure in this context: with several processes, a failure on one ends the measurement on all."""
@@ -132,7 +134,9 @@ class Measuring:
         """
         if self.learned.splits is not None:
             return True
-        cuts = self.probe.cuts(batches, self.learned, running="running" in names)
+        learned = self.learned
+        by_parts = learned.smooth is False or learned.whole_cheaper is False or self.config.hvp == "exact"
+        cuts = self.probe.cuts(batches, learned, running="running" in names and by_parts)
         if not self.agreed(cuts, False):
             return True
         try:
@@ -248,6 +252,7 @@ class Measuring:
         whole = self.probe.data(current)
         probe = self.probe.fitting(whole, self.learned)
         past, back = self.iterates.before(step), max(s.past for s in self.signals.named(names))
+        clipped = self.clipping.taken()
         measured: Measured | None = None
         measurement: Measurement | None = None
         try:
@@ -270,6 +275,8 @@ class Measuring:
                     mean,
                     rate_only_lowered,
                     self.probe.second is None,
+                    [p.grad for p in parameters_of(self.optimizer)] if self.probe.second is None else None,
+                    clipped,
                 )
                 measured = measure(self.signals.named(names), context, self.learned, self._conditions())
                 measurement = Measurement.from_readings(step, label, measured.readings, measured.notes)

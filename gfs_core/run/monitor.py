@@ -33,6 +33,7 @@ from gfs_core.run.record import Measurement
 from gfs_core.run.schedule import Schedule
 from gfs_core.run.scheduler import scheduler_of
 from gfs_core.run.second_data import REMARK, SecondData
+from gfs_core.run.waiting import Uneventful, Waiting
 from gfs_core.run.watch import Requests, Watch
 from gfs_core.run.weights import FROZEN, Weights, to_come
 from gfs_core.signals.catalog import Signals
@@ -124,6 +125,10 @@ class StabilityMonitor:
         self.count = 0
         self._weights = Weights()
         self._weights.changed(params)
+        self._arrived: list[tuple[Tensor | float, int | None]] = []  # losses of the step that has not ended yet
+        self._waiting = Waiting()
+        self._alerts: list[Alert] = []  # of steps that were passed on before a measurement
+        self._quiet_from = self._quiet_until = -1
         self._looked = self._seen = -1  # the last steps of `_look` and of `update_detectors`
         self._resumed = False
         for doubt in (data.doubt, "" if stability.adaptive else stability.reason):
@@ -178,25 +183,27 @@ class StabilityMonitor:
         Raises:
             Exception: with ``strict=True``, whatever made the measurement fail; what ``on_alarm`` raises, always.
         """
-        if step is None:
-            step = self.count
-            self.count += 1
-        batches = batch if micro_batches else [batch]
-        if loss is not None:
-            self.record_loss(loss, examples_of(batches))
-        self._look(step)
-        measurement, wanted = None, False
-        with self.notices.harmless("a measurement is left out"):
-            wanted = self.wants(step) and self._trained(step)
+        with self.schedule.budget.counting():
+            if step is None:
+                step = self.count
+                self.count += 1
+            batches = batch if micro_batches else [batch]
+            if loss is not None:
+                self.record_loss(loss, examples_of(batches))
+            self._look(step)
+            measurement, wanted = None, False
+            with self.notices.harmless("a measurement is left out"):
+                wanted = self.wants(step) and self._trained(step)
+                if wanted:
+                    self._pass_on()
+                    self.measuring.failure = ""
+                    measurement = self._due.measure(loss_fn, batches, step)
+                    self.rates.why = self.measuring.failure or self.rates.why
             if wanted:
-                self.measuring.failure = ""
-                measurement = self._due.measure(loss_fn, batches, step)
-                self.rates.why = self.measuring.failure or self.rates.why
-        if wanted:
-            with self.notices.harmless("nothing is measured along a step", alone=True):
-                self._due.keep_weights(step)
-        remarks = self.remarks if self.measuring.probe.second is None else (*self.remarks, REMARK)
-        return self.update_detectors(step, None if measurement is None else measurement.because(remarks))
+                with self.notices.harmless("nothing is measured along a step", alone=True):
+                    self._due.keep_weights(step)
+            remarks = self.remarks if self.measuring.probe.second is None else (*self.remarks, REMARK)
+            return self.update_detectors(step, None if measurement is None else measurement.because(remarks))
 
     def record_loss(self, loss: Tensor | float, examples: int | None = None) -> None:
         """Record the loss of a training batch, for the running estimate, the early warning and the history.
@@ -209,10 +216,7 @@ class StabilityMonitor:
             MeasurementError: with ``strict=True``, the tensor does not hold exactly one number.
         """
         with self.notices.harmless("the loss of a step is not taken in", alone=True):
-            value = kept(loss)
-            if "running" in self.schedule.every:
-                self.measuring.mean_loss.add(value)
-            self._losses.add(value, examples)
+            self._arrived.append((kept(loss), examples))
 
     def update_detectors(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
         """Give the recorded losses and ``measurement`` to the early warning, and write the history.
@@ -230,27 +234,62 @@ class StabilityMonitor:
         if self._resumed:
             self._resumed = False
             self.journal.resume(step)
-        self._look(step)
-        alerts: list[Alert] = []
-        with self.notices.harmless("the early warning has not seen a step"):
-            self.measuring.mean_loss.end_step()
-            losses = self._new_losses(step, now=measurement is not None)
-            judged = measurement if self.measuring.probe.second is None else None  # training's own curvature alone
-            alerts = self.watch.observe(step, losses, self.rates.effective, judged)
-            self.journal.add_losses(losses)
-        if alerts and measurement is None:
-            measurement = Measurement(step, self._label())
-        if measurement is None:
-            self.journal.write_due_losses()
-        else:
-            measurement = measurement.finite().having(alarm=self.watch.level).because(a.reason for a in alerts)
-            self.journal.write(measurement)
+        with self.schedule.budget.counting():
+            self._look(step)
+            arrived, self._arrived = self._arrived, []
+            rate = None
+            with self.notices.harmless("the early warning has not seen a rate", alone=True):
+                rate = self.rates.effective()
+            news = self._waiting.add(Uneventful(step, arrived, rate))
+            if measurement is None and not news and self.ranks is None and not self._alerts:
+                self._expect(step)
+                return None
+            self._pass_on(measurement)
+            alerts, self._alerts = self._alerts, []
+            if alerts and measurement is None:
+                measurement = Measurement(step, self._label())
+            if measurement is None:
+                self.journal.write_due_losses()
+            else:
+                level, reasons = self.watch.level, (a.reason for a in alerts)
+                measurement = measurement.finite().with_ratio().having(alarm=level).because(reasons)
+                self.journal.write(measurement)
+            self._expect(step)
         self.watch.call()
         return measurement
 
+    def _pass_on(self, measurement: Measurement | None = None) -> None:
+        """Pass the steps that wait to the early warning and the journal, the last of them with ``measurement``."""
+        with self.notices.harmless("the early warning has not seen a step"):
+            held = self._waiting.take()
+            for place, step in enumerate(held, 1):
+                own = measurement if place == len(held) else None
+                for loss, examples in step.losses:
+                    if "running" in self.schedule.every:
+                        self.measuring.mean_loss.add(loss)
+                    self._losses.add(loss, examples)
+                self.measuring.mean_loss.end_step()
+                losses = self._new_losses(step.step, now=own is not None)
+                judged = own if self.measuring.probe.second is None else None  # training's own curvature alone
+                self._alerts += self.watch.observe(step.step, losses, step.rate, judged)
+                self.journal.add_losses(losses)
+
+    def _expect(self, step: int) -> None:
+        if not self._is_quiet(step + 1):
+            with self.notices.harmless("the gradients of the coming step are not looked at", alone=True):
+                self._due.expect(step)
+
     def wants(self, step: int) -> bool:
         """Whether :meth:`step` needs a batch at this step: to measure, to fill a fixed probe, or to keep weights."""
-        return self._due.wants(step)
+        return not self._is_quiet(step) and self._due.wants(step)
+
+    def _is_quiet(self, step: int) -> bool:
+        """Whether nothing may be due at ``step``; found out once for the steps up to the next one that may need it."""
+        if step == self._quiet_until:
+            return False
+        if not self._quiet_from < step < self._quiet_until:
+            self._quiet_from, self._quiet_until = step - 1, self._due.quiet_until(step - 1)
+        return step < self._quiet_until
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due at this step, by the signals' intervals, the budget and the control."""
@@ -258,15 +297,20 @@ class StabilityMonitor:
 
     def close(self) -> None:
         """Write the last losses, leave the process group, and take the control's hooks off the optimizer."""
+        if self.ranks is None:
+            self._pass_on()
         if self._losses.ranks is None:  # other processes may have ended already, and would not answer
             self.journal.add_losses(self._losses.up_to(self._seen, now=True))
         self.journal.write_losses()
         if self.ranks is not None:
             self.ranks.close()
+        self.measuring.clipping.close()
         self.rates.close()
 
     def state_dict(self) -> dict[str, Any]:
         """All state that the next measurement depends on; loadable with ``weights_only=True``."""
+        if self.ranks is None:
+            self._pass_on()
         return {
             "count": self.count,
             "journal": self.journal.state_dict(),
@@ -275,6 +319,7 @@ class StabilityMonitor:
             "control": self.control.state_dict(),
             "watch": self.watch.state_dict(),
             "losses": self._losses.state(),
+            "seen": self._seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -304,6 +349,9 @@ class StabilityMonitor:
         self.control.load_state_dict(state["control"])
         self.watch.load_state_dict(state["watch"])
         self._losses.load(state["losses"])
+        self._waiting, self._arrived = Waiting(), []
+        self._seen, self._quiet_from, self._quiet_until = int(state["seen"]), -1, -1
+        self._expect(self._seen)
 
     def _look(self, step: int) -> None:
         """Under a control, check once a step whether other weights are trained now, and whether the control acts."""

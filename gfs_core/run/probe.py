@@ -105,7 +105,10 @@ class Probe:
             only_running: only the running estimate was measured, so its parts of a batch are halved, not the probe.
         """
         if only_running:
-            learned.parts *= 2
+            if learned.whole_cheaper is not False:
+                learned.whole_cheaper = False  # parts need less memory, whatever they cost
+            else:
+                learned.parts *= 2
         elif count := examples_of(probe):
             learned.fits = max(1, count // 2)
         self._narrow, self._wait = 0, 2 * self._wait

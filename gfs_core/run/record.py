@@ -83,6 +83,11 @@ class Measurement:
         """A copy without values that are not finite, as in a run that has diverged."""
         return replace(self, readings=tuple(r for r in self.readings if r.value is not None and math.isfinite(r.value)))
 
+    def with_ratio(self) -> Measurement:
+        """A copy whose stability ratio is the running one, if it has no other."""
+        running = self.running_stability_ratio
+        return self if running is None or self.stability_ratio is not None else self.having(stability_ratio=running)
+
     def at_scale(self, factor: float) -> Measurement:
         """A copy as it would be with all learning rates multiplied by ``factor`` > 0, at the same weights."""
         by = {1: factor, 0: 1.0, -1: 1 / factor}

@@ -9,9 +9,10 @@ from gfs_core.config import TIERS, GFSConfig
 from gfs_core.run.budget import OverheadBudget
 from gfs_core.run.ranks import Ranks
 from gfs_core.signals.base import Signal
-from gfs_core.signals.curvature import WHOLE_EVERY
+from gfs_core.signals.curvature import RunningCurvature
 
-_CHEAP_SHARE = 0.75  # of the budget, for all signals but the dearest
+_CHEAP_SHARE = 0.9  # of the budget, for all signals but the dearest
+_SETTLE_EVERY = 2  # steps between measurements by which the running estimate settles
 # Signals with a ratio for a control that is not along the step.
 _LEADING = ("running", "sharpness", "midpoint", "gfs", "gfs_full")
 
@@ -31,7 +32,6 @@ class Schedule:
         budget: the overhead budget.
         leading: the signal that the control goes by.
         back: the most steps that a signal looks back.
-        whole: whether the running estimate needs whole batches, and so is measured less often.
     """
 
     def __init__(
@@ -47,6 +47,10 @@ class Schedule:
         places: dict[str, int] = {name: place for place, name in enumerate(TIERS)}
         by_cost = sorted(signals, key=lambda signal: (signal.cost, places.get(signal.name, len(places))))
         self._cheapest_first = [signal.name for signal in by_cost]
+        self._needs = {signal.name: signal.needs for signal in signals}
+        self._past = {signal.name: signal.past for signal in signals}
+        self.back = max(self._past.values())
+        self._running = next((s for s in signals if isinstance(s, RunningCurvature)), None)
         self.every: dict[str, int] = {}
         self.also({signal.name: signal.every for signal in signals if signal.every is not None})
         self.also(config.intervals())
@@ -54,10 +58,6 @@ class Schedule:
         if by_the_step and "directional" not in self.every:
             often = config.every if empirical else config.running_every or config.every
             self.also({"directional": often})
-        self.whole = False
-        self._needs = {signal.name: signal.needs for signal in signals}
-        self._past = {signal.name: signal.past for signal in signals}
-        self.back = max(self._past.values())
         self.budget = OverheadBudget(self._needs)
         leads = ("directional",) if by_the_step else _LEADING
         self.leading = next((name for name in self.every if name in leads), config.tier)
@@ -70,6 +70,7 @@ class Schedule:
         """
         wanted = self.every | dict(every)
         self.every = {name: wanted[name] for name in self._cheapest_first if name in wanted}
+        self._turns = [(every, ahead) for name, every in self.every.items() for ahead in range(self._past[name] + 1)]
 
     def due(self, step: int, kept: int) -> list[str]:
         """The signals to be measured at ``step``, cheapest first.
@@ -99,10 +100,10 @@ class Schedule:
 
     def _due(self, step: int, kept: int, affords: Callable[[list[str]], bool]) -> list[str]:
         due: list[str] = []
+        settles = self.settling and step % _SETTLE_EVERY == 0 and self._settles_free()
         for name, every in self.every.items():
             free = name == self.leading and self.control.starting
-            apart = every * WHOLE_EVERY if self.whole and name == "running" else every
-            wanted = step % apart == 0 and (free or affords([*due, name]))
+            wanted = (step % every == 0 and (free or affords([*due, name]))) or (settles and name == "running")
             if wanted or (free and self.control.waiting):
                 due += [name] if kept >= self._past[name] else [n for n in self._needs[name] if n not in due]
         return due
@@ -115,6 +116,25 @@ class Schedule:
             if (back := self._past[name]) and step % every == 0 and name not in names
             if self._needs[name] and set(self._needs[name]) <= set(names)
         ]
+
+    @property
+    def settling(self) -> bool:
+        """Whether the running estimate is on, and has no value yet."""
+        return self._running is not None and "running" in self.every and self._running.settling
+
+    def _settles_free(self) -> bool:
+        return self.config.max_overhead is None or self.budget.settles_free
+
+    def next_possible(self, step: int) -> int:
+        """The first step after ``step`` at which anything may be due or weights be kept, by the intervals alone."""
+        if self.settling or self.control.policy != "observe":
+            return step + 1
+        return min(step + 1 + (-(step + 1 + ahead)) % every for every, ahead in self._turns)
+
+    def nearly_due(self, step: int) -> bool:
+        """Whether a measurement will be due after the optimizer step taken at ``step``."""
+        ahead = step + 1
+        return self.ranks is None and bool(self._due(ahead, self.back, lambda names: self._affords(names, step, 1)))
 
     def keeps(self, step: int) -> bool:
         """Whether the weights before the optimizer step taken at ``step`` are kept, as a signal will look back."""
@@ -134,8 +154,8 @@ class Schedule:
 
     def _affords(self, names: list[str], step: int = 0, ahead: int = 0) -> bool:
         # At `step`, or that many steps ahead of it, which take as long as steps did so far.
-        # The cheaper signals share three quarters of the budget evenly, so that the dearest gets its turn. The dearest
-        # may use all that is left.
+        # The cheaper signals share most of the budget evenly, so that the dearest gets its turn. The dearest may use
+        # all that is left.
         share = 1.0 if self.config.tier in names else _CHEAP_SHARE / max(len(self.every) - 1, 1)
         later = self.budget.elapsed() / max(step, 1) * ahead if ahead else 0.0
         return self.budget.affords(names, self.config.max_overhead, share, later)

@@ -66,7 +66,7 @@ class Watch:
         self,
         step: int,
         losses: Iterable[tuple[int, float, int]],
-        rate: Callable[[], float | None],
+        rate: float | None,
         measurement: Measurement | None,
     ) -> list[Alert]:
         """Pass the data of a step to the early warning, and act on its alerts.
@@ -74,7 +74,7 @@ class Watch:
         Args:
             step: optimizer steps taken so far.
             losses: for each step: the step, its loss, and the number of examples behind it (0: not known).
-            rate: returns the rate that the coming step uses; ``None``: the rate is not judged.
+            rate: the rate that the coming step uses; ``None``: the rate is not judged.
             measurement: the measurement of this step, if there is one.
 
         Returns:
@@ -85,8 +85,7 @@ class Watch:
         """
         if self.warning is None:
             return []
-        now = rate()
-        readings = [] if now is None else [Reading(STEP_RATE, step, now)]
+        readings = [] if rate is None else [Reading(STEP_RATE, step, rate)]
         for seen in losses:
             readings += loss_readings(*seen)
         if measurement is not None:

@@ -30,6 +30,8 @@ class StepContext:
         mean_loss: mean training loss over the steps before; ``None``: not known.
         rate_only_lowered: whether the learning rate is controlled by a policy that only lowers it.
         trained: whether ``batches`` are what training computes its gradient on; not so with a second data set.
+        gradient: the ``.grad`` of each weight, before the step; ``None``: not known.
+        clipped: by what factor the gradients were multiplied since they were accumulated; ``None``: not known.
     """
 
     step: int
@@ -43,6 +45,8 @@ class StepContext:
     mean_loss: float | None = None
     rate_only_lowered: bool = False
     trained: bool = True
+    gradient: Sequence[Tensor | None] | None = None
+    clipped: float | None = None
 
     @cached_property
     def params(self) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,12 +12,14 @@ from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.power import Sample
 from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half
 from gfs_core.loss.batches import batch_size, fraction_of, rotating_part
+from gfs_core.loss.one_gradient import OneGradient, StepLength
 from gfs_core.loss.parts import normalises_over_batch
-from gfs_core.signals.base import Cost, Key, Reading, Stateless
+from gfs_core.signals.base import Cost, Key, Reading
 from gfs_core.signals.context import StepContext
-from gfs_core.signals.directional import Directional, along_by_product, along_the_gradient
+from gfs_core.signals.directional import along_by_product, along_the_gradient
 from gfs_core.signals.keys import PRECISION_ERROR, RATIO_CHART, SHARPNESS_CHART, STABILITY_RATIO
 from gfs_core.signals.lab import Lab
+from gfs_core.signals.training_gradient import one_gradient
 
 DIRECTIONAL_SHARPNESS = Key("directional_sharpness", "curvature uᵀHu/‖u‖² along the last step u really taken")
 CRITICAL_LR = Key("critical_lr", "learning rate at which a step in that direction would stop lowering the loss")
@@ -50,11 +53,29 @@ MEAN_SQUARE_BOUND = Key(
     scales_with_rate=1,
     logged=False,
 )
-WHOLE_EVERY = 4  # factor on the running estimate's interval where it needs whole batches, which cost more on a CPU
+_PART_IN_GRADIENTS = 50.0  # gradients of a part that take the time of a product on it: `benchmarks/price.md`
+_USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
+_LONGEST_INTERVAL = 4.0  # times that: more is treated alike, as single quotients are noisy
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 
 
-class DirectionalCurvature(Stateless):
+class _Quotients(NamedTuple):
+    """What a measurement adds to the running estimate.
+
+    Attributes:
+        values: a Rayleigh quotient for each block.
+        loss: on the data of the products.
+        noise: weight of the variance of the curvature over this data, for a whole step.
+        precision_error: relative error of a quotient in half precision, where that was looked at.
+    """
+
+    values: list[float]
+    loss: float
+    noise: float
+    precision_error: float | None = None
+
+
+class DirectionalCurvature:
     """Curvature along the last step that was really taken: the cheapest signal, available for every optimizer."""
 
     name = "directional"
@@ -65,15 +86,22 @@ class DirectionalCurvature(Stateless):
     past = 1
     every = None
 
+    def __init__(self) -> None:
+        self.length = StepLength()
+
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
-        """Measure with one product and one gradient; no readings if the weights before the step were not kept."""
+        """Measure with one gradient, or one product; no readings if the weights before the step were not kept."""
         if not step.past:
             return []
-        lab.loss_on_probe()
-        along = _along_the_step(lab, step.past[0])
-        if along.sharpness is None:
+        taken = [w.float() if is_half(w) else w.clone() for w in lab.objective.weights]
+        axpy(-1.0, step.past[0], taken)
+        if lab.objective.inner.norm(taken) == 0.0:  # a skipped step, a rate of 0
             why = "nothing along the last step: the weights have not moved, or by less than rounding"
             return [Reading(DIRECTIONAL_SHARPNESS, step.step, None, reason=why)]
+        products = _of_the_step(step, lab, step.probe, self.length)
+        if products is None:
+            lab.loss_on_probe()
+        along = along_by_product(products or lab.hessian, taken)
         found = [Reading(DIRECTIONAL_SHARPNESS, step.step, along.sharpness)]
         if along.critical is not None:
             if step.stability.learning_rate is not None:
@@ -82,14 +110,30 @@ class DirectionalCurvature(Stateless):
                 found.append(Reading(STABILITY_RATIO, step.step, 1 / along.critical))
         return found
 
+    def forget(self) -> None:
+        """Find the length of the next step anew."""
+        self.length = StepLength()
 
-def _along_the_step(lab: Lab, before: Vector) -> Directional:
-    """Curvature along the step from ``before`` to the present weights."""
-    taken = [w.float() if is_half(w) else w.clone() for w in lab.objective.weights]
-    axpy(-1.0, before, taken)
-    if lab.objective.inner.norm(taken) == 0.0:  # the optimizer did not move: a skipped step, a rate of 0
-        return Directional(None, None)
-    return along_by_product(lab.hessian, taken)
+    def broke_off(self) -> None:
+        """Find the length of the next step anew."""
+        self.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known about the length of a step."""
+        return self.length.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Restore it."""
+        self.length = StepLength.from_state(state)
+
+
+def _of_the_step(step: StepContext, lab: Lab, data: Sequence[Any], length: StepLength) -> OneGradient | None:
+    """Products by one gradient each, where ``data`` is all that training computes its gradient on."""
+    whole = len(data) == len(step.batches) and all(a is b for a, b in zip(data, step.batches, strict=True))
+    if step.gradient is None or not whole:
+        return None
+    with lab.on(step.batches):
+        return one_gradient(step, lab, length)
 
 
 class BatchSharpness:
@@ -105,39 +149,46 @@ class BatchSharpness:
 
     def __init__(self) -> None:
         self.mean: float | None = None
+        self.length = StepLength()
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
-        """Measure with one product and one gradient of the current batch.
+        """Measure with one gradient of the current batch, or one product.
 
         There are no readings before the optimizer's operator is known.
         """
         if not step.stability.known:
             return []
+        inverse = None if step.stability.scale is None else step.stability.scale.squared()
         with lab.on(step.current):
-            inverse = None if step.stability.scale is None else step.stability.scale.squared()
-            new = along_the_gradient(lab.hessian, inverse)
+            new = along_the_gradient(_of_the_step(step, lab, step.current, self.length) or lab.hessian, inverse)
         if new is not None:
             self.mean = new if self.mean is None else _MEMORY * self.mean + (1 - _MEMORY) * new
         return [Reading(BATCH_SHARPNESS, step.step, None if new is None else self.mean)]
 
     def forget(self) -> None:
         """Start the mean again."""
-        self.mean = None
+        self.mean, self.length = None, StepLength()
 
     def broke_off(self) -> None:
         """Keep the mean: a failed measurement has not changed it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean so far."""
-        return {"mean": self.mean}
+        """The mean so far, and what is known about the length of a step."""
+        return {"mean": self.mean, "length": self.length.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
-        """Restore the mean."""
+        """Restore both."""
         self.mean = None if state["mean"] is None else float(state["mean"])
+        self.length = StepLength.from_state(state["length"])
 
 
 class RunningCurvature:
-    """The running estimate of :mod:`gfs_core.linalg.power`: each measurement adds one product on another part."""
+    """The running estimate of :mod:`gfs_core.linalg.power`: each measurement adds one product.
+
+    A product comes from one gradient of the whole step, by the difference against the gradient that training has
+    computed (:mod:`gfs_core.loss.one_gradient`). Where a product on a part of a batch takes less time, as on a CPU with
+    a large batch, it is that; and where differences tell nothing.
+    """
 
     name = "running"
     keys = (
@@ -155,98 +206,161 @@ class RunningCurvature:
 
     def __init__(self) -> None:
         self.estimate = RunningBlocks()
+        self.length = StepLength()
         self.turn = 0  # measurements so far; selects the part
+        self.last = -1  # the step of the last measurement
+        self._alone = True  # whether no other process holds the same estimate
+
+    @property
+    def settling(self) -> bool:
+        """Whether the direction has not been turned often enough for a value."""
+        return not self.estimate.settled
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
-        """Measure with one product on one part, or a pair of products on two parts.
+        """Measure with one gradient of the step, or with products on parts.
 
-        The first measurement solves for the eigenvalue, with more products. There are no readings before the
-        optimizer's operator is known.
+        There are no readings before the optimizer's operator is known, and while the direction settles.
         """
-        batches, others, fraction, stands_for = self._next(step, lab)
         if not step.stability.known:
             return []
+        turn, self.turn, self._alone = self.turn, self.turn + 1, lab.objective.ranks is None
+        quotients = self._by_one_gradient(step, lab)
+        if quotients is None:
+            if lab.facts.splits is None:  # it is found out before the next measurement
+                return []
+            quotients = self._by_parts(step, lab, turn)
+        return self._taken_in(step, quotients)
+
+    def _by_one_gradient(self, step: StepContext, lab: Lab) -> _Quotients | None:
+        """Quotients of the whole step; ``None``: parts are to be measured."""
+        if lab.facts.whole_cheaper is False:
+            return None
+        with lab.on(step.batches):
+            products = one_gradient(step, lab, self.length)
+            if products is None:
+                return None
+            operator, objective = lab.operator(step.stability, products), lab.objective
+            quotients = self.estimate.update(
+                Sample(operator, objective.weights, None, operator.gradient, objective.inner)
+            )
+        if lab.facts.whole_cheaper is None:
+            lab.facts.whole_cheaper = whole_is_cheaper(step, lab, products.seconds)
+        return _Quotients(quotients, products.loss, _weight_of_noise(step, 1.0))
+
+    def _by_parts(self, step: StepContext, lab: Lab, turn: int) -> _Quotients:
+        """Quotients of a part, or of a pair of parts; of a whole batch that cannot be cut."""
+        batches, others, learned = step.batches, list[Any](), lab.hessian.learned
+        fraction = 1.0
+        if learned.splits:
+            place = turn // learned.parts % len(batches)
+            part = rotating_part(batches[place], learned.parts, turn)
+            if batch_size(part) != batch_size(batches[place]):
+                others = [rotating_part(batches[place], learned.parts, turn + 1)]
+            else:
+                others = [batches[(place + 1) % len(batches)]] if len(batches) > 1 else []
+            batches, fraction = [part], fraction_of(part, batches)
         with lab.on(batches):
-            return self._measure(step, lab, others, fraction, stands_for)
+            operator, losses = lab.operator(step.stability), list[float]()
 
-    def _next(self, step: StepContext, lab: Lab) -> tuple[list[Any], list[Any], float, int]:
-        """Select the data of this measurement.
+            def other(vector: Vector) -> Vector:
+                losses.append(lab.hessian.loss)
+                with lab.on(others):
+                    return operator(vector)
 
-        Returns:
-            Four values: the part to measure; another part for a pair, or an empty list; the fraction of the step's
-            examples that is in the part, or 0 if noise should not be counted; and the number of usual measurements
-            that this one replaces.
-        """
-        batches, learned = step.batches, lab.hessian.learned
-        turn, self.turn = self.turn, self.turn + 1
-        if learned.splits is False:
-            # The scale of weights in front of BatchNorm does not change the loss: noise makes these weights grow, and
-            # their curvature falls. A control that counts this noise holds down runs that are stable at thirty times
-            # the rate. Only a control that raises the rate needs it.
-            uncounted = step.rate_only_lowered and normalises_over_batch(step.model)
-            return batches, [], 0.0 if uncounted else 1.0, WHOLE_EVERY
-        place = turn // learned.parts % len(batches)
-        part = rotating_part(batches[place], learned.parts, turn)
-        if batch_size(part) != batch_size(batches[place]):
-            others = [rotating_part(batches[place], learned.parts, turn + 1)]
-        else:
-            others = [batches[(place + 1) % len(batches)]] if len(batches) > 1 else []
-        return [part], others, fraction_of(part, batches), 1
-
-    def _measure(
-        self, step: StepContext, lab: Lab, others: list[Any], fraction: float, stands_for: int
-    ) -> list[Reading]:
-        estimate, stability, error = self.estimate, step.stability, None
-        first = estimate.vector is None
-        operator, losses = lab.operator(stability), list[float]()
-
-        def other(vector: Vector) -> Vector:
+            estimate, objective = self.estimate, lab.objective
+            pairs = estimate.wants_pair and len(others) > 0
+            sample = Sample(operator, objective.weights, other if pairs else None, operator.gradient, objective.inner)
+            settling = self.settling
+            quotients = estimate.update(sample)
             losses.append(lab.hessian.loss)
-            with lab.on(others):
-                return operator(vector)
+            error = None
+            if settling and estimate.settled and lab.in_half_precision():
+                error = self._precision_error(step, lab)
+        noise = _weight_of_noise(step, fraction) if learned.splits else _weight_of_noise(step, 1.0)
+        return _Quotients(quotients, sum(losses) / len(losses), noise, error)
 
-        pairs = estimate.wants_pair and len(others) > 0
-        objective = lab.objective
-        sample = Sample(operator, objective.weights, other if pairs else None, operator.gradient, objective.inner)
-        quotients = estimate.update(sample)
-        if first and estimate.vector is not None and lab.in_half_precision():
-            error = lab.precision_error(stability, estimate.vector, quotients[0])
-            if not lab.in_half_precision():
-                estimate.restart()
-                quotients = estimate.update(sample.alone())
-        losses.append(lab.hessian.loss)
-        loss, mean = sum(losses) / len(losses), step.mean_loss
-        relative = loss / mean if mean is not None and mean > 0 and loss > 0 else None
-        value = estimate.average(quotients, relative, stands_for)
-        found = {PRECISION_ERROR: error, RUNNING_SHARPNESS: value}
+    def _precision_error(self, step: StepContext, lab: Lab) -> float:
+        """Relative error of a quotient in half precision; where it is too large, the estimate starts again."""
+        vector = self.estimate.vector
+        assert vector is not None
+        value = lab.objective.inner.dot(vector, lab.operator(step.stability)(vector))
+        error = lab.precision_error(step.stability, vector, value)
+        if not lab.in_half_precision():
+            self.estimate.restart()
+        return error
+
+    def _taken_in(self, step: StepContext, new: _Quotients) -> list[Reading]:
+        mean, stability = step.mean_loss, step.stability
+        relative = new.loss / mean if mean is not None and mean > 0 and new.loss > 0 else None
+        apart = _USUAL_INTERVAL if self.last < 0 else step.step - self.last
+        self.last = step.step
+        value = self.estimate.average(new.values, relative, min(max(apart / _USUAL_INTERVAL, 1.0), _LONGEST_INTERVAL))
+        found: dict[Key, float | None] = {PRECISION_ERROR: new.precision_error, RUNNING_SHARPNESS: value}
         if value is not None and stability.threshold is not None:
-            weight = stability.noise_factor * fraction
             found[RUNNING_STABILITY_RATIO] = value / stability.threshold
         if value is not None and stability.threshold is not None and step.trained:  # the noise of its steps
             found |= {
-                MEAN_SQUARE_STABILITY_RATIO: _ratio(estimate.noisy(weight), stability.threshold),
-                MEAN_SQUARE_BOUND: _ratio(estimate.bound(weight), stability.threshold),
+                MEAN_SQUARE_STABILITY_RATIO: _ratio(self.estimate.noisy(new.noise), stability.threshold),
+                MEAN_SQUARE_BOUND: _ratio(self.estimate.bound(new.noise), stability.threshold),
             }
         return [Reading(key, step.step, value) for key, value in found.items() if value is not None]
 
     def forget(self) -> None:
-        """Start the estimate again; the next measurement solves for the eigenvalue."""
-        self.estimate = RunningBlocks()
+        """Start the estimate again."""
+        self.estimate, self.length, self.last = RunningBlocks(), StepLength(), -1
 
     def broke_off(self) -> None:
-        """Start the estimate again, as its direction may have been half changed."""
-        self.forget()
+        """Start the estimate again, if it was half changed, or other processes may hold another one."""
+        if not (self._alone and self.estimate.complete):
+            self.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The estimate, and the number of measurements, which selects the next part."""
-        return {"estimate": self.estimate.state_dict(), "turn": self.turn}
+        return {
+            "estimate": self.estimate.state_dict(),
+            "length": self.length.state_dict(),
+            "turn": self.turn,
+            "last": self.last,
+        }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Restore the estimate, if its direction fits ``params``."""
-        self.turn, held = int(state["turn"]), state["estimate"]
+        self.turn, self.last, held = int(state["turn"]), int(state["last"]), state["estimate"]
+        self.length = StepLength.from_state(state["length"])
         if (vector := fitted(held["vector"], params)) is not None:
             self.estimate.load_state_dict({**held, "vector": vector})
 
 
 def _ratio(value: float | None, threshold: float) -> float | None:
     return None if value is None else value / threshold
+
+
+def _weight_of_noise(step: StepContext, fraction: float) -> float:
+    """Weight of the variance of the curvature over parts with this fraction of the step's examples."""
+    # The scale of weights in front of BatchNorm does not change the loss: noise makes these weights grow, and their
+    # curvature falls. A control that counts this noise holds down runs that are stable at thirty times the rate. Only a
+    # control that raises the rate needs it.
+    uncounted = fraction == 1.0 and step.rate_only_lowered and normalises_over_batch(step.model)
+    return 0.0 if uncounted else step.stability.noise_factor * fraction
+
+
+def whole_is_cheaper(step: StepContext, lab: Lab, seconds: float) -> bool:
+    """Whether one gradient of the whole step, of that many seconds, takes less time than a product on a part.
+
+    On an accelerator it does: a part leaves it idle. Elsewhere two gradients of a part are computed, and the second is
+    timed.
+    """
+    learned, objective = lab.facts, lab.objective
+    batch = step.batches[0]
+    part = rotating_part(batch, learned.parts, 0)
+    uncut = learned.splits is False or batch_size(part) == batch_size(batch)
+    if uncut or objective.ranks is not None or objective.weights[0].device.type != "cpu":
+        return True
+    with lab.on([part]):
+        try:
+            objective.gradient()
+            began = time.perf_counter()
+            objective.gradient()
+        except Exception:  # a loss that fails on a part is measured on whole batches
+            return True
+    return (time.perf_counter() - began) * _PART_IN_GRADIENTS > seconds

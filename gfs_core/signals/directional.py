@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gfs_core.linalg.vectors import Vector, clone, multiply
+from gfs_core.loss.one_gradient import OneGradient
 from gfs_core.loss.products import Hessian
 
 
@@ -34,11 +35,11 @@ class Directional:
     critical: float | None
 
 
-def along_by_product(hessian: Hessian, step: Vector) -> Directional:
-    """Curvature along ``step``, by one Hessian-vector product and one gradient at the weights after it.
+def along_by_product(hessian: Hessian | OneGradient, step: Vector) -> Directional:
+    """Curvature along ``step``, by one Hessian-vector product and the gradient at the weights after it.
 
     Args:
-        hessian: the Hessian on the probe, at the present weights.
+        hessian: the Hessian on the probe at the present weights, by products or by differences of gradients.
         step: the change of the weights by the last optimizer step, ‖u‖ > 0.
     """
     product = hessian(step)
@@ -47,7 +48,7 @@ def along_by_product(hessian: Hessian, step: Vector) -> Directional:
     return Directional(curvature / square, _root(slope - curvature, curvature))
 
 
-def along_the_gradient(hessian: Hessian, inverse: Iterable[Tensor | float] | None) -> float | None:
+def along_the_gradient(hessian: Hessian | OneGradient, inverse: Iterable[Tensor | float] | None) -> float | None:
     """Batch sharpness of one mini-batch: the curvature of its own loss along its own step.
 
     It is gᵀP⁻¹HP⁻¹g / gᵀP⁻¹g with the gradient g and the Hessian H of the batch, and gᵀHg / ‖g‖² without a
@@ -56,13 +57,14 @@ def along_the_gradient(hessian: Hessian, inverse: Iterable[Tensor | float] | Non
     gradient.
 
     Args:
-        hessian: the Hessian of the loss on the batch.
+        hessian: the Hessian of the loss on the batch, by products or by differences of gradients.
         inverse: diagonal of P⁻¹ per parameter; ``None``: the identity.
 
     Returns:
         The quotient; ``None`` if the gradient is zero.
     """
-    gradient = hessian.objective.gradient()[1]
+    gradient = hessian.gradient()
+    assert gradient is not None
     step = gradient
     if inverse is not None:
         step = clone(gradient)

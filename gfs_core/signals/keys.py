@@ -15,8 +15,8 @@ THRESHOLD = Key(
 )
 STABILITY_RATIO = Key(
     "stability_ratio",
-    "(preconditioned) sharpness / threshold; 1 is the edge of stability. Of an optimizer whose threshold is not "
-    "known: learning rate / critical_lr",
+    "(preconditioned) sharpness / threshold; 1 is the edge of stability. Where no eigenvalue was solved for, it is the "
+    "running estimate's. Of an optimizer whose threshold is not known: learning rate / critical_lr",
     scales_with_rate=1,
     chart=RATIO_CHART,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gfs_core.linalg.vectors import Vector, random_like
 from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
-from gfs_core.optimizers.preconditioner import Preconditioned
+from gfs_core.optimizers.preconditioner import Curvature, Preconditioned
 from gfs_core.optimizers.thresholds import Stability
 
 _LARGEST_FACTOR = 1e300  # upper limit of the numbers below, so that products with them do not overflow
@@ -71,6 +71,8 @@ class Lab:
         seed: of the random directions.
 
     Attributes:
+        hvp: how Hessian-vector products are asked for.
+        facts: what is known about the training's gradient and about differences; signals update it.
         hessian: the Hessian of the objective at the present weights.
         loss: the loss on the probe; ``None`` before a signal has asked for it.
         top: the largest eigenvalue of the optimizer's operator; ``None`` before it is solved for, or if unusable.
@@ -86,6 +88,7 @@ class Lab:
         seed: int = 0,
     ) -> None:
         self.objective = objective
+        self.hvp, self.facts = hvp, Learned() if learned is None else replace(learned)
         self.hessian = Hessian(objective, hvp, learned)
         self.accuracy = Accuracy() if accuracy is None else accuracy
         self.generator = torch.Generator().manual_seed(seed)
@@ -101,6 +104,18 @@ class Lab:
         There is none if the loss rounds its weights, as the gradient is then that of another function.
         """
         return self.hessian.symmetric and not self.hessian.rounded
+
+    @property
+    def learned(self) -> Learned:
+        """What is known by now about the model and its loss."""
+        facts = self.facts
+        return replace(
+            self.hessian.learned,
+            smooth=facts.smooth,
+            of_step=facts.of_step,
+            uses=facts.uses,
+            whole_cheaper=facts.whole_cheaper,
+        )
 
     def notes(self) -> list[str]:
         """Remarks about the values of this measurement, in words."""
@@ -122,11 +137,17 @@ class Lab:
             self.loss = self.objective.loss()
         return self.loss
 
-    def operator(self, stability: Stability | None) -> Hessian | Preconditioned:
-        """The optimizer's operator S·(H + shift)·S; the Hessian H for ``None`` or a plain optimizer."""
+    def operator(self, stability: Stability | None, products: Curvature | None = None) -> Curvature:
+        """The optimizer's operator S·(H + shift)·S; the Hessian H for ``None`` or a plain optimizer.
+
+        Args:
+            stability: holds S and the shift.
+            products: the Hessian; ``None``: :attr:`hessian`.
+        """
+        products = self.hessian if products is None else products
         if stability is None or stability.plain:
-            return self.hessian
-        return Preconditioned(self.hessian, stability.scale, stability.shift)
+            return products
+        return Preconditioned(products, stability.scale, stability.shift)
 
     @contextlib.contextmanager
     def on(self, batches: Sequence[Any]) -> Iterator[None]:

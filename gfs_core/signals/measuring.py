@@ -99,7 +99,7 @@ def measure(signals: Sequence[Signal], step: StepContext, learned: Learned, give
             Reading(HVPS, step.step, lab.hessian.hvps),
             Reading(GRAD_EVALS, step.step, lab.objective.grad_evals),
         ]
-        return Measured(readings, lab.notes(), lab.hessian.learned, seconds)
+        return Measured(readings, lab.notes(), lab.learned, seconds)
 
 
 @contextlib.contextmanager

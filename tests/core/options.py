@@ -36,13 +36,13 @@ def tuned(
     Args:
         monitor: what is set.
         beside: steps between measurements of further signals, by name.
-        parts: that a batch is cut into for the running estimate.
+        parts: that a batch is cut into for the running estimate, whose products are then on parts.
         **accuracy: the fields of :class:`~gfs_core.signals.lab.Accuracy`.
     """
     monitor.schedule.also(beside or {})
     monitor.measuring.accuracy = replace(monitor.measuring.accuracy, **accuracy)
     if parts is not None:
-        monitor.measuring.learned.parts = parts
+        monitor.measuring.learned.parts, monitor.measuring.learned.whole_cheaper = parts, False
     return monitor
 
 

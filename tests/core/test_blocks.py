@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gfs_core as gfs
 from gfs_core.linalg.blocks import RunningBlocks, uncoupled
 from gfs_core.linalg.power import Sample
+from tests.core.options import tuned
 
 Batch = tuple[Tensor, Tensor]
 
@@ -117,7 +118,7 @@ def test_a_network_that_overtakes_is_found_within_ten_measurements(factor: float
     model.scales = [1 / tops[0], 0.5 / tops[1], 0.5 / tops[2]]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-9)
     config = gfs.GFSConfig(tier="running", every=1, max_overhead=None, alarm="off")
-    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), parts=16)
     before = [monitor.step(model.loss, data()) for _ in range(30)]
     assert before[-1].running_sharpness == pytest.approx(1.0, rel=0.15)  # on parts of the data
     model.scales[2] = factor / tops[2]

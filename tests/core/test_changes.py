@@ -78,6 +78,11 @@ class Run:
         assert now is not None
         assert now.sharpness == pytest.approx(expected, rel=0.02)
         if now.preconditioned_sharpness is None:  # which changes fast while the moments of new weights are young
+            for _ in range(20):
+                if now.running_sharpness is not None:
+                    break
+                now = self.steps(1, take=lambda: None)  # its direction settles
+                assert now is not None
             assert now.running_sharpness == pytest.approx(expected, rel=0.4)
 
 
@@ -386,9 +391,9 @@ def test_a_control_measures_anew_before_it_lets_new_weights_go() -> None:
     unfreeze(run)
     used: list[float] = []
     run.optimizer.register_step_pre_hook(lambda o, a, k: used.append(o.param_groups[0]["lr"]))
-    run.steps(8)
-    assert used[:4] == pytest.approx([0.005] * 4)
-    assert used[7] > 0.05
+    run.steps(15)
+    assert used[:11] == pytest.approx([0.005] * 11)  # eight measurements settle, and the control begins with four
+    assert used[14] > 0.05
     assert run.told == []
 
 
@@ -495,7 +500,7 @@ def test_one_bad_batch_is_told_once_and_the_next_measurement_is_right(bad: Any, 
         run.steps(1, loss_fn=bad)
         assert run.found[-1] is None
     assert [words in t for t in run.told] == [True]
-    assert (running.estimate.vector is before) == (bad is nothing)  # what still fits is kept
+    assert running.estimate.vector is before  # it still fits
     run.holds()
     assert len(run.told) == 1
 

@@ -618,7 +618,9 @@ def test_switched_off_in_the_middle_the_rate_is_the_users() -> None:
 
 def test_the_budget_waits_until_the_control_has_started() -> None:
     fit = Fit("sgd", 0.5, 400, max_overhead=1e-9, tier="running", every=1).run(0, 80)
-    assert [m.step for m in fit.found if m.hvps] == list(range(21))  # the first has no spread, and does not count
+    measured = [m.step for m in fit.found if m.grad_evals]
+    assert measured == list(range(len(measured)))
+    assert 27 <= len(measured) <= 30  # eight settle, and have no value for the control
     assert fit.found[0].mean_square_stability_ratio is None
 
 

@@ -113,6 +113,8 @@ def test_the_users_function_may_end_the_training() -> None:
     def pruned(event: Any) -> None:
         raise RuntimeError(f"pruned at {event}")
 
-    guard = Guard(False, list, pruned)
-    with pytest.raises(RuntimeError, match="pruned at 3"), guard.hook("on_step", False):
-        guard.alerts.append(3)  # type: ignore[arg-type]
+    callback = Callback(False, None)
+    callback._guard = Guard(False, list, pruned)
+    callback._guard.alerts.append(3)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="pruned at 3"):
+        callback.on_step()

@@ -189,7 +189,7 @@ def test_a_resumed_training_goes_on_with_its_losses(tmp_path: Path) -> None:
     config = gfs.GFSConfig(history=str(path), every=1000, alarm="off")  # its changes are lines too
     resumed = gfs.StabilityMonitor(training.model, training.optimizer, config)
     resumed.load_state_dict(torch.load(saved(state, tmp_path), weights_only=True))
-    for step in range(15, 25):
+    for step in range(15, 26):
         resumed.record_loss(3.0)
         resumed.update_detectors(step)
     [part] = gfs.history_parts(path)

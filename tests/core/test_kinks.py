@@ -127,7 +127,7 @@ def test_rows_that_a_norm_keeps_at_zero_are_left_out(dtype: torch.dtype, hvp: st
     found, truth = [], []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        for step in range(3):
+        for step in range(10):
             optimizer.zero_grad()
             penalised(model, without_20(step)).backward()
             hessian = dense_hessian(lambda s=step: left_out(model, without_20(s)), list(model.parameters()))
@@ -136,7 +136,7 @@ def test_rows_that_a_norm_keeps_at_zero_are_left_out(dtype: torch.dtype, hvp: st
             optimizer.step()
     assert not model.embed.weight[20].any()
     assert [m.sharpness for m in found] == [pytest.approx(t, rel=2 * tol) for t in truth]
-    assert all(m.running_sharpness is not None for m in found)
+    assert all(m.running_sharpness is not None for m in found[8:])
     texts = [str(w.message) for w in told if issubclass(w.category, gfs.GFSWarning)]
     assert sum("4 weights are zero at a kink of the loss" in text for text in texts) == 1
     x, y = ids(0)

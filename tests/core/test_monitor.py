@@ -51,9 +51,9 @@ def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
 
 def test_cadence_and_keys() -> None:
     found = run(*setup(gfs.GFSConfig(every=4, max_overhead=None)), batches(13))
-    assert [m.step for m in found] == [0, 4, 5, 8, 10, 12]
+    assert [m.step for m in found] == [0, 2, 4, 5, 6, 8, 10, 12]  # the running estimate settles at every second step
     assert found[0].threshold is None  # Adam has no second moments yet
-    logged = found[1].as_log_dict()
+    logged = found[2].as_log_dict()
     assert logged["gfs/stability_ratio"] == pytest.approx(
         logged["gfs/preconditioned_sharpness"] / logged["gfs/threshold"]
     )
@@ -134,7 +134,9 @@ def told_the_time(monitor: gfs.StabilityMonitor, clock: Callable[[], float]) -> 
 @pytest.mark.parametrize("price", [0.01, 0.5])
 def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
     now = [0.0]
-    model, _optimizer, monitor = setup(gfs.GFSConfig(every=5, max_overhead=0.05))
+    config = gfs.GFSConfig(every=5, running_every=None, max_overhead=0.05)
+    model = nn.Linear(6, 3)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
     told_the_time(monitor, lambda: now[0])
 
     def loss_fn(x):
@@ -150,8 +152,8 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None
         now[0] += 0.01
         if monitor.step(loss_fn, x) is not None:
             steps.append(step)
-    assert steps[:2] == [0, 5]  # Adam has no threshold at step 0, so the next one is free as well
-    fraction = (len(steps) - 2) * price / (now[0] - 2 * price)
+    assert steps[0] == 0  # the first is not charged
+    fraction = (len(steps) - 1) * price / (now[0] - price)
     assert 0.03 < fraction <= 0.05 * 1.1
 
 
@@ -179,7 +181,7 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
         monitor.step(lambda x: model(x).mean(), torch.ones(4, 2))
     fractions = {tier: (total - prices[tier]) / now[0] for tier, total in spent.items()}  # the first ones are free
     assert 0.9 * budget < sum(fractions.values()) <= 1.01 * budget
-    assert fractions["gfs"] > 0.23 * budget
+    assert fractions["gfs"] > 0.07 * budget
     assert fractions["running"] > 0.5 * budget
     assert monitor.schedule.budget.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
 
@@ -193,7 +195,7 @@ def test_failures_are_told_once_and_training_goes_on() -> None:
             assert monitor.step(lambda b: model(b).sum() * float("inf"), x) is None
         assert monitor.step(lambda b: model(b).square().mean(), x) is not None
     assert ["not finite" in str(w.message) for w in caught] == [True]
-    _, _, strict = setup(gfs.GFSConfig(every=1, strict=True))
+    _, _, strict = setup(gfs.GFSConfig(every=1, max_overhead=None, strict=True))
     with pytest.raises(gfs.MeasurementError, match="0-dim tensor, got a tensor of shape \\(12, 3\\)"):
         strict.step(lambda b: model(b), x)
 
@@ -389,7 +391,7 @@ def test_the_third_measurement_leaves_a_vector_that_the_first_was_wrong_with() -
 
 def test_nothing_is_kept_but_the_warm_start() -> None:
     model, optimizer, monitor = setup(gfs.GFSConfig(every=1, max_overhead=None))
-    run(model, optimizer, monitor, batches(2))
+    run(model, optimizer, monitor, batches(5))
 
     def elements() -> int:
         gc.collect()

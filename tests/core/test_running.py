@@ -44,7 +44,7 @@ def test_single_products_average_to_the_largest_eigenvalue() -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_direction_turns_by_half_of_a_product_whatever_its_length(sign: float) -> None:
+def test_the_direction_turns_by_part_of_a_product_whatever_its_length(sign: float) -> None:
     """Against the turn written out; a direction whose length has drifted comes back to 1."""
     start = torch.tensor([0.5, 0.5, 0.1, 0.4], dtype=torch.float64)
     start /= start.norm()
@@ -52,9 +52,10 @@ def test_the_direction_turns_by_half_of_a_product_whatever_its_length(sign: floa
     product = hessian * start
     quotient = float(start @ product)
     shifted = product + (2 * product.norm() * start if quotient < 0 else 0.0)
-    turned = 0.5 * start + 0.5 * shifted / shifted.norm()
-    for length in (1.0, 3.0):
+    for length, turns, weight in ((1.0, 8, 0.5), (3.0, 8, 0.5), (1.0, 0, 0.75), (3.0, 7, 0.75)):
+        turned = (1 - weight) * start + weight * shifted / shifted.norm()
         estimate = RunningSharpness()
+        estimate._turns = turns  # the first eight settle
         estimate.vector = [length * start.clone()]
         assert estimate.update(Sample(lambda v: [hessian * v[0]], [])) == pytest.approx(quotient, rel=1e-12)
         assert torch.allclose(estimate.vector[0], turned / turned.norm(), rtol=1e-12)
@@ -88,7 +89,7 @@ def test_quotients_that_are_not_finite_or_negative() -> None:
     estimate = RunningSharpness()
     assert estimate.average(math.nan) is None
     assert estimate.average(-1.0) is None  # no sharpness yet, and no number in its place
-    assert estimate.average(100.0) == pytest.approx(0.85 * -1 + 0.15 * 100)
+    assert estimate.average(100.0) == pytest.approx((-1 + 100) / 2)  # a plain mean at first
     assert estimate.average(math.inf) == estimate.value
 
 
@@ -179,9 +180,11 @@ def test_one_pair_without_curvature_of_its_own_does_not_make_the_noise_infinite(
     """The direction begins as the first part's own: other parts may have next to no curvature along it."""
     estimate, like = RunningSharpness(), [torch.zeros(2, dtype=torch.float64)]
     first, other, third = (torch.tensor(d, dtype=torch.float64) for d in ([4.0, 0.0], [0.01, 1.0], [0.02, 2.0]))
-    estimate.average(estimate.update(Sample(lambda v: [first * v[0]], like)))
+    for _ in range(9):
+        quotient = estimate.update(Sample(lambda v: [first * v[0]], like))
+    estimate.average(quotient)
     estimate.average(estimate.update(Sample(lambda v: [other * v[0]], like, lambda v: [third * v[0]])))
-    assert estimate.value == pytest.approx(0.85 * 4 + 0.15 * 0.015, rel=1e-3)
+    assert estimate.value == pytest.approx((4 + 0.015) / 2, rel=1e-3)
     assert estimate.value <= estimate.noisy(1.0) < 1.01 * estimate.value
 
 
@@ -229,20 +232,56 @@ def adamw(params):
     return torch.optim.AdamW(params, 1e-2)
 
 
+@pytest.mark.parametrize("parts", [4, None])
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
-def test_the_running_ratio_comes_near_the_solved_one(optimizer_of) -> None:
+def test_the_running_ratio_comes_near_the_solved_one(optimizer_of, parts: int | None) -> None:
     config = gfs.GFSConfig(tier="running", every=2, max_overhead=None)
-    found, model, optimizer, _ = train(config, optimizer_of, 240, parts=4)
+    found, model, optimizer, _ = train(config, optimizer_of, 240, parts=parts)
     exact = gfs.stability(model, lambda m, x: m.loss(x), DATA, optimizer, tier="sharpness", tol=1e-4)
     assert found[-1].running_stability_ratio == pytest.approx(exact.stability_ratio, rel=0.2)
     assert found[-1].running_sharpness == pytest.approx(found[-1].running_stability_ratio * found[-1].threshold)
-    assert sorted({m.hvps for m in found[-8:]}) == [1, 2]  # every fourth is a pair
-    assert all(m.mean_square_stability_ratio >= m.running_stability_ratio for m in found[4:])
-    assert found[-1].stability_ratio is None  # never confused
+    if parts is None:  # one gradient, against that of training
+        assert {(m.hvps, m.grad_evals) for m in found[-8:]} == {(0, 1)}
+    else:
+        assert sorted({m.hvps for m in found[-8:]}) == [1, 2]  # every fourth is a pair
+    ratios = [(m.mean_square_stability_ratio, m.running_stability_ratio) for m in found[14:]]
+    assert all(noisy >= ratio for noisy, ratio in ratios)
+    assert found[-1].stability_ratio == found[-1].running_stability_ratio  # none is solved for
+    assert found[-1].sharpness is None
     assert found[-1].loss_probe is None
-    if optimizer_of is adamw:
-        assert found[0].running_sharpness is None  # no second moments yet
-    assert found[0 if optimizer_of is sgd else 1].hvps > 1  # solved for, once
+    settled = [m.step for m in found if m.running_sharpness is not None]
+    if parts is None:
+        assert settled[0] == (14 if optimizer_of is sgd else 16)  # eight products; AdamW has no state at step 0
+
+
+def test_what_training_does_to_its_gradient_is_taken_into_account() -> None:
+    """Clipped by norm, summed over micro-batches, as it comes: the product is the same, from one gradient."""
+    found = {}
+    for kind in ("mean", "clipped", "sum", "scaled"):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+        monitor = gfs.StabilityMonitor(
+            model, optimizer, gfs.GFSConfig(tier="running", every=1, running_every=None, max_overhead=None)
+        )
+        halves = [DATA[:128], DATA[128:]]
+        for _ in range(12):
+            optimizer.zero_grad()
+            for half in halves:
+                (model.loss(half) / (1 if kind == "sum" else 2)).backward()
+            if kind == "clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            if kind == "scaled":
+                for p in model.parameters():
+                    p.grad *= torch.linspace(1, 2, len(p)).reshape(-1, *[1] * (p.ndim - 1))
+            measurement = monitor.step(model.loss, halves, micro_batches=True)
+            optimizer.step()
+        found[kind] = measurement
+        assert measurement.grad_evals == (2 if kind == "scaled" else 1)
+    true = gfs.sharpness(model, lambda m, x: m.loss(x), DATA, tol=1e-6).value
+    for measurement in found.values():
+        assert measurement.running_sharpness == pytest.approx(found["scaled"].running_sharpness, rel=1e-3)
+    assert measurement.running_sharpness == pytest.approx(true, rel=0.1)
 
 
 def test_each_product_sees_its_part_only() -> None:
@@ -254,17 +293,17 @@ def test_each_product_sees_its_part_only() -> None:
         return model.loss(x)
 
     config = gfs.GFSConfig(tier="running", every=1, max_overhead=None)
-    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), config)
+    monitor = tuned(gfs.StabilityMonitor(model, sgd(model.parameters()), config), parts=16)
     firsts = [(16, DATA[16 * part, 0].item()) for part in range(16)]
     seen = []
-    for _ in range(18):
+    for _ in range(20):
         sizes.clear()
         monitor.step(loss_of, DATA)
         seen.append(set(sizes))
     assert seen[0] == {(256, DATA[0, 0].item()), *firsts}  # once: whether the parts are the whole
-    pairs = [turn for turn in range(1, 18) if seen[turn] == {firsts[turn % 16], firsts[(turn + 1) % 16]}]
-    assert pairs == [1, 2, 3, 7, 11, 15]
-    assert all(seen[turn] == {firsts[turn % 16]} for turn in range(1, 18) if turn not in pairs)
+    pairs = [turn for turn in range(1, 20) if seen[turn] == {firsts[turn % 16], firsts[(turn + 1) % 16]}]
+    assert pairs == [8, 9, 10, 14, 18]  # after the direction has settled
+    assert all(seen[turn] == {firsts[turn % 16]} for turn in range(1, 20) if turn not in pairs)
 
 
 def test_resumed_it_is_the_same_to_the_bit() -> None:
@@ -279,22 +318,25 @@ def test_resumed_it_is_the_same_to_the_bit() -> None:
     ]
 
 
-def test_a_loss_that_needs_whole_batches_is_measured_on_them() -> None:
+@pytest.mark.parametrize("hvp", ["auto", "exact"])
+def test_a_loss_that_needs_whole_batches_is_measured_on_them(hvp: str) -> None:
     model = Net()
 
     def loss_of(x):
         return model.loss(x.reshape(64, 6))  # another number of examples raises
 
-    monitor = gfs.StabilityMonitor(
-        model, sgd(model.parameters()), gfs.GFSConfig(tier="sharpness", every=4, running_every=1, max_overhead=None)
-    )
+    config = gfs.GFSConfig(tier="sharpness", every=4, running_every=1, max_overhead=None, hvp=hvp)
+    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [monitor.step(loss_of, DATA[:64]) for _ in range(6)]
-    assert [m is not None for m in found] == [True, False, False, False, True, False]  # at a longer interval
-    assert all(m.running_sharpness > 0 and m.sharpness > 0 for m in (found[0], found[4]))
-    assert len(caught) == 1
-    assert "so whole batches are measured: it fails on a part (RuntimeError: shape" in str(caught[0].message)
+        found = [monitor.step(loss_of, DATA[:64]) for _ in range(9)]
+    assert all(m is not None for m in found)
+    assert all(m.running_sharpness > 0 and m.sharpness > 0 for m in (found[8],))
+    if hvp == "auto":  # one gradient is of the whole anyway
+        assert not caught
+    else:
+        assert len(caught) == 1
+        assert "so whole batches are measured: it fails on a part (RuntimeError: shape" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
@@ -358,7 +400,7 @@ def test_an_eigenvalue_that_overtakes_in_another_block_is_found_within_ten_measu
 
 def test_a_value_starts_again_from_quotients_that_stay_far_above_it() -> None:
     estimate = RunningSharpness()
-    for quotient in (1.0, 1.0, 5.0, 5.0):
+    for quotient in (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0):
         estimate.average(quotient)
     assert estimate.value < 3.0  # two may be noise
     estimate.average(5.0)

@@ -1,0 +1,98 @@
+"""The gradient that training has just computed, as the one from which differences go.
+
+``.grad`` holds it before an optimizer step: as the mean loss of the micro-batches has it, or their sum, and perhaps
+clipped. Or it holds another gradient: of a loss with other random numbers, scaled for float16, or of another loss. So
+it is compared with the gradient of the measured loss: at the first measurement, and now and then again. Where it is
+another, that of the measured loss is computed each time: two gradients in place of one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gfs_core.linalg.vectors import Vector, dense, is_half, local, zeros_like
+from gfs_core.loss.learned import OfStep
+from gfs_core.loss.objective import Objective
+from gfs_core.loss.one_gradient import OneGradient, StepLength
+from gfs_core.loss.rounding import steps
+from gfs_core.signals.context import StepContext
+from gfs_core.signals.lab import Lab
+
+_APART = 0.01  # relative distance of two gradients that count as the same; a difference is ten times as large
+_FACTOR = 0.01  # relative distance of a factor from the one that is expected
+_COMPARE_EVERY = 50  # uses of ``.grad`` after which it is compared again
+
+
+def one_gradient(step: StepContext, lab: Lab, length: StepLength) -> OneGradient | None:
+    """Products from one gradient each, or two, of the mean loss over the step's micro-batches.
+
+    It is called where the lab is on these micro-batches.
+
+    Args:
+        step: the optimizer step.
+        lab: the lab of this measurement; its facts are updated.
+        length: what the signal keeps of earlier step lengths.
+
+    Returns:
+        The products; ``None``: differences would tell nothing here, as of a loss that rounds its weights, or of weights
+        in half precision, which do not take so short a step, or double backward was asked for.
+
+    Raises:
+        MeasurementError: the loss or its gradient is not finite.
+    """
+    facts, objective = lab.facts, lab.objective
+    if facts.smooth is None and (lab.hvp == "exact" or not _takes_steps(objective)):
+        facts.smooth = False
+    if facts.smooth is False:
+        return None
+    taken = _training_gradient(step, objective)
+    if taken is not None and facts.of_step in ("mean", "sum") and step.clipped is not None:
+        facts.uses += 1
+        if facts.uses % _COMPARE_EVERY:
+            return OneGradient(objective, taken, length, _factor(facts.of_step, step) * step.clipped)
+    own = objective.gradient()[1]
+    facts.of_step = "other" if taken is None else _compared(objective, own, taken, step, facts.of_step)
+    products = OneGradient(objective, own, length)
+    if facts.smooth is None and objective.inner.norm(own) > 0:
+        facts.smooth = not products.has_kink(own)
+    return None if facts.smooth is False else products
+
+
+def _takes_steps(objective: Objective) -> bool:
+    """Whether a short step of the weights changes the loss: neither is rounded."""
+    if any(is_half(p) for p in objective.params):
+        return False
+    found = steps(objective)
+    return objective.on_all(not (found.rounded or found.compared))
+
+
+def _training_gradient(step: StepContext, objective: Objective) -> Vector | None:
+    """The ``.grad`` of each weight, zero where there is none; ``None``: there is none at all."""
+    grads = step.gradient
+    if not objective.on_all(grads is not None and any(g is not None for g in grads)):
+        return None
+    assert grads is not None
+    pairs = zip(grads, objective.weights, strict=True)
+    return [zeros_like([w])[0] if g is None else dense(local(g)) for g, w in pairs]
+
+
+def _factor(of_step: OfStep, step: StepContext) -> float:
+    return float(len(step.batches)) if of_step == "sum" else 1.0
+
+
+def _compared(objective: Objective, own: Vector, taken: Vector, step: StepContext, before: OfStep) -> OfStep:
+    """What ``.grad`` holds, as far as this step tells."""
+    if objective.precision.half is torch.float16 or (objective.precision.is_full and objective.precision.half):
+        return "other"  # measured in another precision than trained
+    square, along, other = objective.inner.dots([(own, own), (own, taken), (taken, taken)])
+    if not square > 0 or not along > 0:
+        return before if square == other == 0 else "other"
+    factor = along / square
+    if other - factor * along > (_APART * factor) ** 2 * square:
+        return "other"
+    kinds: tuple[OfStep, ...] = ("mean", "sum")
+    clipped = 1.0 if step.clipped is None else step.clipped
+    for kind in kinds:
+        if abs(factor / (clipped * _factor(kind, step)) - 1) < _FACTOR:
+            return kind
+    return before if step.clipped is None else "other"  # it may have been clipped

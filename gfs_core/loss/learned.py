@@ -38,6 +38,8 @@ class Learned:
         uses: how often ``.grad`` was used since it was compared.
         whole_cheaper: whether one gradient of the whole step takes less time than a product on a part; ``None``: not
             timed yet.
+        solve_by_gradients: whether a solve takes less time by one gradient a product than by exact products; ``None``:
+            not timed yet.
     """
 
     hvp: HvpMethod = "auto"
@@ -55,6 +57,7 @@ class Learned:
     of_step: OfStep = "unknown"
     uses: int = 0
     whole_cheaper: bool | None = None
+    solve_by_gradients: bool | None = None
 
     def of_other_weights(self) -> Learned:
         """What still holds when other weights are trained: how the loss treats its batch."""
@@ -65,6 +68,7 @@ class Learned:
             parts=self.parts,
             of_step=self.of_step,
             whole_cheaper=self.whole_cheaper,
+            solve_by_gradients=self.solve_by_gradients,
         )
 
     def hvp_for(self, asked: HvpMethod) -> HvpMethod:
@@ -87,7 +91,7 @@ class Learned:
             ValueError: a value is none of those that it may have.
         """
         fresh = asdict(cls())
-        optional = {"splits": bool, "fits": int, "smooth": bool, "whole_cheaper": bool}
+        optional = {"splits": bool, "fits": int, "smooth": bool, "whole_cheaper": bool, "solve_by_gradients": bool}
         held: dict[str, Any] = {}
         for name, default in fresh.items():
             value = state.get(name, default)

@@ -22,7 +22,7 @@ from gfs_core.linalg.vectors import Vector, axpy, clone, scale, zeros_like
 from gfs_core.loss.compiled import as_compiled
 from gfs_core.loss.objective import Objective
 
-_CHANGE = 0.1  # of the gradient's length, by which it is to change
+CHANGE = 0.1  # of the gradient's length, by which it is to change
 _AT_MOST = 4.0  # times that; where it changes by more, the product is taken again with a shorter step
 _TRIES = 4  # steps that a product may take to find its length
 _FARTHEST = 0.02  # longest step, relative to the weights
@@ -62,17 +62,26 @@ class OneGradient:
             changed.
         length: what earlier measurements have found out about the length of a step; it is updated.
         factor: the multiple, > 0.
+        change: by what fraction of its length the gradient is to change; less is less noisy only in full precision.
 
     Attributes:
         loss: the loss at the last product, a step away from the present weights.
         seconds: that the last gradient took.
+        error: relative error of a product that is to be reckoned with.
     """
 
-    def __init__(self, objective: Objective, known: Sequence[Tensor], length: StepLength, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        known: Sequence[Tensor],
+        length: StepLength,
+        factor: float = 1.0,
+        change: float = CHANGE,
+    ) -> None:
         assert objective.isolation is not None
         self.objective, self.inner, self.known, self.length = objective, objective.inner, list(known), length
-        self.factor = factor
-        self.loss = self.seconds = self._taken = 0.0
+        self.factor, self.change = factor, change
+        self.loss = self.seconds = self.error = self._taken = 0.0
         self._isolation = objective.isolation
         self._slope = self.inner.norm(self.known) / factor
         # Rows of padding, which no gradient moves.
@@ -94,7 +103,7 @@ class OneGradient:
         """
         width = max(1.0, self.inner.norm(self.objective.weights))
         longest, shortest = _FARTHEST * width, _SHORTEST * width
-        wanted = _CHANGE * self._slope
+        wanted = self.change * self._slope
         step = wanted / self.length.steepness if self.length.steepness else _FIRST * longest
         product: Vector | None = None
         for _ in range(_TRIES):

@@ -12,14 +12,14 @@ from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.power import Sample
 from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half
 from gfs_core.loss.batches import batch_size, fraction_of, rotating_part
-from gfs_core.loss.one_gradient import OneGradient, StepLength
+from gfs_core.loss.one_gradient import StepLength
 from gfs_core.loss.parts import normalises_over_batch
 from gfs_core.signals.base import Cost, Key, Reading
 from gfs_core.signals.context import StepContext
 from gfs_core.signals.directional import along_by_product, along_the_gradient
 from gfs_core.signals.keys import PRECISION_ERROR, RATIO_CHART, SHARPNESS_CHART, STABILITY_RATIO
 from gfs_core.signals.lab import Lab
-from gfs_core.signals.training_gradient import one_gradient
+from gfs_core.signals.training_gradient import of_the_step, one_gradient
 
 DIRECTIONAL_SHARPNESS = Key("directional_sharpness", "curvature uᵀHu/‖u‖² along the last step u really taken")
 CRITICAL_LR = Key("critical_lr", "learning rate at which a step in that direction would stop lowering the loss")
@@ -98,7 +98,7 @@ class DirectionalCurvature:
         if lab.objective.inner.norm(taken) == 0.0:  # a skipped step, a rate of 0
             why = "nothing along the last step: the weights have not moved, or by less than rounding"
             return [Reading(DIRECTIONAL_SHARPNESS, step.step, None, reason=why)]
-        products = _of_the_step(step, lab, step.probe, self.length)
+        products = of_the_step(step, lab, step.probe, self.length)
         if products is None:
             lab.loss_on_probe()
         along = along_by_product(products or lab.hessian, taken)
@@ -127,15 +127,6 @@ class DirectionalCurvature:
         self.length = StepLength.from_state(state)
 
 
-def _of_the_step(step: StepContext, lab: Lab, data: Sequence[Any], length: StepLength) -> OneGradient | None:
-    """Products by one gradient each, where ``data`` is all that training computes its gradient on."""
-    whole = len(data) == len(step.batches) and all(a is b for a, b in zip(data, step.batches, strict=True))
-    if step.gradient is None or not whole:
-        return None
-    with lab.on(step.batches):
-        return one_gradient(step, lab, length)
-
-
 class BatchSharpness:
     """Curvature of a batch's own loss along its own step, averaged over batches."""
 
@@ -160,7 +151,7 @@ class BatchSharpness:
             return []
         inverse = None if step.stability.scale is None else step.stability.scale.squared()
         with lab.on(step.current):
-            new = along_the_gradient(_of_the_step(step, lab, step.current, self.length) or lab.hessian, inverse)
+            new = along_the_gradient(of_the_step(step, lab, step.current, self.length) or lab.hessian, inverse)
         if new is not None:
             self.mean = new if self.mean is None else _MEMORY * self.mean + (1 - _MEMORY) * new
         return [Reading(BATCH_SHARPNESS, step.step, None if new is None else self.mean)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from gfs_core.errors import MeasurementError
 from gfs_core.linalg.eigen import EigenResult
 from gfs_core.linalg.vectors import Vector, fitted
+from gfs_core.loss.one_gradient import CHANGE, OneGradient, StepLength
 from gfs_core.signals.base import Cost, Key, Reading
 from gfs_core.signals.context import StepContext
 from gfs_core.signals.keys import PRECISION_ERROR, SHARPNESS_CHART, STABILITY_RATIO
 from gfs_core.signals.lab import Lab
+from gfs_core.signals.training_gradient import of_the_step
 
 SHARPNESS = Key("sharpness", "largest eigenvalue λ₁ of the loss Hessian on the probe", chart=SHARPNESS_CHART)
 PRECONDITIONED_SHARPNESS = Key(
@@ -24,6 +27,8 @@ PRECONDITIONED_SHARPNESS = Key(
 )
 RESIDUAL = Key("residual", "bound on the distance of the sharpness to an eigenvalue, relative to it", logged=False)
 WORST_RESIDUAL = 0.1  # an eigenvalue that did not converge is left out if its relative error bound exceeds this
+_CHANGE = 0.1  # of the gradient's length by which a difference changes it, in full precision
+_DIFFERENCE_ERROR = 0.01  # of their products: a residual of three times that is not lowered any further
 _MIX_FIRST, _MIX_EVERY = 3, 10  # solves 3, 13, 23 … mix other directions into the warm start
 
 
@@ -46,6 +51,7 @@ class Eigenvalue:
 
     def __init__(self) -> None:
         self.solved = 0
+        self.length = StepLength()  # of differences, where a solve goes by them
         self.raw: Vector | None = None
         self.preconditioned: Vector | None = None
 
@@ -60,8 +66,12 @@ class Eigenvalue:
         self.solved += 1
         lab.loss_on_probe()
         mix = self.solved % _MIX_EVERY == _MIX_FIRST
-        found = self._solve(step, lab, mix)
-        if lab.top is not None and self.solved % _MIX_EVERY == 1 and lab.in_half_precision():
+        products = self._differences(step, lab)
+        found = self._solve(step, lab, mix, products)
+        if products is not None and any(r.value is None for r in found):  # too noisy, as of kinks and few examples
+            lab.facts.solve_by_gradients, products = False, None
+            found = self._solve(step, lab, mix)
+        if products is None and lab.top is not None and self.solved % _MIX_EVERY == 1 and lab.in_half_precision():
             error = lab.precision_error(step.stability, lab.top.vector, lab.top.value)
             found.append(Reading(PRECISION_ERROR, step.step, error))
             if not lab.in_half_precision():
@@ -70,16 +80,45 @@ class Eigenvalue:
             found = [reading for reading in found if reading.key is not RESIDUAL]
         return found
 
-    def _solve(self, step: StepContext, lab: Lab, mix: bool) -> list[Reading]:
+    def _differences(self, step: StepContext, lab: Lab) -> OneGradient | None:
+        """Products by one gradient each, where these take less time than exact ones; ``None``: exact ones.
+
+        On an accelerator both are timed once. An exact product needs attention's plain kernel and a graph of the
+        gradient; a gradient runs as in training. On a CPU exact products are taken, and for the first solve.
+        """
+        if self.raw is None:  # a random start has little curvature, and a step along it is too long to be linear
+            return None
+        facts, objective = lab.facts, lab.objective
+        untimed = facts.solve_by_gradients is None
+        if facts.solve_by_gradients is False or (untimed and objective.weights[0].device.type == "cpu"):
+            return None
+        change = CHANGE if objective.precision.half else _CHANGE
+        products = of_the_step(step, lab, step.probe, self.length, change)
+        if products is None:
+            return None
+        if untimed:
+            along = products.gradient()
+            products(along)
+            products(along)  # the second is timed
+            lab.hessian(along)
+            began = time.perf_counter()
+            objective.inner.norm(lab.hessian(along))
+            exact = time.perf_counter() - began
+            facts.solve_by_gradients = objective.on_all(products.seconds < exact)
+            lab.hessian.release()
+        products.error = _DIFFERENCE_ERROR
+        return products if facts.solve_by_gradients else None
+
+    def _solve(self, step: StepContext, lab: Lab, mix: bool, products: OneGradient | None = None) -> list[Reading]:
         stability, at = step.stability, step.step
-        top = lab.eigenvalue(start=self.raw, mix=mix)
+        top = lab.eigenvalue(start=self.raw, mix=mix, products=products)
         found = [reading_of(SHARPNESS, at, top, lab)]
         usable = found[0].value is not None
         self.raw = lab.sharpest = top.vector if usable else None
         if usable:
             found.append(Reading(RESIDUAL, at, top.error_bound))
         if stability.threshold is not None and not stability.plain:
-            top = lab.eigenvalue(stability, start=self.preconditioned, mix=mix)
+            top = lab.eigenvalue(stability, start=self.preconditioned, mix=mix, products=products)
             found.append(reading_of(PRECONDITIONED_SHARPNESS, at, top, lab))
             usable = found[-1].value is not None
             self.preconditioned = top.vector if usable else None
@@ -90,7 +129,7 @@ class Eigenvalue:
 
     def forget(self) -> None:
         """Start the next solve at random, and check its precision by float32."""
-        self.solved = 0
+        self.solved, self.length = 0, StepLength()
         self.broke_off()
 
     def broke_off(self) -> None:
@@ -99,11 +138,17 @@ class Eigenvalue:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of measurements, and the vectors to start from."""
-        return {"solved": self.solved, "raw": self.raw, "preconditioned": self.preconditioned}
+        return {
+            "solved": self.solved,
+            "raw": self.raw,
+            "preconditioned": self.preconditioned,
+            "length": self.length.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Restore the number of measurements, and the vectors that fit ``params``."""
         self.solved = int(state["solved"])
+        self.length = StepLength.from_state(state["length"])
         self.raw, self.preconditioned = (fitted(state[name], params) for name in ("raw", "preconditioned"))
 
 

@@ -19,6 +19,7 @@ from gfs_core.linalg.eigen import EigenResult, largest_eigenvalues
 from gfs_core.linalg.vectors import Vector, random_like
 from gfs_core.loss.learned import HvpMethod, Learned
 from gfs_core.loss.objective import Objective
+from gfs_core.loss.one_gradient import OneGradient
 from gfs_core.loss.products import Hessian
 from gfs_core.optimizers.preconditioner import Curvature, Preconditioned
 from gfs_core.optimizers.thresholds import Stability
@@ -115,6 +116,7 @@ class Lab:
             of_step=facts.of_step,
             uses=facts.uses,
             whole_cheaper=facts.whole_cheaper,
+            solve_by_gradients=facts.solve_by_gradients,
         )
 
     def notes(self) -> list[str]:
@@ -166,6 +168,7 @@ class Lab:
         start: Vector | None = None,
         tol: float | None = None,
         mix: bool = False,
+        products: OneGradient | None = None,
     ) -> EigenResult:
         """Largest eigenvalue at the present weights, of H or of the optimizer's operator.
 
@@ -176,8 +179,9 @@ class Lab:
             mix: mix the gradient, which lies mostly along large curvature, and a random vector into the start.
                 Otherwise an eigenvalue in a block of the Hessian where the start is 0 would never be found, even after
                 it has become the largest.
+            products: the Hessian by differences; ``None``: :attr:`hessian`.
         """
-        operator = self.operator(stability)
+        operator = self.operator(stability, products)
         if mix and start is not None:
             self.objective.inner.mix_in(operator.gradient(), MIX, start)
             self.objective.inner.mix_in(random_like(start, self.generator), MIX, start)
@@ -188,7 +192,7 @@ class Lab:
             max_hvps=self.accuracy.max_hvps,
             start=None if start is None else [start],
             generator=self.generator,
-            product_error=self.hessian.error,
+            product_error=self.hessian.error if products is None else products.error,
             inner=self.objective.inner,
         )
 

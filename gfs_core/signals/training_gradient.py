@@ -8,12 +8,15 @@ another, that of the measured loss is computed each time: two gradients in place
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from gfs_core.linalg.vectors import Vector, dense, is_half, local, zeros_like
 from gfs_core.loss.learned import OfStep
 from gfs_core.loss.objective import Objective
-from gfs_core.loss.one_gradient import OneGradient, StepLength
+from gfs_core.loss.one_gradient import CHANGE, OneGradient, StepLength
 from gfs_core.loss.rounding import steps
 from gfs_core.signals.context import StepContext
 from gfs_core.signals.lab import Lab
@@ -23,7 +26,26 @@ _FACTOR = 0.01  # relative distance of a factor from the one that is expected
 _COMPARE_EVERY = 50  # uses of ``.grad`` after which it is compared again
 
 
-def one_gradient(step: StepContext, lab: Lab, length: StepLength) -> OneGradient | None:
+def of_the_step(
+    step: StepContext, lab: Lab, data: Sequence[Any], length: StepLength, change: float = CHANGE
+) -> OneGradient | None:
+    """Products as of :func:`one_gradient`, where ``data`` is all that training computes its gradient on.
+
+    Args:
+        step: the optimizer step.
+        lab: the lab of this measurement.
+        data: the batches that are to be measured.
+        length: what the signal keeps of earlier step lengths.
+        change: of the gradient, as in :class:`~gfs_core.loss.one_gradient.OneGradient`.
+    """
+    whole = len(data) == len(step.batches) and all(a is b for a, b in zip(data, step.batches, strict=True))
+    if step.gradient is None or not whole:
+        return None
+    with lab.on(step.batches):
+        return one_gradient(step, lab, length, change)
+
+
+def one_gradient(step: StepContext, lab: Lab, length: StepLength, change: float = CHANGE) -> OneGradient | None:
     """Products from one gradient each, or two, of the mean loss over the step's micro-batches.
 
     It is called where the lab is on these micro-batches.
@@ -32,6 +54,7 @@ def one_gradient(step: StepContext, lab: Lab, length: StepLength) -> OneGradient
         step: the optimizer step.
         lab: the lab of this measurement; its facts are updated.
         length: what the signal keeps of earlier step lengths.
+        change: of the gradient, as in :class:`~gfs_core.loss.one_gradient.OneGradient`.
 
     Returns:
         The products; ``None``: differences would tell nothing here, as of a loss that rounds its weights, or of weights
@@ -49,10 +72,11 @@ def one_gradient(step: StepContext, lab: Lab, length: StepLength) -> OneGradient
     if taken is not None and facts.of_step in ("mean", "sum") and step.clipped is not None:
         facts.uses += 1
         if facts.uses % _COMPARE_EVERY:
-            return OneGradient(objective, taken, length, _factor(facts.of_step, step) * step.clipped)
+            factor = _factor(facts.of_step, step) * step.clipped
+            return OneGradient(objective, taken, length, factor, change)
     own = objective.gradient()[1]
     facts.of_step = "other" if taken is None else _compared(objective, own, taken, step, facts.of_step)
-    products = OneGradient(objective, own, length)
+    products = OneGradient(objective, own, length, change=change)
     if facts.smooth is None and objective.inner.norm(own) > 0:
         facts.smooth = not products.has_kink(own)
     return None if facts.smooth is False else products

@@ -19,7 +19,7 @@ from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import RUNS, Run, adamw, of, relu, sgd, tanh
 
 STEPS, EVERY, FIRST = 600, 20, 40  # steps of a run, between comparisons, of the first comparison
-DEFAULT = "running, every 5, 1/16"
+DEFAULT, HALF = "one gradient, every 25", ", bfloat16"
 ACCURACY = f"""## Accuracy
 
 Eight runs of {STEPS} steps (seed 0), warm-up and cosine unless it says constant rate. Every {EVERY} steps from step
@@ -28,9 +28,11 @@ training data. A cell holds: rank correlation over the run · median of estimate
 cost per training step in gradients of the batch (a product counted as two gradients, a forward pass as a third).
 """
 READING = """\
-The default estimator is the first row. It reaches a rank correlation of 0.95 within 5 % in {reached} of the {count}
-runs. Many small products on changing parts beat few large ones at the same cost, and solving on a small part is the
-worst use of it. Where a schedule moves the ratio over two orders of magnitude, following it is easy, and even a small
+The default estimator is one gradient at a time, of the whole step, by the difference against training's own; a budget
+of 5 % allows one in 20 to 25 steps. It reaches a rank correlation of 0.9 within 5 % in {reached} of the {count} runs.
+In bfloat16 each takes two gradients here, as training itself is in float32. Where products on parts of a batch are
+cheaper than a whole gradient they are taken instead: many small ones on changing parts beat few large ones at the same
+cost, and solving on a small part is the worst use of it. Where a schedule moves the ratio over two orders of magnitude, following it is easy, and even a small
 fixed probe does well; at a constant rate the exact ratio swings by some tens of per cent from one comparison to the
 next, and not even the whole batch, solved at ten to thirty times the cost, follows that. The worst factors are those
 of the first hundred steps, where the curvature changes faster than an average can. What is read along the optimizer's
@@ -57,10 +59,14 @@ def candidates(run: Run) -> dict[str, tuple[gfs.StabilityMonitor, float]]:
         return gfs.StabilityMonitor(run.model, run.optimizer, config)
 
     made: dict[str, tuple[gfs.StabilityMonitor, float]] = {}
+    for name in ("one gradient, every 5", "one gradient, every 10", DEFAULT, f"{DEFAULT}{HALF}"):
+        whole = monitor("running", int(name.removesuffix(HALF).split()[-1]))
+        whole.measuring.learned.whole_cheaper = True
+        made[name] = whole, 1.0
     for every, parts in ((5, 16), (5, 32), (10, 8), (20, 4)):
         running = monitor("running", every)
-        running.measuring.learned.parts = parts
-        made[f"running, every {every}, 1/{parts}"] = running, 1 / parts
+        running.measuring.learned.parts, running.measuring.learned.whole_cheaper = parts, False
+        made[f"products, every {every}, 1/{parts}"] = running, 1 / parts
     for parts in (1, 4, 16):
         size = None if parts == 1 else run.batch // parts
         made[f"solved, every 20, 1/{parts} of the batch"] = monitor("sharpness", EVERY, probe_size=size), 1 / parts
@@ -84,6 +90,16 @@ def value(found: gfs.Measurement) -> float | None:
     return None
 
 
+def in_half(run: Run) -> Callable[[Any], torch.Tensor]:
+    """The loss of a run in bfloat16 autocast."""
+
+    def loss(batch: Any) -> torch.Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16):
+            return run.loss(batch)
+
+    return loss
+
+
 def follow(name: str, make: Callable[[], Run]) -> Iterator[Row]:
     """All estimators along one run; each measures in isolation, so that none knows of the others."""
     torch.manual_seed(0)
@@ -99,7 +115,7 @@ def follow(name: str, make: Callable[[], Run]) -> Iterator[Row]:
     pairs: dict[str, list[tuple[float, float]]] = {k: [] for k in made}
     for step, batch, loss in run.steps(STEPS, seed=1):
         for key, (monitor, fraction) in made.items():
-            measurement = monitor.step(run.loss, batch, step, loss=loss)
+            measurement = monitor.step(in_half(run) if HALF in key else run.loss, batch, step, loss=loss)
             if measurement is not None:
                 # A product is counted as two gradients, a forward pass as a third of one.
                 counted = (measurement.grad_evals or 0) + 2 * (measurement.hvps or 0)
@@ -145,7 +161,7 @@ def render(rows: list[Row]) -> list[str]:
         [i, name, f"{next(r['range'] for r in rows if r['run'] == name):.1f}"] for i, name in enumerate(names, 1)
     ]
     default = [r for r in rows if r["estimator"] == DEFAULT]
-    reached = sum(r["rank_correlation"] >= 0.95 for r in default)
+    reached = sum(r["rank_correlation"] >= 0.9 for r in default)
     return [
         ACCURACY, *table(["estimator", *range(1, len(names) + 1)], cells), "",
         *table(["", "run", "largest / smallest exact ratio"], spreads), "",

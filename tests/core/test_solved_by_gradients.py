@@ -36,7 +36,7 @@ def run(activation: type[nn.Module], make, steps: int = 12):
     return found, monitor
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.5, momentum=0.9), lambda p: torch.optim.SGD(p, 0.1)])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.5, momentum=0.9), lambda p: torch.optim.SGD(p, 0.5)])
 def test_it_is_that_of_exact_products_for_one_gradient_each(make) -> None:
     found, monitor = run(nn.Tanh, make)
     assert monitor.measuring.learned.solve_by_gradients is True
@@ -44,7 +44,7 @@ def test_it_is_that_of_exact_products_for_one_gradient_each(make) -> None:
         assert measurement.sharpness == pytest.approx(exact, rel=0.03)
         assert measurement.stability_ratio == pytest.approx(measurement.sharpness / measurement.threshold)
     assert all(m.hvps == 0 for m, _ in found[1:])  # the first, from a random start, is by exact products
-    assert max(m.grad_evals for m, _ in found[2:]) <= 12  # from the last vector
+    assert max(m.grad_evals for m, _ in found[2:]) <= 20  # from the last vector
 
 
 def test_where_differences_are_too_noisy_exact_products_are_taken_from_then_on() -> None:

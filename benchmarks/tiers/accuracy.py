@@ -32,12 +32,12 @@ The default estimator is one gradient at a time, of the whole step, by the diffe
 of 5 % allows one in 20 to 25 steps. It reaches a rank correlation of 0.9 within 5 % in {reached} of the {count} runs.
 In bfloat16 each takes two gradients here, as training itself is in float32. Where products on parts of a batch are
 cheaper than a whole gradient they are taken instead: many small ones on changing parts beat few large ones at the same
-cost, and solving on a small part is the worst use of it. Where a schedule moves the ratio over two orders of magnitude, following it is easy, and even a small
-fixed probe does well; at a constant rate the exact ratio swings by some tens of per cent from one comparison to the
-next, and not even the whole batch, solved at ten to thirty times the cost, follows that. The worst factors are those
-of the first hundred steps, where the curvature changes faster than an average can. What is read along the optimizer's
-step (directional) or along the gradient (batch sharpness) is another quantity, and no stand-in for the ratio away
-from the edge."""
+cost, and solving on a small part is the worst use of it. Where a schedule moves the ratio over two orders of magnitude,
+following it is easy, and even a small fixed probe does well; at a constant rate the exact ratio swings by some tens of
+per cent from one comparison to the next, and not even the whole batch, solved at ten to thirty times the cost, follows
+that. The worst factors are those of the first hundred steps, where the curvature changes faster than an average can.
+What is read along the optimizer's step (directional) or along the gradient (batch sharpness) is another quantity, and
+no stand-in for the ratio away from the edge."""
 
 
 def runs() -> dict[str, Callable[[], Run]]:

@@ -28,6 +28,7 @@ _TRIES = 4  # steps that a product may take to find its length
 _FARTHEST = 0.02  # longest step, relative to the weights
 _SHORTEST = 30 * torch.finfo(torch.float32).eps  # the same of the shortest: a shorter one is lost in rounding
 _FIRST = 1 / 16  # of the longest, the first step
+_WIDTH_EVERY = 20  # products after which the length of the weights is computed anew
 _NEARER = 8  # times that, the step is shortened to look for a kink
 
 
@@ -38,10 +39,14 @@ class StepLength:
     Attributes:
         steepness: ‖H·v‖/‖v‖ of the latest product; 0: there was none.
         sign: of the next step.
+        width: length of the weights, when it was last looked at.
+        age: products so far.
     """
 
     steepness: float = 0.0
     sign: int = 1
+    width: float = 1.0
+    age: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -50,7 +55,8 @@ class StepLength:
     @staticmethod
     def from_state(state: dict[str, Any]) -> StepLength:
         """What :meth:`state_dict` returned."""
-        return StepLength(float(state["steepness"]), 1 if int(state["sign"]) > 0 else -1)
+        sign = 1 if int(state["sign"]) > 0 else -1
+        return StepLength(float(state["steepness"]), sign, float(state["width"]), int(state["age"]))
 
 
 class OneGradient:
@@ -101,7 +107,7 @@ class OneGradient:
         Args:
             make: returns the vector, each time a new one.
         """
-        width = max(1.0, self.inner.norm(self.objective.weights))
+        width = self._width()
         longest, shortest = _FARTHEST * width, _SHORTEST * width
         wanted = self.change * self._slope
         step = wanted / self.length.steepness if self.length.steepness else _FIRST * longest
@@ -119,6 +125,13 @@ class OneGradient:
         assert product is not None
         self.length.sign = -self.length.sign
         return product
+
+    def _width(self) -> float:
+        """The length of the weights, at least 1; it hardly changes from one measurement to the next."""
+        if self.length.age % _WIDTH_EVERY == 0:
+            self.length.width = max(1.0, self.inner.norm(self.objective.weights))
+        self.length.age += 1
+        return self.length.width
 
     def _difference(self, make: Callable[[], Vector], step: float) -> Vector | None:
         """H·v by a step of this length; ``None``: the vector is zero."""
@@ -154,8 +167,10 @@ class OneGradient:
         """∇L·v at the present weights."""
         return self.inner.dot(self.known, vector) / self.factor
 
-    def gradient(self, compute: bool = True) -> Vector:
-        """∇L at the present weights, a new vector."""
+    def gradient(self, compute: bool = True) -> Vector | None:
+        """∇L at the present weights, a new vector; ``None`` unless it is asked for, as a copy is not free."""
+        if not compute:
+            return None
         gradient = clone(self.known)
         if self.factor != 1.0:
             scale(1 / self.factor, gradient)

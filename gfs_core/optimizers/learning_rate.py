@@ -37,6 +37,12 @@ def rate_of(optimizer: Any) -> float:
     return 0.0
 
 
+def first_rate(optimizer: Any) -> float | None:
+    """The learning rate of the first group, if it is a number that lies on the host."""
+    rate = unwrap(optimizer).param_groups[0].get("lr")
+    return rate if isinstance(rate, float) else None
+
+
 def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
     """Set the rate of one group. A tensor is changed in place: compiled and captured steps read it there."""
     if isinstance(group["lr"], Tensor):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+LEAST = 0.5  # of the budget, that measurements may take whatever the hooks beside them take
 _WARM = 0.5  # expected price after the first measurement, as a fraction of the first
 _START = 12  # measurements that let the running estimate settle, and are not charged
 # Guessed prices before the first measurement of a signal, in prices of another one.
@@ -23,7 +24,8 @@ class OverheadBudget:
     - The first 20 measurements that a control of the learning rate goes by, where nothing else is measured with them.
 
     All else together may take the budgeted fraction of the wall time. The next measurement counts in advance, at the
-    price of the last one, or at a guess.
+    price of the last one, or at a guess. Where steps are so short that the hooks alone take more than half of the
+    budget, measurements may still take the other half, as a run without any would be watched for nothing.
 
     Args:
         needs: for each signal, the names of the signals that are measured before it.
@@ -78,7 +80,10 @@ class OverheadBudget:
             return len(names) == 1
         price = self.price(names)
         allowed = budget * (self.elapsed() + ahead - self.since + price)
-        return self.ours - self.start + price <= allowed and self.spent.get(names[-1], 0.0) + price <= share * allowed
+        spent = sum(self.spent.values())
+        beside = self.ours - self.start - spent
+        for_measuring = max(allowed - beside, LEAST * allowed)
+        return spent + price <= for_measuring and self.spent.get(names[-1], 0.0) + price <= share * for_measuring
 
     def price(self, names: Sequence[str]) -> float:
         """Expected seconds of a measurement of these signals, the dearest last."""

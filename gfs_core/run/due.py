@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gfs_core.optimizers.thresholds import parameters_of, stability_of
+from gfs_core.run.budget import LEAST
 from gfs_core.run.measuring import LossOfBatch, Measuring
 from gfs_core.run.rates import Rates
 from gfs_core.run.record import Measurement
@@ -26,7 +27,7 @@ class DueMeasurements:
 
     def __init__(self, schedule: Schedule, measuring: Measuring, rates: Rates, label: Callable[[], str]) -> None:
         self.schedule, self.measuring, self.rates, self.label = schedule, measuring, rates, label
-        self._has_state = False
+        self._has_state = self._told = False
 
     def names(self, step: int) -> list[str]:
         """The signals that are due at ``step``, cheapest first; under a budget none before the optimizer has state."""
@@ -91,7 +92,20 @@ class DueMeasurements:
         measuring.notices.reasons(measurement.reasons)
         measurement = measurement.because(self.schedule.left_out(step, names))
         measurement = measurement.having(seconds=budget.last, overhead=budget.overhead())
+        if (over := self._over_budget(names)) and not self._told:
+            self._told = True
+            measurement = measurement.because([over])
         return self.rates.take_in(measurement, scale, along_the_step=self.schedule.leading == "directional")
+
+    def _over_budget(self, names: list[str]) -> str:
+        """That the budget cannot be held, and why, in words; empty where it can."""
+        budget, most = self.schedule.budget, self.schedule.config.max_overhead
+        if most is None or budget.beside() <= (1 - LEAST) * most:
+            return ""
+        return (
+            f"steps are too short for max_overhead={most:g}: the hooks alone take {budget.beside():.1%} of the wall time, "
+            f"and a measurement takes {budget.price(names) * 1e3:.3g} ms; measurements keep to {LEAST * most:.1%}"
+        )
 
     def _waits_for_state(self) -> bool:
         """Whether an adaptive optimizer has no second moments yet: under a budget, nothing is spent without a ratio."""

@@ -19,6 +19,7 @@ from gfs_core.detectors.base import Alert
 from gfs_core.detectors.early_warning import EarlyWarning
 from gfs_core.errors import ConfigError
 from gfs_core.loss.batches import examples_of
+from gfs_core.optimizers.learning_rate import first_rate
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.due import DueMeasurements
 from gfs_core.run.journal import Journal
@@ -231,20 +232,14 @@ class StabilityMonitor:
             Exception: with ``strict=True``, whatever failed; what ``on_alarm`` raises, always.
         """
         self._seen = step
+        if measurement is None and self._may_wait(step):
+            return None
         if self._resumed:
             self._resumed = False
             self.journal.resume(step)
         with self.schedule.budget.counting():
             self._look(step)
-            arrived, self._arrived = self._arrived, []
-            rate = None
-            with self.notices.harmless("the early warning has not seen a rate", alone=True):
-                rate = self.rates.effective()
-            news = self._waiting.add(Uneventful(step, arrived, rate))
-            if measurement is None and not news and self.ranks is None and not self._alerts:
-                self._expect(step)
-                return None
-            self._pass_on(measurement)
+            self._pass_on(step, measurement)
             alerts, self._alerts = self._alerts, []
             if alerts and measurement is None:
                 measurement = Measurement(step, self._label())
@@ -258,21 +253,42 @@ class StabilityMonitor:
         self.watch.call()
         return measurement
 
-    def _pass_on(self, measurement: Measurement | None = None) -> None:
-        """Pass the steps that wait to the early warning and the journal, the last of them with ``measurement``."""
+    def _may_wait(self, step: int) -> bool:
+        """Let a step without news wait, where nothing may be due at it and the next; returns whether it waits.
+
+        Most steps end here, so this is short.
+        """
+        if not self._quiet_from < step < self._quiet_until - 1 or self._resumed or self._alerts:
+            return False
+        if self.ranks is not None or self.control.policy != "observe" or self.rates.scheduled:
+            return False
+        if not self._waiting.takes(step, self._arrived, first_rate(self.optimizer)):
+            return False
+        self._arrived = []
+        return True
+
+    def _pass_on(self, step: int | None = None, measurement: Measurement | None = None) -> None:
+        """Pass the steps that wait to the early warning and the journal, and then ``step`` with its measurement."""
+        first = first_rate(self.optimizer)
+        held = self._waiting.taken()
+        if step is not None:
+            held.append(Uneventful(step, self._arrived, first))
+            self._arrived = []
         with self.notices.harmless("the early warning has not seen a step"):
-            held = self._waiting.take()
-            for place, step in enumerate(held, 1):
-                own = measurement if place == len(held) else None
-                for loss, examples in step.losses:
+            rate = self.rates.effective() if held else None
+            for seen in held:
+                own = measurement if seen.step == step else None
+                for loss, examples in seen.losses:
                     if "running" in self.schedule.every:
                         self.measuring.mean_loss.add(loss)
                     self._losses.add(loss, examples)
                 self.measuring.mean_loss.end_step()
-                losses = self._new_losses(step.step, now=own is not None)
+                losses = self._new_losses(seen.step, now=own is not None)
                 judged = own if self.measuring.probe.second is None else None  # training's own curvature alone
-                self._alerts += self.watch.observe(step.step, losses, step.rate, judged)
+                known = rate if seen.rate == first else None
+                self._alerts += self.watch.observe(seen.step, losses, known, judged)
                 self.journal.add_losses(losses)
+                self._waiting.passed_on(seen.losses, seen.rate)
 
     def _expect(self, step: int) -> None:
         if not self._is_quiet(step + 1):

@@ -53,6 +53,11 @@ class Rates:
         elif config.control != "observe":
             self.act(self.control)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether an :class:`~gfs_core.EdgeOfStabilityLR` controls the rate."""
+        return self._scheduler is not None
+
     def act(self, control: Control) -> None:
         """Let ``control`` scale each step of the optimizer."""
         self.close()

@@ -71,6 +71,8 @@ class Eigenvalue:
         if products is not None and any(r.value is None for r in found):  # too noisy, as of kinks and few examples
             lab.facts.solve_by_gradients, products = False, None
             found = self._solve(step, lab, mix)
+        if products is not None:  # that they are not exact is known
+            found = [reading._replace(reason="") for reading in found]
         if products is None and lab.top is not None and self.solved % _MIX_EVERY == 1 and lab.in_half_precision():
             error = lab.precision_error(step.stability, lab.top.vector, lab.top.value)
             found.append(Reading(PRECISION_ERROR, step.step, error))
@@ -98,6 +100,7 @@ class Eigenvalue:
             return None
         if untimed:
             along = products.gradient()
+            assert along is not None
             products(along)
             products(along)  # the second is timed
             lab.hessian(along)

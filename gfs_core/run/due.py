@@ -103,8 +103,8 @@ class DueMeasurements:
         if most is None or budget.beside() <= (1 - LEAST) * most:
             return ""
         return (
-            f"steps are too short for max_overhead={most:g}: the hooks alone take {budget.beside():.1%} of the wall time, "
-            f"and a measurement takes {budget.price(names) * 1e3:.3g} ms; measurements keep to {LEAST * most:.1%}"
+            f"steps are too short for max_overhead={most:g}: the hooks alone take {budget.beside():.1%} of the wall "
+            f"time, and a measurement takes {budget.price(names) * 1e3:.3g} ms; measurements keep to {LEAST * most:.1%}"
         )
 
     def _waits_for_state(self) -> bool:

@@ -33,14 +33,20 @@ def first_examples(batch: Any, count: int) -> Any:
     return _rows(batch, size, 0, count)
 
 
+def is_cut(batch: Any, parts: int) -> bool:
+    """Whether :func:`rotating_part` cuts the batch: into two parts or more of at least two examples each."""
+    return min(parts, (batch_size(batch) or 0) // 2) >= 2
+
+
 def rotating_part(batch: Any, parts: int, turn: int) -> Any:
     """Run number ``turn`` (modulo their count) of the ``parts`` runs of examples that the batch is cut into.
 
     A run has at least two examples, so there may be fewer of them. A batch of less than four examples is not cut.
     """
     size = batch_size(batch)
-    if size is None or (parts := min(parts, size // 2)) < 2:
+    if size is None or not is_cut(batch, parts):
         return batch
+    parts = min(parts, size // 2)
     low, high = (size * (turn % parts + i) // parts for i in (0, 1))
     return _rows(batch, size, low, high)
 

@@ -27,6 +27,10 @@ class ClippingFactor:
         self._handles: list[tuple[Any, Tensor, bool]] = []  # of each hook, its weight, and whether it has others
         self._held: dict[int, tuple[Tensor, Tensor]] = {}  # by place: the weight, and the length of its gradient
 
+    def __reduce__(self) -> tuple[type[ClippingFactor], tuple[()]]:
+        """A copy expects nothing: the hooks are on the weights of the original, and cannot be pickled."""
+        return ClippingFactor, ()
+
     @property
     def expecting(self) -> bool:
         """Whether hooks are on the weights."""

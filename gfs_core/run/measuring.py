@@ -280,9 +280,9 @@ class Measuring:
                 )
                 measured = measure(self.signals.named(names), context, self.learned, self._conditions())
                 measurement = Measurement.from_readings(step, label, measured.readings, measured.notes)
-                self.learned = measured.learned
                 if self.ranks is not None:
                     measurement = self.ranks.same(measurement)
+                self.learned = measured.learned  # on all processes, or on none
         except Exception as error:
             measurement = None
             if self.config.strict and not _skips(error):

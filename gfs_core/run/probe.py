@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from gfs_core.loss.batches import batch_size, changed, copied, examples_of, first_of_all, is_plain
+from gfs_core.loss.batches import batch_size, changed, copied, examples_of, first_of_all, is_cut, is_plain
 from gfs_core.loss.learned import PARTS, Learned
 from gfs_core.run.second_data import SecondData
 from gfs_core.signals.training import BatchSizes
@@ -82,7 +82,7 @@ class Probe:
         sizes = [size for b in batches if (size := batch_size(b)) is not None]
         limits = (self.size, learned.fits)
         cuts = any(limit is not None and limit < sum(sizes) for limit in limits)
-        return cuts or (running and learned.parts > 1 and any(size >= 4 for size in sizes))
+        return cuts or (running and any(is_cut(b, learned.parts) for b in batches))
 
     def current(self, batches: list[Any], learned: Learned) -> list[Any]:
         """The step's batches, limited to ``size`` examples."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.linalg.power import Sample
 from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half
-from gfs_core.loss.batches import batch_size, fraction_of, rotating_part
+from gfs_core.loss.batches import batch_size, fraction_of, is_cut, rotating_part
 from gfs_core.loss.one_gradient import StepLength
 from gfs_core.loss.parts import normalises_over_batch
 from gfs_core.signals.base import Cost, Key, Reading
@@ -161,7 +161,8 @@ class BatchSharpness:
         self.mean, self.length = None, StepLength()
 
     def broke_off(self) -> None:
-        """Keep the mean: a failed measurement has not changed it."""
+        """Keep the mean: a failed measurement has not changed it. Find the length of the next step anew."""
+        self.length = StepLength()
 
     def state_dict(self) -> dict[str, Any]:
         """The mean so far, and what is known about the length of a step."""
@@ -217,8 +218,8 @@ class RunningCurvature:
         turn, self.turn, self._alone = self.turn, self.turn + 1, lab.objective.ranks is None
         quotients = self._by_one_gradient(step, lab)
         if quotients is None:
-            if lab.facts.splits is None:  # it is found out before the next measurement
-                return []
+            if lab.facts.splits is None and not lab.objective.on_all(not _would_cut(step, lab)):
+                return []  # whether a batch may be cut is found out before the next measurement
             quotients = self._by_parts(step, lab, turn)
         return self._taken_in(step, quotients)
 
@@ -259,7 +260,7 @@ class RunningCurvature:
                     return operator(vector)
 
             estimate, objective = self.estimate, lab.objective
-            pairs = estimate.wants_pair and len(others) > 0
+            pairs = estimate.wants_pair and objective.on_all(len(others) > 0)
             sample = Sample(operator, objective.weights, other if pairs else None, operator.gradient, objective.inner)
             settling = self.settling
             quotients = estimate.update(sample)
@@ -335,6 +336,10 @@ def _weight_of_noise(step: StepContext, fraction: float) -> float:
     return 0.0 if uncounted else step.stability.noise_factor * fraction
 
 
+def _would_cut(step: StepContext, lab: Lab) -> bool:
+    return any(is_cut(batch, lab.facts.parts) for batch in step.batches)
+
+
 def whole_is_cheaper(step: StepContext, lab: Lab, seconds: float) -> bool:
     """Whether one gradient of the whole step, of that many seconds, takes less time than a product on a part.
 
@@ -343,11 +348,10 @@ def whole_is_cheaper(step: StepContext, lab: Lab, seconds: float) -> bool:
     """
     learned, objective = lab.facts, lab.objective
     batch = step.batches[0]
-    part = rotating_part(batch, learned.parts, 0)
-    uncut = learned.splits is False or batch_size(part) == batch_size(batch)
+    uncut = learned.splits is False or not is_cut(batch, learned.parts)
     if uncut or objective.ranks is not None or objective.weights[0].device.type != "cpu":
         return True
-    with lab.on([part]):
+    with lab.on([rotating_part(batch, learned.parts, 0)]):
         try:
             objective.gradient()
             began = time.perf_counter()

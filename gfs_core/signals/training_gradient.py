@@ -39,7 +39,7 @@ def of_the_step(
         change: of the gradient, as in :class:`~gfs_core.loss.one_gradient.OneGradient`.
     """
     whole = len(data) == len(step.batches) and all(a is b for a, b in zip(data, step.batches, strict=True))
-    if step.gradient is None or not whole:
+    if not lab.objective.on_all(step.gradient is not None and whole):  # a probe is a whole batch on some processes
         return None
     with lab.on(step.batches):
         return one_gradient(step, lab, length, change)

@@ -29,7 +29,12 @@ NOT_DEFAULT = {
 
 
 def tuned(
-    monitor: StabilityMonitor, *, beside: Mapping[str, int] | None = None, parts: int | None = None, **accuracy: Any
+    monitor: StabilityMonitor,
+    *,
+    beside: Mapping[str, int] | None = None,
+    parts: int | None = None,
+    whole: bool = False,
+    **accuracy: Any,
 ) -> StabilityMonitor:
     """The same monitor, set as no option sets it.
 
@@ -37,12 +42,15 @@ def tuned(
         monitor: what is set.
         beside: steps between measurements of further signals, by name.
         parts: that a batch is cut into for the running estimate, whose products are then on parts.
+        whole: products of the running estimate are on whole steps, by one gradient, whatever takes less time.
         **accuracy: the fields of :class:`~gfs_core.signals.lab.Accuracy`.
     """
     monitor.schedule.also(beside or {})
     monitor.measuring.accuracy = replace(monitor.measuring.accuracy, **accuracy)
     if parts is not None:
         monitor.measuring.learned.parts, monitor.measuring.learned.whole_cheaper = parts, False
+    if whole:
+        monitor.measuring.learned.whole_cheaper = True
     return monitor
 
 

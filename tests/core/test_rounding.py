@@ -197,10 +197,11 @@ def test_differences_of_gradients_are_refused(loss: str, quantise: Quantise, hvp
 
 def test_it_is_told_once_and_there_is_no_flow() -> None:
     model = network(detached, 2)
-    batches = [(X[i::4], Y[i::4]) for i in range(4)]
+    batches = [(X[i::4], Y[i::4]) for i in range(4)] * 3
     found, told = train(model, torch.optim.SGD(model.parameters(), 0.1), batches, tier="gfs")
-    assert [m.gfs_sharpness for m in found] == [None] * 4
-    assert all(m.sharpness is not None and m.running_sharpness is not None for m in found)
+    assert [m.gfs_sharpness for m in found] == [None] * 12
+    assert all(m.sharpness is not None for m in found)
+    assert [m.running_sharpness is not None for m in found] == [False] * 8 + [True] * 4
     assert sum("the loss rounds its weights or activations" in text for text in told) == 1
     with pytest.raises(gfs.MeasurementError, match="there is no gradient flow to follow"):
         gfs.gfs_sharpness(model, loss_fn, (X, Y), learning_rate=0.1)

@@ -339,9 +339,10 @@ def test_a_loss_that_needs_whole_batches_is_measured_on_them(hvp: str) -> None:
         assert "so whole batches are measured: it fails on a part (RuntimeError: shape" in str(caught[0].message)
 
 
+@pytest.mark.parametrize("hvp", ["auto", "exact"])
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
-def test_batch_sharpness_is_the_mean_of_quotients(optimizer_of) -> None:
-    config = gfs.GFSConfig(tier="batch_sharpness", every=1, running_every=None, max_overhead=None)
+def test_batch_sharpness_is_the_mean_of_quotients(optimizer_of, hvp: str) -> None:
+    config = gfs.GFSConfig(tier="batch_sharpness", every=1, running_every=None, max_overhead=None, hvp=hvp)
     model = Net()
     optimizer = optimizer_of(model.parameters())
     model.loss(DATA).backward()
@@ -360,8 +361,9 @@ def test_batch_sharpness_is_the_mean_of_quotients(optimizer_of) -> None:
         step = (inverse * flat).detach()
         product = torch.cat([h.flatten() for h in torch.autograd.grad(flat @ step, params)])
         quotients.append(float(step @ product / (step @ flat)))
-    assert found[0] == pytest.approx(quotients[0], rel=1e-9)
-    assert found[2] == pytest.approx(0.81 * quotients[0] + 0.09 * quotients[1] + 0.1 * quotients[2], rel=1e-9)
+    error = 1e-9 if hvp == "exact" else 1e-2  # a difference over a step that changes the gradient by a tenth
+    assert found[0] == pytest.approx(quotients[0], rel=error)
+    assert found[2] == pytest.approx(0.81 * quotients[0] + 0.09 * quotients[1] + 0.1 * quotients[2], rel=error)
 
 
 class Pair(nn.Module):

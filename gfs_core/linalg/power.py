@@ -36,7 +36,7 @@ from gfs_core.linalg.inner import WHOLE, InnerProduct
 from gfs_core.linalg.operator import Operator
 from gfs_core.linalg.vectors import Vector, clone, combine, random_like, scale
 
-_TURN = 0.5  # weight of the new product in the direction
+TURN = 0.5  # weight of the new product in the direction
 _VALUE_MEMORY = 0.85  # weight of the past in the value
 _SPREAD_MEMORY = 0.8  # weight of the past in the two moments of the spread; they are plain means at first
 _FIRST_PAIRS = 3  # the first products at a direction are so many pairs
@@ -63,6 +63,7 @@ class Sample:
         gradient: ``gradient(compute)``, the gradient of the part, a new vector; ``gradient(False)`` is ``None`` where
             it is not free. ``None``: nothing is mixed into the direction.
         inner: the inner product, which knows how vectors are spread over processes.
+        turn: weight of the product in the direction, once it has settled; less follows slower, and averages more noise.
     """
 
     operator: Operator
@@ -70,6 +71,7 @@ class Sample:
     other: Operator | None = None
     gradient: Callable[[bool], Vector | None] | None = None
     inner: InnerProduct = WHOLE
+    turn: float = TURN
 
     def alone(self) -> Sample:
         """Single products, and nothing mixed in."""
@@ -172,7 +174,7 @@ class RunningSharpness:
             self._lag_over(vp, pp)
             self._lag_over(vq, qq)
         if math.isfinite(square) and square > 0.0:
-            self._turn_to(product, quotient, square, math.sqrt(one))
+            self._turn_to(product, quotient, square, math.sqrt(one), sample.turn)
         del product  # its memory is needed
         self._turns += 1
         if sample.gradient is not None and self.settled:
@@ -180,7 +182,7 @@ class RunningSharpness:
             mix_in(random_like(self.vector, torch.Generator().manual_seed(self._turns)), _RANDOM_MIX, self.vector)
         return quotient
 
-    def _turn_to(self, product: Vector, quotient: float, square: float, length: float) -> None:
+    def _turn_to(self, product: Vector, quotient: float, square: float, length: float, turn: float) -> None:
         """Turn the direction towards ``product``; every norm follows from the inner products, without another transfer.
 
         With v of norm 1 and p = H_B·v + s·v, the shift s being 0, or 2‖H_B·v‖ where vᵀH_B·v is negative (so that the
@@ -188,13 +190,13 @@ class RunningSharpness:
         While the direction settles, p has ¾ of the weight.
         """
         assert self.vector is not None
-        by = _TURN if self.settled else _SETTLE_TURN
+        by = turn if self.settled else _SETTLE_TURN
         shift = 2 * math.sqrt(square) if quotient < 0 else 0.0
         along = quotient + shift
         size = math.sqrt(square + 2 * shift * quotient + shift * shift)
         turned = math.sqrt((1 - by) ** 2 + by**2 + 2 * by * (1 - by) * along / size)
-        stay, turn = (1 - by + by * shift / size) / turned, by / (size * turned)
-        combine(turn / length, product, stay / length, self.vector)
+        stay, go = (1 - by + by * shift / size) / turned, by / (size * turned)
+        combine(go / length, product, stay / length, self.vector)
 
     def _spread_over(self, spread: float, square: float) -> None:
         """Take in one pair: ‖p − q‖²/2 and (vᵀp)(vᵀq)."""

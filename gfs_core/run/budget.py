@@ -9,7 +9,7 @@ from typing import Any
 
 LEAST = 0.5  # of the budget, that measurements may take whatever the hooks beside them take
 _WARM = 0.5  # expected price after the first measurement, as a fraction of the first
-_START = 12  # measurements that let the running estimate settle, and are not charged
+_START = 24  # measurements with which the running estimate begins, and that are not charged
 # Guessed prices before the first measurement of a signal, in prices of another one.
 _GUESSES = {"sharpness": (40.0, "running"), "midpoint": (20.0, "running"), "gfs": (4.0, "sharpness")}
 
@@ -20,7 +20,7 @@ class OverheadBudget:
     Three kinds of measurement are not charged to the budget:
 
     - The first measurement of the run: it includes start-up of the libraries.
-    - The first 12 by which the running estimate settles.
+    - The first 24 of the running estimate, which are closer together at first.
     - The first 20 measurements that a control of the learning rate goes by, where nothing else is measured with them.
 
     All else together may take the budgeted fraction of the wall time. The next measurement counts in advance, at the
@@ -49,7 +49,7 @@ class OverheadBudget:
         self.prices: dict[str, float] = {}
         self.last: float | None = None
         self.since = 0.0  # run time at which the first measurement ended
-        self._settling = 0  # measurements by which the running estimate has settled
+        self._started = 0  # measurements with which the running estimate has begun
         self.counts = False  # whether the time is being counted now
 
     def elapsed(self) -> float:
@@ -61,9 +61,9 @@ class OverheadBudget:
         return Counting(self)
 
     @property
-    def settles_free(self) -> bool:
-        """Whether the next measurement by which the running estimate settles is not charged."""
-        return self._settling < _START
+    def starts_free(self) -> bool:
+        """Whether the next measurement with which the running estimate begins is not charged."""
+        return self._started < _START
 
     def affords(self, names: Sequence[str], budget: float | None, share: float = 1.0, ahead: float = 0.0) -> bool:
         """Whether measuring these signals stays within the budget. The first measurement may be of one signal.
@@ -102,7 +102,7 @@ class OverheadBudget:
         names: Sequence[str],
         seconds: Mapping[str, float],
         *,
-        settling: bool = False,
+        eager: bool = False,
         free: bool = False,
     ) -> None:
         """Record the cost of a measurement.
@@ -112,14 +112,14 @@ class OverheadBudget:
             ended: when it ended, in seconds of the clock.
             names: the signals that were due, the dearest last.
             seconds: seconds that each signal's own part took.
-            settling: it let the running estimate settle, and nothing else was measured.
+            eager: it is one with which the running estimate begins, and nothing else was measured.
             free: a control needed it to start. It is not charged.
         """
         first, self.last = self.last is None, ended - began
         costs: dict[str, float] = {"": max(self.last - sum(seconds.values()), 0.0)}
         costs.update(seconds)
-        if settling:
-            free, self._settling = free or self.settles_free, self._settling + 1
+        if eager:
+            free, self._started = free or self.starts_free, self._started + 1
         if first:
             self.since = self.elapsed()
             free = True
@@ -151,7 +151,7 @@ class OverheadBudget:
             "prices": dict(self.prices),
             "last": self.last,
             "since": self.since,
-            "settling": self._settling,
+            "started": self._started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class OverheadBudget:
         self.ours, self.start, self.since = (float(state.get(name, 0.0)) for name in ("ours", "start", "since"))
         self.spent, self.prices = ({k: float(v) for k, v in state.get(n, {}).items()} for n in ("spent", "prices"))
         self.last = None if state.get("last") is None else float(state["last"])
-        self._settling = int(state.get("settling", 0))
+        self._started = int(state.get("started", 0))
 
 
 class Counting:

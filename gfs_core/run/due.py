@@ -81,12 +81,12 @@ class DueMeasurements:
             return None
         if (filling and not measuring.fill_probe(data)) or not names:
             return None
-        free, settling, scale = self.schedule.free(names), self.schedule.settling, self.rates.scale()
+        free, eager, scale = self.schedule.free(names), self.schedule.eager(step), self.rates.scale()
         with self.rates.scaled(scale):
             measurement, seconds = measuring.measure(
                 names, step, loss_fn, data, self.label(), self.rates.control.only_lowers
             )
-        budget.measured(began, budget.clock(), names, seconds, settling=settling and names == ["running"], free=free)
+        budget.measured(began, budget.clock(), names, seconds, eager=eager and names == ["running"], free=free)
         if measurement is None:
             return None
         measuring.notices.reasons(measurement.reasons)

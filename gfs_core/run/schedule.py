@@ -12,7 +12,6 @@ from gfs_core.signals.base import Signal
 from gfs_core.signals.curvature import RunningCurvature
 
 _CHEAP_SHARE = 0.9  # of the budget, for all signals but the dearest
-_SETTLE_EVERY = 2  # steps between measurements by which the running estimate settles
 # Signals with a ratio for a control that is not along the step.
 _LEADING = ("running", "sharpness", "midpoint", "gfs", "gfs_full")
 
@@ -100,10 +99,10 @@ class Schedule:
 
     def _due(self, step: int, kept: int, affords: Callable[[list[str]], bool]) -> list[str]:
         due: list[str] = []
-        settles = self.settling and step % _SETTLE_EVERY == 0 and self._settles_free()
+        eager = self.eager(step)
         for name, every in self.every.items():
             free = name == self.leading and self.control.starting
-            wanted = (step % every == 0 and (free or affords([*due, name]))) or (settles and name == "running")
+            wanted = (step % every == 0 and (free or affords([*due, name]))) or (eager and name == "running")
             if wanted or (free and self.control.waiting):
                 due += [name] if kept >= self._past[name] else [n for n in self._needs[name] if n not in due]
         return due
@@ -117,19 +116,17 @@ class Schedule:
             if self._needs[name] and set(self._needs[name]) <= set(names)
         ]
 
-    @property
-    def settling(self) -> bool:
-        """Whether the running estimate is on, and has no value yet."""
-        return self._running is not None and "running" in self.every and self._running.settling
-
-    def _settles_free(self) -> bool:
-        return self.config.max_overhead is None or self.budget.settles_free
+    def eager(self, step: int) -> bool:
+        """Whether the running estimate is measured at ``step`` because it has begun lately, without being charged."""
+        on = self._running is not None and "running" in self.every and self._running.eager(step)
+        return on and (self.config.max_overhead is None or self.budget.starts_free)
 
     def next_possible(self, step: int) -> int:
         """The first step after ``step`` at which anything may be due or weights be kept, by the intervals alone."""
-        if self.settling or self.control.policy != "observe":
+        if self.control.policy != "observe":
             return step + 1
-        return min(step + 1 + (-(step + 1 + ahead)) % every for every, ahead in self._turns)
+        regular = min(step + 1 + (-(step + 1 + ahead)) % every for every, ahead in self._turns)
+        return next((s for s in range(step + 1, regular) if self.eager(s)), regular)
 
     def nearly_due(self, step: int) -> bool:
         """Whether a measurement will be due after the optimizer step taken at ``step``."""

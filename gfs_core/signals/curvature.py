@@ -54,8 +54,10 @@ MEAN_SQUARE_BOUND = Key(
     logged=False,
 )
 _PART_IN_GRADIENTS = 50.0  # gradients of a part that take the time of a product on it: `benchmarks/price.md`
+_TURN_BY_WHOLE = 0.75  # weight of a product of the whole step in the direction: it is less noisy, and rarer
+_SETTLE_EVERY, _GROWTH, _EARLY = 2, 1.2, 150  # steps between the first measurements, their growth, and until when
 _USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
-_LONGEST_INTERVAL = 4.0  # times that: more is treated alike, as single quotients are noisy
+_LONGEST_INTERVAL = 8.0  # times that: more is treated alike, as single quotients are noisy
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 
 
@@ -200,13 +202,24 @@ class RunningCurvature:
         self.estimate = RunningBlocks()
         self.length = StepLength()
         self.turn = 0  # measurements so far; selects the part
-        self.last = -1  # the step of the last measurement
+        self.last = self.began = -1  # the steps of the last measurement and the first
         self._alone = True  # whether no other process holds the same estimate
 
     @property
     def settling(self) -> bool:
         """Whether the direction has not been turned often enough for a value."""
         return not self.estimate.settled
+
+    def eager(self, step: int) -> bool:
+        """Whether a measurement is wanted at ``step`` whatever the interval: they are closer together at first.
+
+        While the direction settles, one at every second step; then at distances that grow with the steps since the
+        first, as the curvature changes fast at first.
+        """
+        if self.settling:
+            return step % _SETTLE_EVERY == 0
+        since = step - self.began
+        return since < _EARLY and since >= _GROWTH * (self.last - self.began)
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
         """Measure with one gradient of the step, or with products on parts.
@@ -233,7 +246,7 @@ class RunningCurvature:
                 return None
             operator, objective = lab.operator(step.stability, products), lab.objective
             quotients = self.estimate.update(
-                Sample(operator, objective.weights, None, operator.gradient, objective.inner)
+                Sample(operator, objective.weights, None, operator.gradient, objective.inner, _TURN_BY_WHOLE)
             )
         if lab.facts.whole_cheaper is None:
             lab.facts.whole_cheaper = whole_is_cheaper(step, lab, products.seconds)
@@ -285,7 +298,7 @@ class RunningCurvature:
         mean, stability = step.mean_loss, step.stability
         relative = new.loss / mean if mean is not None and mean > 0 and new.loss > 0 else None
         apart = _USUAL_INTERVAL if self.last < 0 else step.step - self.last
-        self.last = step.step
+        self.last, self.began = step.step, step.step if self.began < 0 else self.began
         value = self.estimate.average(new.values, relative, min(max(apart / _USUAL_INTERVAL, 1.0), _LONGEST_INTERVAL))
         found: dict[Key, float | None] = {PRECISION_ERROR: new.precision_error, RUNNING_SHARPNESS: value}
         if value is not None and stability.threshold is not None:
@@ -299,7 +312,8 @@ class RunningCurvature:
 
     def forget(self) -> None:
         """Start the estimate again."""
-        self.estimate, self.length, self.last = RunningBlocks(), StepLength(), -1
+        self.estimate, self.length = RunningBlocks(), StepLength()
+        self.last = self.began = -1
 
     def broke_off(self) -> None:
         """Start the estimate again, if it was half changed, or other processes may hold another one."""
@@ -312,12 +326,13 @@ class RunningCurvature:
             "estimate": self.estimate.state_dict(),
             "length": self.length.state_dict(),
             "turn": self.turn,
-            "last": self.last,
+            "last": [self.began, self.last],
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Restore the estimate, if its direction fits ``params``."""
-        self.turn, self.last, held = int(state["turn"]), int(state["last"]), state["estimate"]
+        self.turn, held = int(state["turn"]), state["estimate"]
+        self.began, self.last = (int(step) for step in state["last"])
         self.length = StepLength.from_state(state["length"])
         if (vector := fitted(held["vector"], params)) is not None:
             self.estimate.load_state_dict({**held, "vector": vector})

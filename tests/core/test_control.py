@@ -619,8 +619,8 @@ def test_switched_off_in_the_middle_the_rate_is_the_users() -> None:
 def test_the_budget_waits_until_the_control_has_started() -> None:
     fit = Fit("sgd", 0.5, 400, max_overhead=1e-9, tier="running", every=1).run(0, 80)
     measured = [m.step for m in fit.found if m.grad_evals]
-    assert measured == list(range(len(measured)))
-    assert 27 <= len(measured) <= 30  # eight settle, and have no value for the control
+    begun = next(at for at, step in enumerate(measured) if step != at)
+    assert 27 <= begun <= 30  # eight settle, and have no value for the control
     assert fit.found[0].mean_square_stability_ratio is None
 
 

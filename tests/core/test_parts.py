@@ -323,14 +323,14 @@ def test_a_value_weighs_less_the_more_steps_ago_it_was_measured() -> None:
     config = gfs.GFSConfig(tier="running", every=20, max_overhead=None)
     monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 1e-3), config)
     found = {}
-    for step in range(101):
-        x = torch.ones(B, 1) if step < 70 else torch.full((B, 1), 1.5**0.5)
+    for step in range(281):
+        x = torch.ones(B, 1) if step < 250 else torch.full((B, 1), 1.5**0.5)
         if (measurement := monitor.step(lambda b: 0.5 * model(b).square().sum(), x)) is not None:
             found[step] = measurement.running_sharpness
     past = 0.85**4  # of four usual intervals
-    assert found[60] == pytest.approx(B, rel=1e-3)
-    assert found[80] == pytest.approx(B * (past + (1 - past) * 1.5), rel=1e-3)
-    assert found[100] == pytest.approx(B * (past**2 + (1 - past**2) * 1.5), rel=1e-3)
+    assert found[240] == pytest.approx(B, rel=1e-3)
+    assert found[260] == pytest.approx(B * (past + (1 - past) * 1.5), rel=1e-3)
+    assert found[280] == pytest.approx(B * (past**2 + (1 - past**2) * 1.5), rel=1e-3)
 
 
 def test_a_sum_is_measured_as_it_is_trained() -> None:
@@ -344,7 +344,7 @@ def test_a_sum_is_measured_as_it_is_trained() -> None:
             exact = gfs.sharpness(
                 monitor.model, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"), PAIR
             ).value
-    assert ends["sum"] == pytest.approx(exact, rel=0.2)
+    assert ends["sum"] == pytest.approx(exact, rel=0.4)  # it has fallen meanwhile
     assert ends["sum"] > 20 * ends["mean"]
 
 

@@ -54,7 +54,7 @@ class GFSConfig:
     tier: Literal["directional", "running", "batch_sharpness", "sharpness", "midpoint", "gfs", "gfs_full"] = _option(
         "gfs",
         "Dearest quantity measured: directional, the curvature along the last step; running, an average of single "
-        "products on parts of batches; batch_sharpness, the curvature along the gradients of single "
+        "products; batch_sharpness, the curvature along the gradients of single "
         "batches; sharpness, solved for on the probe; midpoint adds the sharpness at the midpoint of the last three "
         "iterates; gfs adds the short-horizon GFS sharpness instead; gfs_full adds the full gradient flow solution "
         "(small models only), and the short-horizon one every 10 steps.",
@@ -64,11 +64,12 @@ class GFSConfig:
     )
     running_every: int | None = _option(
         5,
-        "Steps between products for the running estimate beside a dearer tier; four times as many where a loss is not "
-        "the mean over parts of its batch, and whole batches are measured; null: none.",
+        "Steps between measurements of the running estimate beside a dearer tier; they are closer together at first; "
+        "null: none.",
     )
     max_overhead: float | None = _option(
-        0.05, "Fraction of wall time that measuring may take after the first measurement; null: no budget."
+        0.05,
+        "Fraction of wall time that measuring, hooks and logging may take after the first measurements; null: no budget.",
     )
     probe: Literal["batch", "fixed"] = _option(
         "batch",

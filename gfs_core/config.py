@@ -69,7 +69,8 @@ class GFSConfig:
     )
     max_overhead: float | None = _option(
         0.05,
-        "Fraction of wall time that measuring, hooks and logging may take after the first measurements; null: no budget.",
+        "Fraction of wall time that measuring, hooks and logging may take after the first measurements; null: no "
+        "budget.",
     )
     probe: Literal["batch", "fixed"] = _option(
         "batch",

@@ -160,6 +160,7 @@ class OneGradient:
     def has_kink(self, vector: Vector) -> bool:
         """Whether the gradient jumps at the present weights: a product grows as its step shortens. Two gradients."""
         far = self.inner.norm(self(vector))
+        self.length.sign = -self.length.sign  # on the same side: a ReLU's kink shows on one alone
         near = self._difference(lambda: clone(vector), self._taken / _NEARER)
         return near is not None and not self.objective.on_all(self.inner.norm(near) <= _NEARER / 2 * far)
 

@@ -24,7 +24,7 @@ class ClippingFactor:
     """The factor of a coming step; its hooks are on the weights only from :meth:`expect` to :meth:`taken`."""
 
     def __init__(self) -> None:
-        self._handles: list[tuple[Any, Tensor, bool]] = []  # of each hook, its weight, and whether it has others
+        self._handles: list[tuple[Any, Tensor]] = []  # of each hook, and its weight
         self._held: dict[int, tuple[Tensor, Tensor]] = {}  # by place: the weight, and the length of its gradient
 
     def __reduce__(self) -> tuple[type[ClippingFactor], tuple[()]]:
@@ -40,9 +40,8 @@ class ClippingFactor:
         """Note the gradients of the coming backward passes; the last accumulation counts."""
         self.close()
         for place, p in enumerate(_samples(params)):
-            others = p._post_accumulate_grad_hooks is not None
             handle: Any = p.register_post_accumulate_grad_hook(self._noting(place))  # type: ignore[no-untyped-call]
-            self._handles.append((handle, p, others))
+            self._handles.append((handle, p))
 
     def taken(self) -> float | None:
         """The factor since the last accumulation; ``None``: it is not known."""
@@ -57,9 +56,9 @@ class ClippingFactor:
 
     def close(self) -> None:
         """Take the hooks off."""
-        for handle, p, others in self._handles:
+        for handle, p in self._handles:
             handle.remove()
-            if not others and not p._post_accumulate_grad_hooks:
+            if not p._post_accumulate_grad_hooks:
                 p._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as before the first
         self._handles, self._held = [], {}
 

@@ -153,7 +153,7 @@ def train(
     losses, rates = [], []
     sizes: dict[int, int] = {}
     if poor == rank:
-        monitor.schedule.budget.ours = 1e9
+        monitor.schedule.budget.spent["gfs"] = 1e9
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]

@@ -23,6 +23,11 @@ from gfs_report.verdict import Verdict, judge
 Format = Literal["html", "png", "svg", "md", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 _ROWS = 40  # in the table of numbers
+_LAYERS = 10  # in the table of shares
+_WHERE = (
+    "Share of the squared length of the top eigenvector that lies in each layer, at the last measurement; of the "
+    "running estimate's direction where no eigenvector was solved for then. The ten largest."
+)
 _COLUMNS = {
     "loss_probe": "loss on the probe",
     "stability_ratio": "ratio",
@@ -57,6 +62,10 @@ class Report:
         if run.reasons:
             counted = sorted(run.reasons.items(), key=lambda item: -item[1])
             out.append(Notes("What could not be had, and why", [f"{r} ({n} ×)" if n > 1 else r for r, n in counted]))
+        if run.shares:
+            largest = sorted(run.shares.items(), key=lambda item: -item[1])[:_LAYERS]
+            shares = [[layer, f"{share:.1%}"] for layer, share in largest]
+            out.append(Table("Where the curvature sits", _WHERE, ("layer", "share"), shares))
         head, rows = self.numbers()
         if rows:
             out.append(Table("The numbers", "At most forty steps, evenly spread.", head, rows))
@@ -97,6 +106,7 @@ class Report:
             "verdict": self.verdict.to_dict(),
             "steps": self.run.steps,
             "values": curves,
+            "curvature_shares": self.run.shares,
             "alarms": [m._asdict() for m in self.run.marks],
             "reasons": self.run.reasons,
             "settings": self.run.settings,

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from gfs_core import ConfigError, history_parts, log_keys
 from gfs_core.detectors.base import AlertLevel
+from gfs_core.run.record import KEYS
 
+_OF_LAYERS = {key.name for key in KEYS.values() if key.only_layers}
 _KEYS = {key.removeprefix("gfs/") for key in log_keys()}
 _LOSSES = ("train_loss_step", "train_loss", "train/loss_step", "train/loss", "loss", "training_loss")
 _NOT_TRAINING = re.compile(r"val|eval|test|gfs/|probe", re.IGNORECASE)
@@ -72,6 +74,7 @@ class Run:
         optimizer: the optimizer's name; empty where the log does not say.
         gfs: what this package measured, by log key without ``gfs/``; finite values only.
         logged: what the user logged, by its own key; values may be infinite or NaN.
+        shares: the latest shares of the top eigenvector, or of the running estimate's direction, by layer.
         training_loss: means of the loss that was trained, over the steps since the value before, as the monitor has
             seen them; the first is of one step. NaN where the loss was not finite; ``None``: the monitor was not told.
         loss_spread: standard deviation of the single losses about such a mean; finite values only.
@@ -88,6 +91,7 @@ class Run:
     optimizer: str = ""
     gfs: dict[str, Curve] = field(default_factory=dict)
     logged: dict[str, Curve] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     training_loss: Curve | None = None
     loss_spread: Curve | None = None
     marks: list[Mark] = field(default_factory=list)
@@ -248,6 +252,7 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
     points: dict[str, list[tuple[int, float]]] = {}
     state = 0
     for m in held:
+        run.shares = m.layers("curvature_share") or m.layers("running_curvature_share") or run.shares
         for key, value in m.values().items():
             points.setdefault(key, []).append((m.step, value))
         told = state if m.alarm is None else int(m.alarm)
@@ -263,7 +268,7 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
 def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:
     for key, held in points.items():
         own = key.removeprefix("gfs/").removeprefix("train/gfs/")
-        ours = own != key and own in _KEYS
+        ours = own != key and (own in _KEYS or own.partition("/")[0] in _OF_LAYERS)
         curve = _curve(held, finite=ours)
         if curve is not None:
             (run.gfs if ours else run.logged).setdefault(own if ours else key, curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from gfs_core.run.guard import Guard, guarded
 from gfs_core.run.measurable import unmeasurable
 from gfs_core.run.second_data import SecondData, split_off
 from hf_gfs.agreement import GradientMissing, Reference, disagreement
+from hf_gfs.clipping import before_clipping
 from hf_gfs.handle import TrainerControlHandle
 from hf_gfs.publish import Publisher
 from hf_gfs.replay import GivenLoss, ModelReplay, Replay, StepReplay, TrainerReplay
@@ -94,6 +96,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         self._replay: Replay | None = None
         self._reference: Reference | None = None
         self._publisher: Publisher | None = None
+        self._unhook: Callable[[], object] | None = None
         self._handle = TrainerControlHandle()
         self._verified = False
         self._failures = 0  # how often the loss failed before it was verified
@@ -146,6 +149,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             self._replay = TrainerReplay(trainer, model)
         else:
             self._replay = StepReplay(trainer, model, self.loss_fn)
+        if trainer is not None:
+            self._unhook = before_clipping(trainer, functools.partial(self._read_gradients, state))
         self._verified, self._failures = False, 0
         if state.global_step > 0:
             self._resume(args, state)
@@ -167,6 +172,7 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             return
         monitor, replay, due = self.monitor, self._replay, self._replay.keeping
         self._handle.control = control
+        monitor.read_gradients(state.global_step, clipped_at=args.max_grad_norm or None)
         try:
             replay.end()
             usable = due and (self._verified or self._verify(monitor, replay))
@@ -211,6 +217,11 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def _prepared(self, batch: Any) -> dict[str, Any]:
         assert self._replay is not None
         return self._replay.prepared(batch)
+
+    @guarded
+    def _read_gradients(self, state: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.read_gradients(state.global_step)
 
     def _publish(self, measurement: Measurement | None, state: Any, control: Any) -> None:
         """Log a measurement, where there is one."""
@@ -306,6 +317,9 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
             self._reference.close()
         if self._publisher is not None:
             self._publisher.close()
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
         self.monitor = self._replay = self._reference = self._publisher = None
 
 

@@ -135,6 +135,8 @@ class GFSCallback(_Base):
         )
         if not pl_module.automatic_optimization:
             self._steps = {name: StepsSeen(monitor.optimizer) for name, monitor in self.monitors.items()}
+            for monitor in self.monitors.values():
+                monitor.free.only_in_step = True
 
     @guarded
     def before_training_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -167,6 +169,8 @@ class GFSCallback(_Base):
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
         window = self._window
+        for monitor in self.monitors.values():
+            monitor.read_gradients(self._step)
         if not window.keeping:
             window.forget()
             return

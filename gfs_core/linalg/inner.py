@@ -78,6 +78,23 @@ class InnerProduct:
         """Euclidean norm of a vector."""
         return float(self.dot(x, x) ** 0.5)
 
+    def squares(self, x: Sequence[Tensor], groups: Sequence[int], count: int) -> list[float]:
+        """The squared length of each group of a vector's tensors, by one multi-tensor call and a single transfer.
+
+        Args:
+            x: the vector.
+            groups: the group of each tensor, < ``count``.
+            count: how many groups there are.
+        """
+        shares = [1.0] * len(x) if self.sharding is None else self.sharding.shares
+        own = [0.0] * count
+        for group, share, norm in zip(groups, shares, on_host(list(torch._foreach_norm(list(x)))), strict=True):
+            own[group] += share * norm * norm
+        if self.sharding is None:
+            return own
+        most = self.sharding.most
+        return [t for i in range(0, count, most) for t in self.sharding.total(own[i : i + most])]
+
     def mix_in(self, other: Vector | None, length: float, vector: Vector) -> None:
         """``vector += ±length * other / ‖other‖``, in place; nothing for zero or ``None``.
 

@@ -22,6 +22,7 @@ from gfs_core.loss.batches import examples_of
 from gfs_core.optimizers.learning_rate import first_rate
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.due import DueMeasurements
+from gfs_core.run.free import FreeSignals
 from gfs_core.run.journal import Journal
 from gfs_core.run.losses import RecentLosses, kept
 from gfs_core.run.measurable import check_memory, unmeasurable
@@ -37,6 +38,7 @@ from gfs_core.run.second_data import REMARK, SecondData
 from gfs_core.run.waiting import Uneventful, Waiting
 from gfs_core.run.watch import Requests, Watch
 from gfs_core.run.weights import FROZEN, Weights, to_come
+from gfs_core.signals.base import Reading
 from gfs_core.signals.catalog import Signals
 
 
@@ -109,6 +111,15 @@ class StabilityMonitor:
         signals = Signals()
         used = signals.named(self.config.intervals())
         check_memory(params, self.config, used, stability.adaptive or not stability.plain)
+        # Before the control's hooks: those put the rates of a step back after it.
+        self.free = FreeSignals(
+            model,
+            optimizer,
+            self.config.max_overhead is not None,
+            self.ranks,
+            self.notices,
+            counting=lambda: self.schedule.budget.counting(),
+        )
         self.rates = Rates(optimizer, self.config, stability.adaptive, self.notices)
         self.schedule = Schedule(self.config, self.control, stability.empirical, signals.all, self.ranks)
         data = Probe(self.config.probe, self.config.probe_size, short_batches, second)
@@ -179,7 +190,8 @@ class StabilityMonitor:
 
         Returns:
             The measurement; ``None`` if none was due or it failed. If the early warning raises an alert at a step
-            without a measurement: a measurement that holds the warning's level only.
+            without a measurement, and once in 50 steps without one: a measurement that holds the free signals and the
+            warning's level only.
 
         Raises:
             Exception: with ``strict=True``, whatever made the measurement fail; what ``on_alarm`` raises, always.
@@ -191,6 +203,7 @@ class StabilityMonitor:
             batches = batch if micro_batches else [batch]
             if loss is not None:
                 self.record_loss(loss, examples_of(batches))
+            self.read_gradients(step)
             self._look(step)
             measurement, wanted = None, False
             with self.notices.harmless("a measurement is left out"):
@@ -219,19 +232,35 @@ class StabilityMonitor:
         with self.notices.harmless("the loss of a step is not taken in", alone=True):
             self._arrived.append((kept(loss), examples))
 
+    def read_gradients(self, step: int, clipped_at: float | None = None) -> None:
+        """Read the gradients of ``step`` for the free signals, before they are clipped; nothing waits for them.
+
+        :meth:`step` calls it. Where nobody does before a step of the optimizer, they are read as it gets them. The
+        first call at a step counts.
+
+        Args:
+            step: optimizer steps taken so far.
+            clipped_at: the norm to which they have been clipped already, if theirs was larger; ``None``: not clipped.
+
+        Raises:
+            Exception: with ``strict=True``, whatever failed.
+        """
+        with self.notices.harmless("the gradients of a step were not read", alone=True):
+            self.free.before_step(step, clipped_at)
+
     def update_detectors(self, step: int, measurement: Measurement | None = None) -> Measurement | None:
         """Give the recorded losses and ``measurement`` to the early warning, and write the history.
 
         :meth:`step` calls it; an adapter that measures by other means calls it once per step.
 
         Returns:
-            What is to be logged: the measurement with the warning's level; without a measurement, the level alone if
-            there was an alert, otherwise ``None``.
+            What is to be logged: the measurement with the free signals and the warning's level. Without a measurement,
+            these alone if there was an alert, or if nothing was logged for 50 steps; otherwise ``None``.
 
         Raises:
             Exception: with ``strict=True``, whatever failed; what ``on_alarm`` raises, always.
         """
-        self._seen = step
+        self._seen = self.free.step = step
         if measurement is None and self._may_wait(step):
             return None
         if self._resumed:
@@ -241,13 +270,19 @@ class StabilityMonitor:
             self._look(step)
             self._pass_on(step, measurement)
             alerts, self._alerts = self._alerts, []
-            if alerts and measurement is None:
+            if measurement is None and (alerts or self.free.unpublished(step)):
                 measurement = Measurement(step, self._label())
             if measurement is None:
                 self.journal.write_due_losses()
             else:
                 level, reasons = self.watch.level, (a.reason for a in alerts)
-                measurement = measurement.finite().with_ratio().having(alarm=level).because(reasons)
+                measurement = (
+                    measurement.also(*self.free.publish(step))
+                    .finite()
+                    .with_ratio()
+                    .having(alarm=level)
+                    .because(reasons)
+                )
                 self.journal.write(measurement)
             self._expect(step)
         self.watch.call()
@@ -258,7 +293,12 @@ class StabilityMonitor:
 
         Most steps end here, so this is short.
         """
-        if not self._quiet_from < step < self._quiet_until - 1 or self._resumed or self._alerts:
+        if (
+            not self._quiet_from < step < self._quiet_until - 1
+            or self._resumed
+            or self._alerts
+            or self.free.unpublished(step)
+        ):
             return False
         if self.ranks is not None or self.control.policy != "observe" or self.rates.scheduled:
             return False
@@ -274,6 +314,7 @@ class StabilityMonitor:
         if step is not None:
             held.append(Uneventful(step, self._arrived, first))
             self._arrived = []
+        free = self._new_readings() if held else []
         with self.notices.harmless("the early warning has not seen a step"):
             rate = self.rates.effective() if held else None
             for seen in held:
@@ -285,8 +326,10 @@ class StabilityMonitor:
                 self.measuring.mean_loss.end_step()
                 losses = self._new_losses(seen.step, now=own is not None)
                 judged = own if self.measuring.probe.second is None else None  # training's own curvature alone
+                own_free = free if seen is held[-1] else [r for r in free if r.step <= seen.step]
+                free = free[len(own_free) :]
                 known = rate if seen.rate == first else None
-                self._alerts += self.watch.observe(seen.step, losses, known, judged)
+                self._alerts += self.watch.observe(seen.step, losses, known, judged, own_free)
                 self.journal.add_losses(losses)
                 self._waiting.passed_on(seen.losses, seen.rate)
 
@@ -321,6 +364,7 @@ class StabilityMonitor:
         if self.ranks is not None:
             self.ranks.close()
         self.measuring.clipping.close()
+        self.free.close()
         self.rates.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,6 +377,7 @@ class StabilityMonitor:
             "measuring": self.measuring.state_dict(),
             "budget": self.schedule.budget.state_dict(),
             "control": self.control.state_dict(),
+            "free": self.free.state_dict(),
             "watch": self.watch.state_dict(),
             "losses": self._losses.state(),
             "seen": self._seen,
@@ -363,6 +408,7 @@ class StabilityMonitor:
         self.measuring.load_state_dict(state["measuring"])
         self.schedule.budget.load_state_dict(state["budget"])
         self.control.load_state_dict(state["control"])
+        self.free.load_state_dict(state["free"])
         self.watch.load_state_dict(state["watch"])
         self._losses.load(state["losses"])
         self._waiting, self._arrived = Waiting(), []
@@ -397,6 +443,9 @@ class StabilityMonitor:
 
     def _new_losses(self, step: int, now: bool) -> list[tuple[int, float, int]]:
         return self.measuring.answered(lambda: self._losses.up_to(step, now), [])
+
+    def _new_readings(self) -> list[Reading]:
+        return self.measuring.answered(self.free.arrived, [])
 
     def _settings(self) -> dict[str, Any]:
         """The settings that the history begins with: facts about the training, and the options."""

@@ -145,13 +145,17 @@ class Ranks:
         return value
 
     def same(self, measurement: Measurement) -> Measurement:
-        """The measurement with the values of rank 0, the same on all processes; the reasons stay this process's own."""
+        """The measurement with the values of rank 0, the same on all processes.
+
+        The values of layers, which only rank 0 writes, and the reasons stay this process's own.
+        """
         own = measurement.values()
         told = [own.get(name, math.nan) if self.rank == 0 else 0.0 for name in KEYS]
         found = [v for i in range(0, len(told), _WORD) for v in self.total(told[i : i + _WORD])]
         values = zip(KEYS.values(), found, strict=True)
         known = {key.name: int(v) if key.whole else v for key, v in values if not math.isnan(v)}
-        return Measurement.of(measurement.step, measurement.optimizer_name, measurement.reasons, **known)
+        same = Measurement.of(measurement.step, measurement.optimizer_name, measurement.reasons, **known)
+        return same.also(reading for reading in measurement.readings if reading.layer)
 
     def inner_product(self, params: Sequence[Tensor]) -> InnerProduct:
         """The inner product of vectors over ``params``: a sum over the processes if those are sharded.

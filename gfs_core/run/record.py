@@ -75,6 +75,10 @@ class Measurement:
         new = [Reading(_key(name), self.step, value) for name, value in values.items()]
         return replace(self, readings=_ordered(r for r in (*kept, *new) if r.value is not None))
 
+    def also(self, readings: Iterable[Reading], reasons: Iterable[str] = ()) -> Measurement:
+        """A copy with more readings, none of which it has yet, and more reasons."""
+        return replace(self, readings=_ordered((*self.readings, *readings)), reasons=(*self.reasons, *reasons))
+
     def because(self, reasons: Iterable[str]) -> Measurement:
         """A copy with more reasons."""
         return replace(self, reasons=(*self.reasons, *reasons))
@@ -127,8 +131,9 @@ class Measurement:
 
 
 def log_keys() -> dict[str, str]:
-    """The meaning of every log key, by the key with its prefix ``gfs/``."""
-    return {LOG_PREFIX + key.name: key.help for key in KEYS.values() if key.logged}
+    """The meaning of every log key, by the key with its prefix ``gfs/``; ``LAYER`` stands for a layer's name."""
+    names = {key.name: key.name + ("/LAYER" if key.only_layers else "") for key in KEYS.values() if key.logged}
+    return {LOG_PREFIX + shown: KEYS[name].help for name, shown in names.items()}
 
 
 _PLACES = {name: place for place, name in enumerate(KEYS)}

@@ -68,6 +68,7 @@ class Watch:
         losses: Iterable[tuple[int, float, int]],
         rate: float | None,
         measurement: Measurement | None,
+        free: Iterable[Reading] = (),
     ) -> list[Alert]:
         """Pass the data of a step to the early warning, and act on its alerts.
 
@@ -76,6 +77,7 @@ class Watch:
             losses: for each step: the step, its loss, and the number of examples behind it (0: not known).
             rate: the rate that the coming step uses; ``None``: the rate is not judged.
             measurement: the measurement of this step, if there is one.
+            free: readings of the free signals that have arrived, each of the step that it belongs to.
 
         Returns:
             The alerts.
@@ -88,6 +90,7 @@ class Watch:
         readings = [] if rate is None else [Reading(STEP_RATE, step, rate)]
         for seen in losses:
             readings += loss_readings(*seen)
+        readings += self.warning.in_order(free)
         if measurement is not None:
             readings += self.warning.in_order(measurement.readings)
         alerts = [alert for reading in readings if (alert := self.warning.observe(reading)) is not None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -35,7 +36,9 @@ class Key:
         scales_with_rate: the power of the learning rate that it is proportional to, at fixed weights: 1 for a
             stability ratio, -1 for a threshold, 0 if it does not depend on the rate.
         chart: title of the chart that shows it; empty for none.
-        logged: whether loggers get it; otherwise only the history holds it.
+        logged: whether loggers get it; otherwise only the history holds it. Of a quantity that each layer has, they
+            get the value of the whole model; those of layers only where a reading says so, see :attr:`unlogged`.
+        only_layers: whether there is no value of the whole model.
         whole: whether it is an integer: a count or a level.
     """
 
@@ -47,6 +50,12 @@ class Key:
     chart: str = ""
     logged: bool = True
     whole: bool = False
+    only_layers: bool = False
+
+    @cached_property
+    def unlogged(self) -> Key:
+        """The same quantity where only the history holds it, as the values of most layers."""
+        return replace(self, logged=False)
 
 
 class Reading(NamedTuple):

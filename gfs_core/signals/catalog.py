@@ -11,6 +11,7 @@ from gfs_core.signals.base import Key, Signal
 from gfs_core.signals.curvature import BatchSharpness, DirectionalCurvature, RunningCurvature
 from gfs_core.signals.eigenvalue import Eigenvalue
 from gfs_core.signals.gradient_flow import FullFlow, ShortFlow
+from gfs_core.signals.gradients import KEYS as OF_GRADIENTS
 from gfs_core.signals.keys import GRAD_EVALS, HVPS, LEARNING_RATE, LOSS_PROBE, THRESHOLD
 from gfs_core.signals.midpoint import Midpoint
 
@@ -75,6 +76,7 @@ KEYS: tuple[Key, ...] = tuple(
             ShortFlow.keys,
             FullFlow.keys,
             *(signal.keys for signal in Signals().all),
+            OF_GRADIENTS,
             (LOSS_PROBE, LEARNING_RATE, HVPS, GRAD_EVALS),
         )
         for key in keys

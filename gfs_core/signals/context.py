@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gfs_core.linalg.vectors import Vector
 from gfs_core.optimizers.thresholds import Stability, parameters_of, stability_of
+from gfs_core.signals.layers import layers_of, names_of
 
 
 @dataclass
@@ -56,9 +56,12 @@ class StepContext:
     @cached_property
     def names(self) -> list[str]:
         """The name of each weight in the user's model; ``parameter i`` for one that the model does not hold."""
-        own = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        held = {id(p): name.replace("_orig_mod.", "") for name, p in own.named_parameters()}  # of torch.compile
-        return [held.get(id(p), f"parameter {place}") for place, p in enumerate(self.params)]
+        return names_of(self.model, self.params)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The layer of each weight, see :mod:`gfs_core.signals.layers`."""
+        return layers_of(self.names)
 
     @cached_property
     def stability(self) -> Stability:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gfs_core.linalg.blocks import RunningBlocks
+from gfs_core.linalg.inner import InnerProduct
 from gfs_core.linalg.power import Sample
 from gfs_core.linalg.vectors import Vector, axpy, fitted, is_half
 from gfs_core.loss.batches import batch_size, fraction_of, is_cut, rotating_part
@@ -19,6 +20,7 @@ from gfs_core.signals.context import StepContext
 from gfs_core.signals.directional import along_by_product, along_the_gradient
 from gfs_core.signals.keys import PRECISION_ERROR, RATIO_CHART, SHARPNESS_CHART, STABILITY_RATIO
 from gfs_core.signals.lab import Lab
+from gfs_core.signals.shares import RUNNING_CURVATURE_SHARE, LayerShares
 from gfs_core.signals.training_gradient import of_the_step, one_gradient
 
 DIRECTIONAL_SHARPNESS = Key("directional_sharpness", "curvature uᵀHu/‖u‖² along the last step u really taken")
@@ -191,6 +193,7 @@ class RunningCurvature:
         MEAN_SQUARE_STABILITY_RATIO,
         MEAN_SQUARE_BOUND,
         PRECISION_ERROR,
+        RUNNING_CURVATURE_SHARE,
     )
     cost = Cost.GRADIENT
     copies = (7, 8)
@@ -201,6 +204,7 @@ class RunningCurvature:
     def __init__(self) -> None:
         self.estimate = RunningBlocks()
         self.length = StepLength()
+        self.shares = LayerShares(RUNNING_CURVATURE_SHARE)
         self.turn = 0  # measurements so far; selects the part
         self.last = self.began = -1  # the steps of the last measurement and the first
         self._alone = True  # whether no other process holds the same estimate
@@ -234,7 +238,7 @@ class RunningCurvature:
             if lab.facts.splits is None and not lab.objective.on_all(not _would_cut(step, lab)):
                 return []  # whether a batch may be cut is found out before the next measurement
             quotients = self._by_parts(step, lab, turn)
-        return self._taken_in(step, quotients)
+        return self._taken_in(step, quotients, lab.objective.inner)
 
     def _by_one_gradient(self, step: StepContext, lab: Lab) -> _Quotients | None:
         """Quotients of the whole step; ``None``: parts are to be measured."""
@@ -294,7 +298,7 @@ class RunningCurvature:
             self.estimate.restart()
         return error
 
-    def _taken_in(self, step: StepContext, new: _Quotients) -> list[Reading]:
+    def _taken_in(self, step: StepContext, new: _Quotients, inner: InnerProduct) -> list[Reading]:
         mean, stability = step.mean_loss, step.stability
         relative = new.loss / mean if mean is not None and mean > 0 and new.loss > 0 else None
         apart = _USUAL_INTERVAL if self.last < 0 else step.step - self.last
@@ -308,7 +312,11 @@ class RunningCurvature:
                 MEAN_SQUARE_STABILITY_RATIO: _ratio(self.estimate.noisy(new.noise), stability.threshold),
                 MEAN_SQUARE_BOUND: _ratio(self.estimate.bound(new.noise), stability.threshold),
             }
-        return [Reading(key, step.step, value) for key, value in found.items() if value is not None]
+        readings = [Reading(key, step.step, value) for key, value in found.items() if value is not None]
+        vector = self.estimate.vector
+        if value is not None and vector is not None:
+            readings += self.shares.readings(step.step, vector, step.layers, inner)
+        return readings
 
     def forget(self) -> None:
         """Start the estimate again."""
@@ -327,6 +335,7 @@ class RunningCurvature:
             "length": self.length.state_dict(),
             "turn": self.turn,
             "last": [self.began, self.last],
+            "shares": self.shares.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -334,6 +343,7 @@ class RunningCurvature:
         self.turn, held = int(state["turn"]), state["estimate"]
         self.began, self.last = (int(step) for step in state["last"])
         self.length = StepLength.from_state(state["length"])
+        self.shares.load(state["shares"])
         if (vector := fitted(held["vector"], params)) is not None:
             self.estimate.load_state_dict({**held, "vector": vector})
 

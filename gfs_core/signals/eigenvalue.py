@@ -17,6 +17,7 @@ from gfs_core.signals.base import Cost, Key, Reading
 from gfs_core.signals.context import StepContext
 from gfs_core.signals.keys import PRECISION_ERROR, SHARPNESS_CHART, STABILITY_RATIO
 from gfs_core.signals.lab import Lab
+from gfs_core.signals.shares import CURVATURE_SHARE, LayerShares
 from gfs_core.signals.training_gradient import of_the_step
 
 SHARPNESS = Key("sharpness", "largest eigenvalue λ₁ of the loss Hessian on the probe", chart=SHARPNESS_CHART)
@@ -39,10 +40,11 @@ class Eigenvalue:
         solved: measurements so far, failed ones included.
         raw: the eigenvector of H from which the next solve starts; ``None``: it starts at random.
         preconditioned: the same for the optimizer's operator.
+        shares: of the eigenvector in each layer.
     """
 
     name = "sharpness"
-    keys = (SHARPNESS, PRECONDITIONED_SHARPNESS, STABILITY_RATIO, RESIDUAL, PRECISION_ERROR)
+    keys = (SHARPNESS, PRECONDITIONED_SHARPNESS, STABILITY_RATIO, RESIDUAL, PRECISION_ERROR, CURVATURE_SHARE)
     cost = Cost.SOLVE
     copies = (10, 12)
     needs = ()
@@ -54,6 +56,7 @@ class Eigenvalue:
         self.length = StepLength()  # of differences, where a solve goes by them
         self.raw: Vector | None = None
         self.preconditioned: Vector | None = None
+        self.shares = LayerShares(CURVATURE_SHARE)
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
         """Solve for the eigenvalues. The first solve, and every tenth after it, checks half precision by float32.
@@ -128,6 +131,8 @@ class Eigenvalue:
         if usable and stability.threshold is not None:
             found.append(Reading(STABILITY_RATIO, at, top.value / stability.threshold))
         lab.top = top if usable else None
+        if lab.top is not None:
+            found += self.shares.readings(at, lab.top.vector, step.layers, lab.objective.inner)
         return found
 
     def forget(self) -> None:
@@ -146,12 +151,14 @@ class Eigenvalue:
             "raw": self.raw,
             "preconditioned": self.preconditioned,
             "length": self.length.state_dict(),
+            "shares": self.shares.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Restore the number of measurements, and the vectors that fit ``params``."""
         self.solved = int(state["solved"])
         self.length = StepLength.from_state(state["length"])
+        self.shares.load(state["shares"])
         self.raw, self.preconditioned = (fitted(state[name], params) for name in ("raw", "preconditioned"))
 
 

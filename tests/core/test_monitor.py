@@ -23,6 +23,7 @@ from gfs_core.run import measuring
 from gfs_core.run.history import append
 from gfs_core.signals.measuring import Measured, measure
 from tests.core.options import tuned
+from tests.log_keys import documented
 
 
 def setup(config: gfs.GFSConfig, seed: int = 0):
@@ -57,7 +58,7 @@ def test_cadence_and_keys() -> None:
     assert logged["gfs/stability_ratio"] == pytest.approx(
         logged["gfs/preconditioned_sharpness"] / logged["gfs/threshold"]
     )
-    assert logged.keys() <= gfs.log_keys().keys()
+    assert documented(logged) <= gfs.log_keys().keys()
     assert "gfs/gfs_sharpness_full" not in logged
 
 

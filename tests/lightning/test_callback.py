@@ -32,6 +32,7 @@ from tests.bitwise import assert_same
 from tests.core.options import NOT_DEFAULT, tuned_callback
 from tests.frames import measured
 from tests.lightning.trainers import quiet
+from tests.log_keys import documented
 from tests.wandb_files import logged
 
 
@@ -225,7 +226,7 @@ def test_the_logged_values_are_right(tmp_path: Path, momentum: float) -> None:
         assert [v for _, v in read[tag]] == pytest.approx([value] * 3, rel=1e-4), tag
     assert [m.sharpness for m in history(trainer)] == pytest.approx([v for _, v in read["gfs/sharpness"]], rel=1e-6)
     assert {f"gfs/{name}" for name in ("preconditioned_sharpness", "gfs_sharpness_full")}.isdisjoint(read)
-    assert read.keys() - {"epoch"} <= gfs.log_keys().keys()
+    assert documented(read.keys() - {"epoch"}) <= gfs.log_keys().keys()
 
 
 def test_csv_wandb_and_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,6 +498,7 @@ PYTORCH_LIGHTNING = """
 import sys, warnings
 import pytorch_lightning as pl, torch
 from lightning_gfs import GFSCallback
+from tests.log_keys import documented
 from pytorch_lightning.demos.boring_classes import BoringModel
 assert isinstance(GFSCallback(), pl.Callback)
 class Model(BoringModel):

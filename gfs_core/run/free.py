@@ -88,11 +88,11 @@ class FreeSignals:
         ranks: the processes that train together; ``None``: this process only.
         notices: reports failures within a step of the optimizer.
         clock: returns seconds, from any origin.
-        counting: makes contexts whose wall time is not the training's.
 
     Attributes:
         step: the present step, as far as anybody has said.
         only_in_step: gradients are read as the optimizer gets them, never before.
+        counting: makes contexts whose wall time is not the training's.
         latest: the latest reading of each quantity and layer.
     """
 
@@ -104,10 +104,10 @@ class FreeSignals:
         ranks: Ranks | None,
         notices: Notices,
         clock: Callable[[], float] = time.perf_counter,
-        counting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.model, self.optimizer, self.ranks, self.clock = model, unwrap(optimizer), ranks, clock
-        self.notices, self._counting = notices, counting
+        self.notices = notices
+        self.counting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         share = SHARE / 2 if limited else math.inf
         self._gradients, self._updates = Pace(share, clock), Pace(share, clock)
         self._scaling = GradScaling(self.optimizer)
@@ -130,6 +130,9 @@ class FreeSignals:
         ]
         if not known(self.optimizer):
             self._reasons.append(f"update_ratio: the updates of {named_in_full(self.optimizer)} are not known")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_coming": []}  # what is on its way cannot be copied
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -159,7 +162,7 @@ class FreeSignals:
         if self._used.holds(params):  # they are computed later in this step
             return
         self._asked, began = step, self.clock()
-        with self._counting(), torch.no_grad():
+        with self.counting(), torch.no_grad():
             layout = self._laid_out(params)
             scale = self._scaling.scale()
             self._coming.append(GradientSample(step, layout, scale, self._count, clipped_at))
@@ -210,7 +213,7 @@ class FreeSignals:
         if step == self._updated or not self._due(self._updates, step):
             return
         self._updated, began = step, self.clock()
-        with self._counting(), self.notices.harmless(_FAILED, alone=True), torch.no_grad():
+        with self.counting(), self.notices.harmless(_FAILED, alone=True), torch.no_grad():
             layout = self._laid_out(parameters_of(optimizer))
             self._coming.append(UpdateSample(step, layout, optimizer))
         self._updates.took(began)

@@ -112,16 +112,10 @@ class StabilityMonitor:
         used = signals.named(self.config.intervals())
         check_memory(params, self.config, used, stability.adaptive or not stability.plain)
         # Before the control's hooks: those put the rates of a step back after it.
-        self.free = FreeSignals(
-            model,
-            optimizer,
-            self.config.max_overhead is not None,
-            self.ranks,
-            self.notices,
-            counting=lambda: self.schedule.budget.counting(),
-        )
+        self.free = FreeSignals(model, optimizer, self.config.max_overhead is not None, self.ranks, self.notices)
         self.rates = Rates(optimizer, self.config, stability.adaptive, self.notices)
         self.schedule = Schedule(self.config, self.control, stability.empirical, signals.all, self.ranks)
+        self.free.counting = self.schedule.budget.counting
         data = Probe(self.config.probe, self.config.probe_size, short_batches, second)
         self.measuring = Measuring(model, optimizer, self.config, self.notices, self.ranks, signals, data)
         self._due = DueMeasurements(self.schedule, self.measuring, self.rates, self._label)

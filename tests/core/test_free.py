@@ -248,7 +248,9 @@ def test_the_history_keeps_few_lines_with_layers_and_loggers_get_none(tmp_path: 
     model = network()
     optimizer = SGD(model.parameters(), 1e-3)
     path = tmp_path / "history.jsonl"
-    config = gfs.GFSConfig(tier="sharpness", every=10**9, running_every=None, max_overhead=None, history=str(path), alarm="off")
+    config = gfs.GFSConfig(
+        tier="sharpness", every=10**9, running_every=None, max_overhead=None, history=str(path), alarm="off"
+    )
     monitor = gfs.StabilityMonitor(model, optimizer, config)
     free = monitor.free
     backward(model, optimizer, 0)

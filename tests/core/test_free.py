@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,15 @@ def test_training_is_bitwise_the_same() -> None:
         return [*(p.detach() for p in model.parameters()), *(s["exp_avg_sq"] for s in optimizer.state.values())]
 
     assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_a_monitor_whose_numbers_are_on_their_way_can_be_copied() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), 0.01)
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(max_overhead=None))
+    backward(model, optimizer, 0)
+    monitor.read_gradients(0)
+    optimizer.step()
+    again = pickle.loads(pickle.dumps(monitor))
+    assert [r.key.name for r in again.free.arrived()] == []
+    assert monitor.free.arrived()

@@ -112,7 +112,7 @@ def train(
     normed: bool = False,
     poor: int | None = None,
     made: str = "",
-    short: tuple[int, int] | None = None,
+    short: tuple[int, int, int] | None = None,
     second: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
     """Train on every ``size``-th example of each batch; ``options`` may hold what is ``tuned``.
@@ -121,7 +121,7 @@ def train(
 
     ``wrapped``: the loss goes through DistributedDataParallel; ``shard``: FSDP2, ``half``: in bfloat16; ``normed``:
     with BatchNorm, whose buffers are exchanged; ``poor``: a rank whose own clock allows nothing more after the first
-    measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are five examples;
+    measurement; ``made``: a model of ``engines``; ``short``: rank and step at which there are so many examples;
     ``second``: makes a rank's loader of a second data set.
     """
     gfs_core.run.ranks.TIMEOUT = timeout
@@ -157,8 +157,8 @@ def train(
     for step in range(steps):
         x, y = examples(step)
         own = x[rank::size], y[rank::size]
-        if short == (rank, step):
-            own = own[0][:5], own[1][:5]
+        if short is not None and short[:2] == (rank, step):
+            own = own[0][: short[2]], own[1][: short[2]]
 
         def loss_of(batch: Any, step: int = step) -> Tensor:
             if wrong is not None and (rank, step) == wrong[1:]:

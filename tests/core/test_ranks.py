@@ -171,10 +171,22 @@ def test_a_measurement_that_fails_on_one_rank_is_skipped_on_all(
 
 def test_a_short_batch_of_one_rank_is_measured_on_none(tmp_path: Path) -> None:
     options = {"tier": "sharpness", "every": 1, "running_every": None, "max_overhead": None}
-    work = functools.partial(processes.train, short=(1, 3))
+    work = functools.partial(processes.train, short=(1, 3, 5))
     ranks = processes.run(work, 2, tmp_path, "sgd", options, 6)
     for rank in ranks:
         assert [m["step"] for m in rank["found"] if m["sharpness"]] == [0, 1, 2, 4, 5]
+
+
+def test_a_probe_that_is_all_of_the_batch_on_one_rank_alone(tmp_path: Path) -> None:
+    """Where it is on all of them, differences go by the gradient of training."""
+    options = {**ROUGH, "tier": "directional", "every": 1, "running_every": None, "probe_size": 10}
+    work = functools.partial(processes.train, short=(1, 3, 10), timeout=5.0)
+    ranks = processes.run(work, 2, tmp_path, "sgd", {**options, "tuned": {"beside": {"batch_sharpness": 1}}}, 6)
+    for rank in ranks:
+        assert not rank["lost"]
+        both = [m for m in rank["found"] if m["directional_sharpness"] and m["batch_sharpness"]]
+        assert [m["step"] for m in both] == [1, 2, 3, 4, 5]
+    assert_close(ranks[0]["found"], ranks[1]["found"], 0.0)
 
 
 def test_a_rank_that_does_not_answer_ends_measuring_and_not_training(tmp_path: Path) -> None:

@@ -340,6 +340,16 @@ def test_a_loss_that_needs_whole_batches_is_measured_on_them(hvp: str) -> None:
 
 
 @pytest.mark.parametrize("hvp", ["auto", "exact"])
+def test_a_batch_of_less_than_four_examples_is_measured_whole(hvp: str) -> None:
+    model = Net()
+    config = gfs.GFSConfig(tier="running", every=1, max_overhead=None, hvp=hvp, strict=True)
+    monitor = gfs.StabilityMonitor(model, sgd(model.parameters()), config)
+    found = [monitor.step(model.loss, DATA[:3]) for _ in range(20)]
+    true = gfs.sharpness(model, lambda m, x: m.loss(x), DATA[:3], tol=1e-4).value
+    assert found[-1].running_sharpness == pytest.approx(true, rel=0.1)
+
+
+@pytest.mark.parametrize("hvp", ["auto", "exact"])
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
 def test_batch_sharpness_is_the_mean_of_quotients(optimizer_of, hvp: str) -> None:
     config = gfs.GFSConfig(tier="batch_sharpness", every=1, running_every=None, max_overhead=None, hvp=hvp)

@@ -417,3 +417,56 @@ def test_dropout_inside_attention_is_measured_exactly(backend) -> None:
         warnings.simplefilter("error", gfs.GFSWarning)
         found = gfs.sharpness(model, loss, x, tol=1e-3)
     assert found.converged
+
+
+def watched(device: str, precision: torch.dtype, compiled: bool = False) -> tuple[list[gfs.Measurement], Learned]:
+    """The running estimate along a training, by one gradient a product, and what the run has learned."""
+    model = net(0.0).to(device)
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
+    monitor = gfs.StabilityMonitor(
+        run, optimizer, gfs.GFSConfig(tier="sharpness", every=8, running_every=1, max_overhead=None, alarm="off")
+    )
+    monitor.measuring.learned.whole_cheaper = True
+
+    def loss_of(batch: Batch) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
+            return loss_fn(run, batch)
+
+    found = []
+    for step in range(40):
+        batch = examples(step, 256, device=device)
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        measurement = monitor.step(loss_of, batch, loss=loss.detach())
+        found += [] if measurement is None else [measurement]
+        optimizer.step()
+    return found, monitor.measuring.learned
+
+
+def test_one_gradient_gives_the_running_ratio_of_the_cpu() -> None:
+    ratios = {}
+    for device, precision, compiled in (
+        ("cpu", torch.float32, False),
+        ("cuda", torch.float32, False),
+        ("cuda", torch.bfloat16, False),
+        ("cuda", torch.float32, True),
+    ):
+        found, learned = watched(device, precision, compiled)
+        ratios[device, precision, compiled] = found[-1].running_stability_ratio
+        assert (learned.of_step, learned.smooth) == ("mean", True)
+        assert found[-2].grad_evals == 1
+    base = ratios["cpu", torch.float32, False]
+    assert ratios["cuda", torch.float32, False] == pytest.approx(base, rel=0.02)
+    assert ratios["cuda", torch.float32, True] == pytest.approx(base, rel=0.02)
+    assert ratios["cuda", torch.bfloat16, False] == pytest.approx(base, rel=0.15)
+
+
+def test_the_way_of_a_solve_is_timed_once_and_its_values_are_right() -> None:
+    found, learned = watched("cuda", torch.float32)
+    assert learned.solve_by_gradients is not None
+    solved = [m for m in found if m.sharpness is not None]
+    exact, _ = watched("cpu", torch.float32)
+    for here, there in zip(solved, (m for m in exact if m.sharpness is not None), strict=True):
+        assert here.sharpness == pytest.approx(there.sharpness, rel=0.05)

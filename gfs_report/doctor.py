@@ -21,16 +21,16 @@ from gfs_report.runs import Run, read_run
 from gfs_report.units import size
 
 BEGIN = 8  # steps before the first measurement: Adam has second moments then, and the steps have their usual speed
-STEPS = BEGIN + 5  # everything is measured at the first of them, cold, and at the last
+STEPS = BEGIN + 9  # everything is measured at the first of them, cold, and at the last; the running estimate settles
 _OPTIONS: dict[str, Any] = {
     "tier": "gfs",
-    "every": 4,
+    "every": 8,
     "running_every": 1,
     "max_overhead": None,
     "alarm": "off",
 }
 # Of what a monitor with these leaves out.
-_INTERVALS = {"directional": 2, "batch_sharpness": 4, "sharpness": 2, "midpoint": 2}
+_INTERVALS = {"directional": 4, "batch_sharpness": 8, "sharpness": 4, "midpoint": 4}
 _TIERS = ("running", "directional", "batch_sharpness", "sharpness", "midpoint", "gfs")
 # A running ratio is 0.3 to 1.5 of the solved one once it has settled; it is the mean of a handful of products here.
 _APART = 10.0

@@ -72,7 +72,8 @@ class Run:
     Attributes:
         name: the folder or file it was read from, as given.
         optimizer: the optimizer's name; empty where the log does not say.
-        gfs: what this package measured, by log key without ``gfs/``; finite values only.
+        gfs: what this package measured, by log key without ``gfs/``; finite values only, and of the stability ratio
+            the solved ones only.
         logged: what the user logged, by its own key; values may be infinite or NaN.
         shares: the latest shares of the top eigenvector, or of the running estimate's direction, by layer.
         training_loss: means of the loss that was trained, over the steps since the value before, as the monitor has
@@ -263,6 +264,7 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
                 run.reasons[reason] = run.reasons.get(reason, 0) + 1
         state = told
     run.gfs = {key: curve for key, p in points.items() if (curve := _curve(p, finite=True)) is not None}
+    _leave_solved(run.gfs)
 
 
 def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:
@@ -272,6 +274,7 @@ def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:
         curve = _curve(held, finite=ours)
         if curve is not None:
             (run.gfs if ours else run.logged).setdefault(own if ours else key, curve)
+    _leave_solved(run.gfs)
     alarm = run.gfs.get("alarm")
     if alarm is not None and not run.marks:
         before = 0.0
@@ -279,6 +282,19 @@ def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:
             if state > before:
                 run.marks.append(Mark(int(step), int(state), "the reason is in the run's history.jsonl"))
             before = float(state)
+
+
+def _leave_solved(curves: dict[str, Curve]) -> None:
+    """Leave out of the stability ratio what is the running one, which stands in for it between two solved ones."""
+    ratio, running = curves.get("stability_ratio"), curves.get("running_stability_ratio")
+    if ratio is None or running is None:
+        return
+    _, at, beside = np.intersect1d(ratio.steps, running.steps, return_indices=True)
+    keep = np.ones(len(ratio.steps), np.bool_)
+    keep[at] = ratio.values[at] != running.values[beside]
+    del curves["stability_ratio"]
+    if keep.any():
+        curves["stability_ratio"] = Curve(ratio.steps[keep], ratio.values[keep])
 
 
 def _curve(points: Iterable[tuple[int, float]], finite: bool) -> Curve | None:

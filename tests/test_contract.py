@@ -33,7 +33,7 @@ STEPS, SIZE = 24, 8
 RATE, RISE = 0.2, 22  # the learning rate, and the step from which on it is 2.5 times that: the early warning says so
 OPTIONS: dict[str, Any] = {"tier": "gfs_full", "every": STEPS, "running_every": 1, "max_overhead": None}
 BESIDE = {"gfs": 8, "midpoint": 4, "sharpness": 4, "batch_sharpness": 4, "directional": 4}
-TUNED: dict[str, Any] = {"beside": BESIDE, "parts": 2}
+SETTLED = 7  # the step of the running estimate's first value
 SIGNALS = {
     "directional": ("directional_sharpness", "critical_lr"),
     "running": ("running_sharpness", "running_stability_ratio", "mean_square_stability_ratio", "mean_square_bound"),
@@ -73,6 +73,11 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < RISE else 2.5)
 
 
+def tuning(count: int) -> dict[str, Any]:
+    """The running estimate is by products on parts, or by one gradient each, however long either takes."""
+    return {"beside": BESIDE} | ({"parts": 2} if count == 2 else {"whole": True})
+
+
 def history(folder: Path) -> gfs.HistoryPart:
     [part] = gfs.history_parts(folder / "history.jsonl")
     return part
@@ -83,7 +88,7 @@ def plain(folder: Path, count: int, precision: str, size: int = SIZE) -> gfs.His
     optimizer = model.descent()
     scheduler = schedule(optimizer)
     monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(**OPTIONS, history=str(folder / "history.jsonl")))
-    tuned(monitor, **TUNED)
+    tuned(monitor, **tuning(count))
 
     def loss_of(batch: Any) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -123,7 +128,7 @@ class Module(L.LightningModule):
 
 def lightning(folder: Path, count: int, precision: str) -> gfs.HistoryPart:
     callback = lightning_gfs.GFSCallback(**OPTIONS, history=str(folder / "history.jsonl"))
-    tuned_callback(callback, **TUNED)
+    tuned_callback(callback, **tuning(count))
     trainer = quiet(
         folder,
         [callback],
@@ -159,7 +164,7 @@ def hugging_face(folder: Path, count: int, precision: str, own: bool = True) -> 
     )
     rows = [{"x": x, "labels": y} for x, y in zip(*digits(), strict=True)]
     trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, schedule(optimizer)))
-    callback = tuned_callback(hf_gfs.GFSCallback(**OPTIONS), **TUNED)
+    callback = tuned_callback(hf_gfs.GFSCallback(**OPTIONS), **tuning(count))
     if own:
         callback.set_trainer(trainer)
     else:
@@ -230,13 +235,16 @@ def test_the_plain_loop_measures_every_signal_when_it_is_due(found: FOUND, count
     solved = [s for s in range(STEPS) if s % 4 == 0]
     assert steps.pop("gfs_sharpness_full") == [0]
     assert steps.pop("gfs_sharpness") == steps.pop("gfs_stability_ratio") == [0, 8, 16]
-    assert steps.pop("sharpness") == steps.pop("stability_ratio") == steps.pop("loss_probe") == solved
+    assert steps.pop("sharpness") == steps.pop("loss_probe") == solved
+    settled = list(range(SETTLED, STEPS))
+    assert steps.pop("running_sharpness") == steps.pop("running_stability_ratio") == settled
+    assert steps.pop("mean_square_bound") == settled[1:]
+    assert steps.pop("mean_square_stability_ratio") == settled[1 if count == 2 else 2 :]  # a pair of parts, three steps
+    assert steps.pop("stability_ratio") == sorted({*solved, *settled})  # the running one, where none is solved
     assert steps.pop("batch_sharpness") == solved
     assert steps.pop("directional_sharpness") == solved[1:]  # no step was taken before
     assert steps.pop("midpoint_sharpness") == steps.pop("midpoint_stability_ratio") == solved[1:]
     assert solved[1:5] == steps.pop("critical_lr")[:4]  # of the last step the direction may be one that climbs
-    assert steps.pop("running_sharpness") == steps.pop("running_stability_ratio") == list(range(STEPS))
-    assert steps.pop("mean_square_stability_ratio") == steps.pop("mean_square_bound") == list(range(1, STEPS))
     assert steps.pop("threshold") == list(range(STEPS))
     assert steps == {"preconditioned_sharpness": []}  # SGD has none
     assert [m.alarm for m in part.measurements] == [0] * RISE + [2] * (STEPS - RISE)
@@ -268,11 +276,18 @@ def test_the_history_holds_the_same_training_losses(found: FOUND, adapter: str, 
     assert 0 < ours[1] < STEPS * ours[0]
 
 
-@pytest.mark.parametrize("name", ["sharpness", "stability_ratio", "gfs_sharpness", "loss_probe"])
+@pytest.mark.parametrize("name", ["sharpness", "running_sharpness", "gfs_sharpness", "loss_probe"])
 def test_one_batch_and_its_micro_batches_give_the_same(found: FOUND, name: str) -> None:
     """Within rounding, which the solver's stopping rule enlarges."""
-    whole, pieces = (values(found("plain", *how), name)[name] for how in ((1, "float32", 4 * SIZE), (4, "float32")))
+    whole, pieces = (values(found("plain", *run), name)[name] for run in ((1, "float32", 4 * SIZE), (4, "float32")))
     assert pieces == pytest.approx(whole, rel=1e-3)
+
+
+def test_the_stability_ratio_is_the_solved_one_or_else_the_running_one(found: FOUND) -> None:
+    part = found("plain", 4, "float32")
+    ratios = values(part, "stability_ratio", "running_stability_ratio")
+    solved = {m.step: m.sharpness / m.threshold for m in part.measurements if m.sharpness is not None}
+    assert ratios["stability_ratio"] == pytest.approx(ratios["running_stability_ratio"] | solved, rel=1e-12)
 
 
 class Counted(L.Callback):

@@ -179,14 +179,17 @@ def test_the_running_estimate_on_every_step_changes_nothing(
     monkeypatch.setattr(
         gfs.StabilityMonitor, "record_loss", lambda m, loss, *n: (seen.append(loss.item()), record_loss(m, loss, *n))[1]
     )
-    plain = state(*train(tmp_path / "a", accumulate_grad_batches=accumulate))
-    callback = tuned_callback(every(1, tier="running", progress_bar=True), parts=4)
-    model, trainer = train(tmp_path / "b", [callback], accumulate_grad_batches=accumulate)
+    plain = state(*train(tmp_path / "a", accumulate_grad_batches=accumulate, max_epochs=4))
+    callback = tuned_callback(every(1, tier="running", progress_bar=True), whole=True)
+    model, trainer = train(tmp_path / "b", [callback], accumulate_grad_batches=accumulate, max_epochs=4)
     assert_same(plain, state(model, trainer))
     assert seen == pytest.approx(model.outs, rel=1e-6)  # the losses of training, each once and undivided
     found = history(trainer)
-    assert [m.step for m in found] == list(range(0, trainer.global_step, 4))  # BatchNorm: whole batches, less often
-    assert all(m.running_stability_ratio == pytest.approx(m.running_sharpness / 38) for m in found)
+    assert [m.step for m in found] == list(range(trainer.global_step))
+    settled = [m for m in found if m.running_sharpness is not None]
+    assert [m.step for m in settled] == list(range(7, trainer.global_step))
+    assert all(m.running_stability_ratio == pytest.approx(m.running_sharpness / 38) for m in settled)
+    assert {m.hvps for m in found} == {0.0}
     ratio = trainer.progress_bar_metrics["gfs/running_stability_ratio"]
     assert ratio == pytest.approx(found[-1].running_stability_ratio)
 

@@ -35,7 +35,7 @@ PRETRAINED = ODD["design"]["fine-tuning that hardly moves"]
 
 # The task, its fault, the steps between logged losses, and what became of the loss.
 DESTROYED: dict[str, tuple[Any, Fault, int, tuple[str, ...]]] = {
-    "high rate from the start": (TANH, jump(30.0), 1, ("worse",)),
+    "high rate from the start": (TANH, jump(30.0), 1, ("worse", "lost")),  # it fell for four steps
     "high rate from the start, at chance": (CNN, jump(90.0), 1, ("blown up", "worse", "stuck", "not finite")),
     "high rate, whole batches": (WHOLE, jump(30.0), 10, ("not finite",)),
     "jump in the middle": (AUTOENCODER, jump(90.0, 0.5), 1, ("lost",)),

@@ -187,7 +187,8 @@ def test_the_running_estimate_on_every_step_changes_nothing(
     found = history(trainer)
     assert [m.step for m in found] == list(range(trainer.global_step))
     settled = [m for m in found if m.running_sharpness is not None]
-    assert [m.step for m in settled] == list(range(7, trainer.global_step))
+    assert settled[0].step == 7
+    assert settled[-1].step == trainer.global_step - 1
     assert all(m.running_stability_ratio == pytest.approx(m.running_sharpness / 38) for m in settled)
     assert {m.hvps for m in found} == {0.0}
     ratio = trainer.progress_bar_metrics["gfs/running_stability_ratio"]

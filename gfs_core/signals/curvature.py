@@ -312,7 +312,7 @@ class RunningCurvature:
                 MEAN_SQUARE_STABILITY_RATIO: _ratio(self.estimate.noisy(new.noise), stability.threshold),
                 MEAN_SQUARE_BOUND: _ratio(self.estimate.bound(new.noise), stability.threshold),
             }
-        readings = [Reading(key, step.step, value) for key, value in found.items()]  # without values too it took its time
+        readings = [Reading(key, step.step, value) for key, value in found.items()]  # settling takes its time too
         vector = self.estimate.vector
         if value is not None and vector is not None:
             readings += self.shares.readings(step.step, vector, step.layers, inner)

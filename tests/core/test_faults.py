@@ -24,7 +24,7 @@ VALUES = {
     "gfs": {"sharpness", "stability_ratio", "gfs_sharpness", "lr_scale"},
     "midpoint": {"sharpness", "stability_ratio", "midpoint_sharpness", "midpoint_stability_ratio"},
     "running": {"threshold", "lr_scale"},  # its direction settles: no value after two measurements
-    "directional": {"directional_sharpness", "loss_probe"},
+    "directional": {"directional_sharpness", "critical_lr"},
 }
 
 MET = (
@@ -32,6 +32,7 @@ MET = (
     "no memory for the weights before a step",
     "it was not looked whether the control acts",
     "nothing is measured along a step",
+    "the gradients of a step were not read",
     "the loss of a step is not taken in",
     "the early warning has not seen a step",
     "a measurement is not in the history",

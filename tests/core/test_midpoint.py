@@ -245,7 +245,7 @@ def test_copies_are_kept_if_the_budget_will_allow_the_measurement_by_then(price:
     run = Run(every=10, max_overhead=0.1)
     schedule = run.monitor.schedule
     budget, seconds = schedule.budget, 0.0
-    budget.clock, budget.began, budget.first = lambda: seconds, 0.0, 1.0
+    budget.clock, budget.began, budget.last = lambda: seconds, 0.0, 1.0
     budget.prices = {"": 0.0, "sharpness": price / 2, "midpoint": price / 2}
     found = []
     for step in range(11):

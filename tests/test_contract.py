@@ -42,6 +42,7 @@ SIGNALS = {
     "midpoint": ("midpoint_sharpness", "midpoint_stability_ratio"),
     "gfs": ("gfs_sharpness", "gfs_stability_ratio"),
     "gfs_full": ("gfs_sharpness_full",),
+    "gradients": ("grad_norm", "nonfinite", "weight_norm", "update_ratio", "rms_ratio"),
 }
 
 
@@ -246,7 +247,10 @@ def test_the_plain_loop_measures_every_signal_when_it_is_due(found: FOUND, count
     assert steps.pop("midpoint_sharpness") == steps.pop("midpoint_stability_ratio") == solved[1:]
     assert solved[1:5] == steps.pop("critical_lr")[:4]  # of the last step the direction may be one that climbs
     assert steps.pop("threshold") == list(range(STEPS))
-    assert steps == {"preconditioned_sharpness": []}  # SGD has none
+    # The first step shows whether gradients are scaled. An update is known after its step.
+    assert all(steps.pop(name) == list(range(1, STEPS)) for name in ("grad_norm", "weight_norm", "update_ratio"))
+    assert steps.pop("nonfinite") == list(range(1, STEPS))
+    assert steps == {"preconditioned_sharpness": [], "rms_ratio": []}  # SGD has none
     assert [m.alarm for m in part.measurements] == [0] * RISE + [2] * (STEPS - RISE)
     assert [m.step for m in part.measurements if m.reasons] == [0, RISE]
     assert part.measurements[0].reasons == ("midpoint left out: the weights before the last 2 steps were not kept",)
@@ -254,7 +258,12 @@ def test_the_plain_loop_measures_every_signal_when_it_is_due(found: FOUND, count
 
 def test_the_table_tells_precisions_and_accumulations_apart(found: FOUND) -> None:
     runs = [found("plain", count, precision) for count in (1, 2, 4) for precision in ("float32", "bf16")]
-    for name in (n for of in SIGNALS.values() for n in of if n not in ("preconditioned_sharpness", "threshold")):
+    for name in (
+        n
+        for of in SIGNALS.values()
+        for n in of
+        if n not in ("preconditioned_sharpness", "threshold", "rms_ratio", "nonfinite")
+    ):
         every = [tuple(values(run, name)[name].values()) for run in runs]
         assert len(set(every)) == len(every), name
 

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def mark(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
+    """A point in the work of the CUDA device that holds the first tensor; ``None`` on other devices."""
+    if not tensors or tensors[0].device.type != "cuda":
+        return None
+    with torch.cuda.device(tensors[0].device):
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+    return event
+
+
 class Transfer:
     """Scalars that are read later.
 
@@ -16,9 +26,14 @@ class Transfer:
 
     Args:
         scalars: numbers, and tensors that hold one number each, on any devices. They may be changed afterwards.
+        since: where the device began to compute them, from :func:`mark`.
+
+    Attributes:
+        seconds: seconds of the device from ``since`` until they had arrived; 0 before they are read, or without it.
     """
 
-    def __init__(self, scalars: Sequence[Tensor | float]) -> None:
+    def __init__(self, scalars: Sequence[Tensor | float], since: torch.cuda.Event | None = None) -> None:
+        self.seconds, self._since = 0.0, since
         self._values = [0.0 if isinstance(s, Tensor) else float(s) for s in scalars]
         self._coming: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
         places: dict[torch.device, list[int]] = {}
@@ -31,7 +46,7 @@ class Transfer:
                 with torch.cuda.device(device):
                     there = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
                     there.copy_(together, non_blocking=True)
-                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    event = torch.cuda.Event(enable_timing=since is not None)  # type: ignore[no-untyped-call]
                     event.record()
                 self._coming.append((own, there, event))
             elif device.type == "cpu":
@@ -49,6 +64,8 @@ class Transfer:
         for own, there, event in self._coming:
             if event is not None:
                 event.synchronize()
+                if self._since is not None:
+                    self.seconds, self._since = 1e-3 * self._since.elapsed_time(event), None
             self._take(own, there)
         self._coming = []
         return self._values

@@ -37,6 +37,7 @@ SHARE = 0.01  # of wall time, for all free signals together
 SILENCE = 50  # steps without a measurement after which the free signals alone are logged and written
 _TOGETHER = 20  # least steps between samples of several processes, which add them up in some exchanges
 _LATE = 2  # steps after a sample at which processes add it up: by then it has arrived everywhere
+_MOST = 64  # samples that wait: before the first step of an optimizer none is read
 _THINNING = 0.01  # steps between lines with each layer's values, as a fraction of the steps so far
 _WORD = 32  # numbers in an exchange
 _FAILED = "the gradients of a step were not read"
@@ -57,7 +58,7 @@ class Pace:
     def __init__(self, share: float, clock: Callable[[], float]) -> None:
         self.share, self.clock, self.price = share, clock, 0.0
         self._not_before = -math.inf
-        self._cold = True
+        self._cold, self._began = True, 0.0
 
     @property
     def due(self) -> bool:
@@ -69,7 +70,14 @@ class Pace:
         if not self._cold:
             self.price = self.clock() - began
         self._cold = False
+        self._began = began
         self._not_before = began + self.price / self.share
+
+    def took_there(self, seconds: float) -> None:
+        """Record that the last time took so many seconds of an accelerator, which works beside the host."""
+        if 0 < self.price < seconds:  # 0: the first time
+            self.price = seconds
+            self._not_before = max(self._not_before, self._began + seconds / self.share)
 
 
 class FreeSignals:
@@ -166,6 +174,7 @@ class FreeSignals:
             layout = self._laid_out(params)
             scale = self._scaling.scale()
             self._coming.append(GradientSample(step, layout, scale, self._count, clipped_at))
+            del self._coming[:-_MOST]
         self._gradients.took(began)
 
     def _due(self, pace: Pace, step: int) -> bool:
@@ -194,18 +203,18 @@ class FreeSignals:
             return
         if not self._scaling.looked:
             self._scaling.look()
-            self._scale_known = True
             if self._scaling.active:  # what was read before is scaled or not: nobody knows
                 self._coming = []
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None and self.step >= 0:  # a closure computes them later
+        # A closure computes them later. Under manual optimization Lightning always passes one, which does nothing.
+        if (closure is None or self.only_in_step) and self.step >= 0:
             with self.notices.harmless(_FAILED, alone=True):
                 self._read_gradients()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or self.step < 0:
             return
-        step = self.step
+        step, self._scale_known = self.step, True
         if self._layout is not None:
             self._used.note(self._layout.params)
         if not known(optimizer):
@@ -235,6 +244,8 @@ class FreeSignals:
         while self._coming and self._coming[0].arrived:
             sample = self._coming.pop(0)
             found += self._readings(sample.step, sample.sums(), sample.clipped_at)
+            pace = self._gradients if isinstance(sample, GradientSample) else self._updates
+            pace.took_there(sample.seconds)
         return self._kept(found)
 
     def _together(self, ranks: Ranks, step: int) -> list[Reading]:
@@ -248,6 +259,8 @@ class FreeSignals:
             if sample.step == self._agreed:
                 sums |= sample.sums()
                 clipped_at = sample.clipped_at or clipped_at
+                pace = self._gradients if isinstance(sample, GradientSample) else self._updates
+                pace.took_there(sample.seconds)
         at, self._agreed, self._coming = self._agreed, step, []
         layers = len(self._layout.layers)
         own = [v for name in SUMMED for v in [float(name in sums), *sums.get(name, [0.0] * layers)]]

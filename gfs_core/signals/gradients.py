@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gfs_core.linalg.transfer import Transfer, norms_of
+from gfs_core.linalg.transfer import Transfer, mark, norms_of
 from gfs_core.linalg.vectors import bunches, local
 from gfs_core.optimizers.updates import factors_of, has_moved, known, parts_of
 from gfs_core.signals.base import Key, Reading
@@ -94,10 +94,11 @@ class GradientSample:
         self.step, self.layout, self.clipped_at = step, layout, clipped_at
         self._held = [i for i, p in enumerate(layout.params) if p.grad is not None]
         grads = [_entries(layout.params[i].grad) for i in self._held]
+        since = mark(grads)
         norms = norms_of(grads)
         weights = norms_of([local(p) for p in layout.params])
         counts = [_not_finite(g) for g in grads] if count else []
-        self._transfer = Transfer([scale, *weights, *norms, *counts])
+        self._transfer = Transfer([scale, *weights, *norms, *counts], since)
         self._counts: list[float] | None = None
         if grads and all(g.device.type == "cpu" for g in grads):
             broken = [not math.isfinite(norm) for norm in self._norms()]
@@ -107,6 +108,11 @@ class GradientSample:
     def arrived(self) -> bool:
         """Whether :meth:`sums` need not wait."""
         return self._transfer.arrived
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of an accelerator; 0 before :meth:`sums`, and on the CPU."""
+        return self._transfer.seconds
 
     def sums(self) -> Sums:
         """The sums over each layer; NaN for a number of entries that was not counted."""
@@ -141,6 +147,7 @@ class UpdateSample:
         self.step, self.layout, self.clipped_at = step, layout, None
         self._finish: list[Callable[[Sums, list[float]], None]] = []
         numbers: list[Tensor | float] = []
+        since = mark(layout.params)
         index = {id(p): i for i, p in enumerate(layout.params)}
         for group in optimizer.param_groups if known(optimizer) else ():
             own = [p for p in group["params"] if id(p) in index and has_moved(optimizer, group, p)]
@@ -149,12 +156,17 @@ class UpdateSample:
                 self._add(optimizer, group, some, [index[id(p)] for p in some], numbers)
         skipped = getattr(optimizer, "found_inf", None)  # set while a fused optimizer steps under gradient scaling
         self._skipped = len(numbers)
-        self._transfer = Transfer([*numbers, 0.0 if skipped is None else skipped])
+        self._transfer = Transfer([*numbers, 0.0 if skipped is None else skipped], since)
 
     @property
     def arrived(self) -> bool:
         """Whether :meth:`sums` need not wait."""
         return self._transfer.arrived
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of an accelerator; 0 before :meth:`sums`, and on the CPU."""
+        return self._transfer.seconds
 
     def sums(self) -> Sums:
         """The sums over each layer; empty if gradient scaling skipped the step."""

@@ -123,7 +123,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    data = TensorDataset(torch.randn(24, 4), torch.randint(3, (24,)))
+    data = TensorDataset(torch.randn(160, 4), torch.randint(3, (160,)))
     loader = DataLoader(data, batch_size=8)
 
     class Module(LightningModule):

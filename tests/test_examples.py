@@ -15,7 +15,8 @@ from gfs_report.comparison.compare import compare
 from tests.forks import START
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SETTLING = range(0, 15, 2)  # steps at which the running estimate settles
+SETTLING = range(0, 13, 2)  # steps at which the running estimate settles
+EARLY = 150  # steps in which it is measured beside its interval, at distances that grow
 ENDS = range(28, 1000, 29)  # steps that end an epoch of 1797 digits in batches of 64: with 5, which are not measured
 
 
@@ -44,15 +45,25 @@ def printed(measurement: gfs.Measurement) -> str:
     return "  ".join([f"step {measurement.step:3d}", *(f"{k} {v:.3f}" for k, v in ratios)])
 
 
+def assert_due(history: list[gfs.Measurement], regular: set[int]) -> None:
+    """The estimate is measured at its interval, and at first beside it: while it settles, and a few times more."""
+    steps = [m.step for m in history]
+    beside = set(steps) - regular
+    assert steps == sorted({*regular, *beside})
+    assert beside >= {*SETTLING} - regular
+    assert max(beside) < EARLY
+    assert len(beside) < 20
+
+
 def test_plain_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "plain_loop.py").splitlines()
     history = gfs.read_history(tmp_path / "plain-history.jsonl")
-    assert [m.step for m in history] == sorted({*range(0, 200, 5), *SETTLING})
+    assert_due(history, {*range(0, 200, 5)})
     assert lines == [printed(m) for m in history]
     for m in history:
         assert m.threshold == 2 * 1.9 / 0.5
         assert (m.sharpness is not None) == (m.step % 20 == 0)
-        assert (m.running_stability_ratio is not None) == (m.step >= 14)
+        assert (m.running_stability_ratio is not None) == (m.step >= 12)
         assert all(0 < r < 1.5 for r in (m.running_stability_ratio, m.stability_ratio) if r is not None)
 
 
@@ -109,7 +120,7 @@ def test_lightning_from_yaml(tmp_path: Path) -> None:
     run(tmp_path, "lightning/cli.py", "fit", "--config", config, "--trainer.callbacks.max_overhead=null")
     [path] = tmp_path.glob("lightning_logs/*/history.jsonl")
     history = gfs.read_history(path)
-    assert [m.step for m in history] == [s for s in sorted({*range(0, 8 * 29, 5), *SETTLING}) if s not in ENDS]
+    assert_due(history, {*range(0, 8 * 29, 5)} - {*ENDS})
     assert [m.step for m in history if m.gfs_sharpness is not None][-1] == 220
 
 
@@ -150,8 +161,8 @@ def test_lightning_sentence_embeddings(tmp_path: Path) -> None:
 def test_other_loops(tmp_path: Path, kind: str) -> None:
     lines = run(tmp_path, f"{kind}_loop.py").splitlines()
     history = gfs.read_history(tmp_path / f"{kind}-history.jsonl")
-    assert [m.step for m in history] == [s for s in sorted({*range(0, 4 * 29, 5), *SETTLING}) if s not in ENDS]
+    assert_due(history, {*range(0, 4 * 29, 5)} - {*ENDS})
     assert all(m.threshold == pytest.approx(3.8 / (0.1 * 3e-3), rel=1e-3) for m in history[1:])
     assert lines == [printed(m) for m in history]
-    assert all(m.running_stability_ratio > 0 for m in history[1:])
+    assert all(m.running_stability_ratio > 0 for m in history if m.step > 15)  # it has settled
     assert [m.step for m in history if m.stability_ratio is not None] == list(range(20, 4 * 29, 20))

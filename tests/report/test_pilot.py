@@ -150,7 +150,7 @@ def test_the_trainer_of_transformers(piloted: dict[str, Pilot], folder: Path) ->
     assert run.logged["train_loss"].values[0] == pytest.approx(math.log(letters), rel=0.1)
     assert set(run.logged["learning_rate"].values) == {1e-3}
     history = {m.step: m for m in read_history(folder / "out/hf/rate-0.5/history.jsonl")}
-    assert sorted(history) == sorted({*range(0, 40, 5), *range(0, 15, 2)})  # the running estimate settles
+    assert set(history) >= {*range(0, 40, 5), *range(2, 15, 2)}  # the running estimate settles
     assert history[10].threshold == pytest.approx(2 * 1.9 / (0.1 * 1e-3), rel=1e-3)
     assert any("clips" in text for text in found.limits)
     assert any("mini-batches" in text for text in found.limits)

@@ -165,4 +165,4 @@ def test_other_loops(tmp_path: Path, kind: str) -> None:
     assert all(m.threshold == pytest.approx(3.8 / (0.1 * 3e-3), rel=1e-3) for m in history[1:])
     assert lines == [printed(m) for m in history]
     assert all(m.running_stability_ratio > 0 for m in history if m.step > 15)  # it has settled
-    assert [m.step for m in history if m.stability_ratio is not None] == list(range(20, 4 * 29, 20))
+    assert [m.step for m in history if m.preconditioned_sharpness is not None] == list(range(20, 4 * 29, 20))

@@ -568,3 +568,15 @@ def test_a_loss_without_a_graph_is_named() -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(gfs.MeasurementError, match="does not depend on any trainable parameter"):
         gfs.sharpness(model, lambda m, b: torch.tensor(1.0), torch.ones(1, 2))
+
+
+def test_the_running_estimate_has_its_price_while_it_settles() -> None:
+    """By it the price of a solve is guessed before there was one."""
+    model = nn.Linear(6, 1)
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), gfs.GFSConfig(tier="sharpness"))
+    found = monitor.step(lambda x: model(x).square().mean(), torch.ones(4, 6), 0)
+    assert found is not None
+    assert found.running_sharpness is None
+    prices = monitor.schedule.budget.prices
+    assert prices["running"] > 0
+    assert monitor.schedule.budget.price(["sharpness"]) == pytest.approx(prices[""] + 40 * prices["running"])

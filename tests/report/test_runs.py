@@ -43,6 +43,25 @@ def test_a_history_is_read_with_alarms_reasons_and_settings(tmp_path: Path) -> N
     assert run.settings == {"every": 10, "margin": None}
 
 
+def test_a_running_ratio_that_stands_in_for_a_solved_one_is_not_read_as_solved(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "history.jsonl",
+        gfs.Measurement.of(0, "SGD", sharpness=2.0, stability_ratio=0.5, running_stability_ratio=0.25),
+        gfs.Measurement.of(5, "SGD", running_stability_ratio=0.375).with_ratio(),
+        gfs.Measurement.of(10, "SGD", directional_sharpness=3.0, stability_ratio=0.75, running_stability_ratio=0.4),
+    )
+    run = read_run(path)
+    assert run.gfs["running_stability_ratio"].values.tolist() == [0.25, 0.375, 0.4]
+    assert run.gfs["stability_ratio"].steps.tolist() == [0, 10]
+    (tmp_path / "b").mkdir()
+    alone = written(tmp_path / "b" / "history.jsonl", gfs.Measurement.of(5, running_stability_ratio=0.3).with_ratio())
+    assert set(read_run(alone).gfs) == {"running_stability_ratio"}
+    (tmp_path / "metrics.csv").write_text(
+        "step,gfs/stability_ratio,gfs/running_stability_ratio\n3,0.5,0.5\n4,0.6,0.5\n"
+    )
+    assert read_run(tmp_path / "metrics.csv").gfs["stability_ratio"].steps.tolist() == [4]
+
+
 def test_a_killed_run_and_other_versions_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     path = written(tmp_path / "history.jsonl", gfs.Measurement.of(5, sharpness=1.0))
     with path.open("a") as file:

@@ -68,13 +68,13 @@ class _Quotients(NamedTuple):
 
     Attributes:
         values: a Rayleigh quotient for each block.
-        loss: on the data of the products.
+        loss: on the part that was measured; ``None``: the whole step was.
         noise: weight of the variance of the curvature over this data, for a whole step.
         precision_error: relative error of a quotient in half precision, where that was looked at.
     """
 
     values: list[float]
-    loss: float
+    loss: float | None
     noise: float
     precision_error: float | None = None
 
@@ -254,7 +254,8 @@ class RunningCurvature:
             )
         if lab.facts.whole_cheaper is None:
             lab.facts.whole_cheaper = whole_is_cheaper(step, lab, products.seconds)
-        return _Quotients(quotients, products.loss, _weight_of_noise(step, 1.0))
+        # The loss of a whole step is not compared with the mean over steps, which lags behind a loss that falls.
+        return _Quotients(quotients, None, _weight_of_noise(step, 1.0))
 
     def _by_parts(self, step: StepContext, lab: Lab, turn: int) -> _Quotients:
         """Quotients of a part, or of a pair of parts; of a whole batch that cannot be cut."""
@@ -300,7 +301,9 @@ class RunningCurvature:
 
     def _taken_in(self, step: StepContext, new: _Quotients, inner: InnerProduct) -> list[Reading]:
         mean, stability = step.mean_loss, step.stability
-        relative = new.loss / mean if mean is not None and mean > 0 and new.loss > 0 else None
+        relative = None
+        if new.loss is not None and mean is not None and mean > 0 and new.loss > 0:
+            relative = new.loss / mean
         apart = _USUAL_INTERVAL if self.last < 0 else step.step - self.last
         self.last, self.began = step.step, step.step if self.began < 0 else self.began
         value = self.estimate.average(new.values, relative, min(max(apart / _USUAL_INTERVAL, 1.0), _LONGEST_INTERVAL))

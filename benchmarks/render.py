@@ -18,6 +18,7 @@ PAGES = {
     "edge": "benchmarks.edge",
     "eigenvalues": "benchmarks.eigenvalues.page",
     "flow_cost": "benchmarks.flow_cost",
+    "free": "benchmarks.free",
     "growth": "benchmarks.growth.page",
     "idle": "benchmarks.idle",
     "long_run": "benchmarks.long_run",

@@ -41,7 +41,8 @@ class Transfer:
             if isinstance(scalar, Tensor):
                 places.setdefault(scalar.device, []).append(place)
         for device, own in places.items():
-            together = torch.stack([scalars[i].detach().reshape(()) for i in own])  # type: ignore[union-attr]
+            tensors = [s for s in map(scalars.__getitem__, own) if isinstance(s, Tensor)]
+            together = torch.stack([t if t.dim() == 0 else t.reshape(()) for t in tensors]).detach()
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     there = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)

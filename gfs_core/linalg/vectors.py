@@ -112,12 +112,17 @@ def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
     ]
 
 
-def bunches(vector: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The places of tensors that are worked on together: a few million elements, and on the CPU each tensor alone."""
+def bunches(vector: Sequence[Tensor], on_cpu: int = _BUNCH_ON_CPU) -> Iterator[list[int]]:
+    """The places of tensors that are worked on together: a few million elements.
+
+    Args:
+        vector: the tensors.
+        on_cpu: the most elements on the CPU, where by default each tensor is worked on alone.
+    """
     held: list[int] = []
     size = 0
     for i, tensor in enumerate(vector):
-        most = _BUNCH_ON_CPU if tensor.device.type == "cpu" else _BUNCH
+        most = on_cpu if tensor.device.type == "cpu" else _BUNCH
         if held and (size + tensor.numel() > most or tensor.device != vector[held[0]].device):
             yield held
             held, size = [], 0

@@ -38,6 +38,7 @@ SILENCE = 50  # steps without a measurement after which the free signals alone a
 _TOGETHER = 20  # least steps between samples of several processes, which add them up in some exchanges
 _LATE = 2  # steps after a sample at which processes add it up: by then it has arrived everywhere
 _MOST = 64  # samples that wait: before the first step of an optimizer none is read
+_NOTED = 10  # first steps in which it is looked whether gradients are there when a step is told of
 _THINNING = 0.01  # steps between lines with each layer's values, as a fraction of the steps so far
 _WORD = 32  # numbers in an exchange
 _FAILED = "the gradients of a step were not read"
@@ -73,11 +74,16 @@ class Pace:
         self._began = began
         self._not_before = began + self.price / self.share
 
-    def took_there(self, seconds: float) -> None:
-        """Record that the last time took so many seconds of an accelerator, which works beside the host."""
-        if 0 < self.price < seconds:  # 0: the first time
-            self.price = seconds
-            self._not_before = max(self._not_before, self._began + seconds / self.share)
+    def took_also(self, here: float, there: float) -> None:
+        """Record that the last time took more.
+
+        Args:
+            here: further seconds of the host.
+            there: seconds of an accelerator, which works beside the host.
+        """
+        if self.price:  # else it was the first time
+            self.price = max(self.price + here, there)
+            self._not_before = max(self._not_before, self._began + self.price / self.share)
 
 
 class FreeSignals:
@@ -99,7 +105,7 @@ class FreeSignals:
 
     Attributes:
         step: the present step, as far as anybody has said.
-        only_in_step: gradients are read as the optimizer gets them, never before.
+        only_in_step: gradients are read as the optimizer gets them, never before. Found out in the first steps.
         counting: makes contexts whose wall time is not the training's.
         latest: the latest reading of each quantity and layer.
     """
@@ -125,7 +131,7 @@ class FreeSignals:
         self.latest: dict[tuple[str, str], Reading] = {}
         self._layout: Layout | None = None
         self._asked = self._updated = -1  # the last steps of `_read_gradients` and of the sample after a step
-        self._used = _Used()
+        self._used, self._noted = _Used(), 0
         self._coming: list[GradientSample | UpdateSample] = []
         self._reasons: list[str] = []
         self._count = False  # whether an accelerator counts entries that are not finite
@@ -167,7 +173,10 @@ class FreeSignals:
             self._asked = step
             return
         params = parameters_of(self.optimizer)
-        if self._used.holds(params):  # they are computed later in this step
+        if not any(p.grad is not None for p in params):
+            return
+        if self._noted < _NOTED and self._used.holds(params):  # a loop that tells of a step before it has gradients
+            self.only_in_step = True
             return
         self._asked, began = step, self.clock()
         with self.counting(), torch.no_grad():
@@ -215,7 +224,8 @@ class FreeSignals:
         if torch.compiler.is_compiling() or self.step < 0:
             return
         step, self._scale_known = self.step, True
-        if self._layout is not None:
+        if self._noted < _NOTED and self._layout is not None:
+            self._noted += 1
             self._used.note(self._layout.params)
         if not known(optimizer):
             return
@@ -242,10 +252,10 @@ class FreeSignals:
             return []
         found: list[Reading] = []
         while self._coming and self._coming[0].arrived:
-            sample = self._coming.pop(0)
+            began, sample = self.clock(), self._coming.pop(0)
             found += self._readings(sample.step, sample.sums(), sample.clipped_at)
             pace = self._gradients if isinstance(sample, GradientSample) else self._updates
-            pace.took_there(sample.seconds)
+            pace.took_also(self.clock() - began, sample.seconds)
         return self._kept(found)
 
     def _together(self, ranks: Ranks, step: int) -> list[Reading]:
@@ -260,7 +270,7 @@ class FreeSignals:
                 sums |= sample.sums()
                 clipped_at = sample.clipped_at or clipped_at
                 pace = self._gradients if isinstance(sample, GradientSample) else self._updates
-                pace.took_there(sample.seconds)
+                pace.took_also(0.0, sample.seconds)
         at, self._agreed, self._coming = self._agreed, step, []
         layers = len(self._layout.layers)
         own = [v for name in SUMMED for v in [float(name in sums), *sums.get(name, [0.0] * layers)]]
@@ -369,9 +379,9 @@ class _Used:
         self._grad, self._version = (None, -1) if grad is None else (weakref.ref(grad), grad._version)
 
     def holds(self, params: Sequence[torch.Tensor]) -> bool:
-        """Whether the gradients that are there are used ones, or there are none."""
+        """Whether the gradients that are there are used ones."""
         grad = _first(params)
-        return grad is None or (self._grad is not None and self._grad() is grad and grad._version == self._version)
+        return self._grad is not None and self._grad() is grad is not None and grad._version == self._version
 
 
 def _first(params: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -31,6 +31,7 @@ RMS_RATIO = Key(
     per_layer=True,
 )
 KEYS = (GRAD_NORM, NONFINITE, WEIGHT_NORM, UPDATE_RATIO, RMS_RATIO)
+_BUNCH_ON_CPU = 1 << 16  # elements, so that what is computed of them stays in the processor's cache
 SUMMED = ("gradient", "bad", "weights", "update", "moved", "normalised")  # sums that differ between shards
 
 Sums: TypeAlias = dict[str, list[float]]  # a number for each layer, by what was summed over its entries
@@ -151,7 +152,7 @@ class UpdateSample:
         index = {id(p): i for i, p in enumerate(layout.params)}
         for group in optimizer.param_groups if known(optimizer) else ():
             own = [p for p in group["params"] if id(p) in index and has_moved(optimizer, group, p)]
-            for places in bunches([local(p) for p in own]):
+            for places in bunches([local(p) for p in own], _BUNCH_ON_CPU):
                 some = [own[i] for i in places]
                 self._add(optimizer, group, some, [index[id(p)] for p in some], numbers)
         skipped = getattr(optimizer, "found_inf", None)  # set while a fused optimizer steps under gradient scaling
@@ -223,7 +224,7 @@ def readings_of(step: int, layers: Sequence[str], sums: Mapping[str, Sequence[fl
         for layer, top, bottom in rows:
             if not bottom:
                 continue  # no gradient here, or nothing that an optimizer has moved
-            value = top if key in (GRAD_NORM, WEIGHT_NORM) else top / bottom
+            value = top if key is GRAD_NORM or key is WEIGHT_NORM else top / bottom
             if key is NONFINITE and math.isnan(value):
                 found.append(Reading(key, step, None, layer, _UNCOUNTED))
             else:

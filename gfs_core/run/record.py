@@ -76,8 +76,8 @@ class Measurement:
         return replace(self, readings=_ordered(r for r in (*kept, *new) if r.value is not None))
 
     def also(self, readings: Iterable[Reading], reasons: Iterable[str] = ()) -> Measurement:
-        """A copy with more readings, none of which it has yet, and more reasons."""
-        return replace(self, readings=_ordered((*self.readings, *readings)), reasons=(*self.reasons, *reasons))
+        """A copy with more readings, none of which it has yet, and their reasons before its own."""
+        return replace(self, readings=_ordered((*self.readings, *readings)), reasons=(*reasons, *self.reasons))
 
     def because(self, reasons: Iterable[str]) -> Measurement:
         """A copy with more reasons."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,10 +72,6 @@ class Sample:
     gradient: Callable[[bool], Vector | None] | None = None
     inner: InnerProduct = WHOLE
     turn: float = TURN
-
-    def alone(self) -> Sample:
-        """Single products, and nothing mixed in."""
-        return replace(self, other=None, gradient=None)
 
 
 class RunningSharpness:

@@ -36,8 +36,8 @@ class Learned:
         of_step: what ``.grad`` holds before an optimizer step: the gradient of the mean loss of the micro-batches, that
             of their sum, or another one; ``"unknown"``: not compared yet.
         uses: how often ``.grad`` was used since it was compared.
-        whole_cheaper: whether one gradient of the whole step takes less time than a product on a part; ``None``: not
-            timed yet.
+        whole_cheaper: whether the running estimate goes by one gradient of the whole step, not by products on parts;
+            ``None``: not timed yet.
         solve_by_gradients: whether a solve takes less time by one gradient a product than by exact products; ``None``:
             not timed yet.
     """

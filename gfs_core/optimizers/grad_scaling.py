@@ -56,6 +56,5 @@ class GradScaling:
         if scaler is None or not scaler.is_enabled() or scaler._scale is None:
             return 1.0
         state = scaler._per_optimizer_states.get(id(self._optimizer))
-        return (
-            scaler._scale if state is None or state["stage"].value == 0 else 1.0
-        )  # 0: ready, neither unscaled nor stepped
+        ready = state is None or state["stage"].value == 0  # neither unscaled nor stepped
+        return scaler._scale if ready else 1.0

@@ -103,10 +103,6 @@ class Preconditioned:
             multiply(self.scale, product)
         return product
 
-    def along(self, make: Callable[[], Vector]) -> Vector:
-        """S·(H + shift)·S·v of the vector that ``make`` returns."""
-        return self(make())
-
     def gradient(self, compute: bool = True) -> Vector | None:
         """S·∇L, the gradient in the coordinates of the optimizer; ``None`` as in :meth:`Curvature.gradient`."""
         gradient = self.hessian.gradient(compute)

@@ -330,21 +330,21 @@ def _each(preconditioner: Callable[[Any, Group, Tensor], Tensor]) -> Callable[[A
 
 
 def _adam_preconditioner(inner: Adam, group: Group, params: Vector) -> Vector:
-    held = _held(inner, params, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+    held = state_of(inner, params, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
     roots = list(torch._foreach_div(held, _corrections(inner, group, params)))
     torch._foreach_sqrt_(roots)
     return _with_eps(roots, held, group)
 
 
 def _sparse_adam_preconditioner(inner: SparseAdam, group: Group, params: Vector) -> Vector:
-    held = _held(inner, params, "exp_avg_sq")
+    held = state_of(inner, params, "exp_avg_sq")
     roots = _with_eps(list(torch._foreach_sqrt(held)), held, group)
     torch._foreach_div_(roots, [math.sqrt(c) for c in _corrections(inner, group, params)])
     return roots
 
 
 def _radam_preconditioner(inner: RAdam, group: Group, params: Vector) -> Vector:
-    held = _held(inner, params, "exp_avg_sq")
+    held = state_of(inner, params, "exp_avg_sq")
     second, steps = float(group["betas"][1]), _steps_of(inner, params)
     rectified = [_rectification(second, step) for step in steps]
     roots = _with_eps(list(torch._foreach_sqrt(held)), held, group)
@@ -357,22 +357,22 @@ def _radam_preconditioner(inner: RAdam, group: Group, params: Vector) -> Vector:
 
 
 def _rmsprop_preconditioner(inner: RMSprop, group: Group, params: Vector) -> Vector:
-    held = _held(inner, params, "square_avg")
+    held = state_of(inner, params, "square_avg")
     if not group["centered"]:
         return _with_eps(list(torch._foreach_sqrt(held)), held, group)
-    roots = list(torch._foreach_sub(held, torch._foreach_pow(_held(inner, params, "grad_avg"), 2)))
+    roots = list(torch._foreach_sub(held, torch._foreach_pow(state_of(inner, params, "grad_avg"), 2)))
     torch._foreach_clamp_min_(roots, 0.0)
     torch._foreach_sqrt_(roots)
     return _with_eps(roots, held, group)
 
 
 def _adagrad_preconditioner(inner: Adagrad, group: Group, params: Vector) -> Vector:
-    held = _held(inner, params, "sum")
+    held = state_of(inner, params, "sum")
     return _with_eps(list(torch._foreach_sqrt(held)), held, group)
 
 
-def _held(inner: Optimizer, params: Vector, name: str) -> Vector:
-    """A moment in the optimizer's state, not to be changed; for complex weights, of real and imaginary parts."""
+def state_of(inner: Optimizer, params: Vector, name: str) -> Vector:
+    """Tensors of an optimizer's state, not to be changed; for complex weights, of real and imaginary parts."""
     return [local(inner.state[p][name]) for p in params]
 
 

@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from gfs_core.linalg.vectors import Vector, local
-
-Group: TypeAlias = dict[str, Any]
+from gfs_core.optimizers.thresholds import Group, state_of
 
 
 class Parts(NamedTuple):
@@ -86,7 +85,7 @@ def factors_of(kind: type[Optimizer], group: Group, rate: float, step: float) ->
 
 def _sgd(inner: Optimizer, group: Group, params: Vector) -> Parts:
     if group["momentum"]:
-        buffers = _state(inner, params, "momentum_buffer")
+        buffers = state_of(inner, params, "momentum_buffer")
         if not group["nesterov"]:
             return Parts(buffers, None)
         return Parts(list(torch._foreach_add(_gradients(group, params), buffers, alpha=group["momentum"])), None)
@@ -95,7 +94,7 @@ def _sgd(inner: Optimizer, group: Group, params: Vector) -> Parts:
 
 def _adam(inner: Optimizer, group: Group, params: Vector) -> Parts:
     roots = _roots(inner, group, params, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
-    update = list(torch._foreach_div(_state(inner, params, "exp_avg"), roots))
+    update = list(torch._foreach_div(state_of(inner, params, "exp_avg"), roots))
     return Parts(update, _over(_gradients(group, params, isinstance(inner, AdamW)), roots))
 
 
@@ -106,7 +105,7 @@ def _normalised_alone(inner: Optimizer, group: Group, params: Vector) -> Parts:
 def _rmsprop(inner: Optimizer, group: Group, params: Vector) -> Parts:
     normalised = _over(_gradients(group, params), _roots(inner, group, params, "square_avg"))
     if group["momentum"]:
-        return Parts(_state(inner, params, "momentum_buffer"), normalised)
+        return Parts(state_of(inner, params, "momentum_buffer"), normalised)
     return Parts(None if group["centered"] else normalised, normalised)
 
 
@@ -121,7 +120,7 @@ def _gradients(group: Group, params: Vector, decoupled: bool = False) -> Vector:
 
 def _roots(inner: Optimizer, group: Group, params: Vector, name: str) -> Vector:
     """√v + ε, new tensors."""
-    roots = list(torch._foreach_sqrt(_state(inner, params, name)))
+    roots = list(torch._foreach_sqrt(state_of(inner, params, name)))
     torch._foreach_add_(roots, group["eps"])
     return roots
 
@@ -133,10 +132,6 @@ def _over(grads: Vector, roots: Vector) -> Vector:
     torch._foreach_reciprocal_(roots)
     torch._foreach_mul_(roots, grads)
     return roots
-
-
-def _state(inner: Optimizer, params: Vector, name: str) -> Vector:
-    return [local(inner.state[p][name]) for p in params]
 
 
 _RULES: dict[type[Optimizer], Callable[[Optimizer, Group, Vector], Parts]] = {

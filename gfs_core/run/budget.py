@@ -93,7 +93,7 @@ class OverheadBudget:
         if name in self.prices or name not in _GUESSES:
             return self.prices.get(name, 0.0)
         times, other = _GUESSES[name]
-        return times * (self._own(other) if other in self.prices or other in _GUESSES else 0.0)
+        return times * self._own(other)
 
     def measured(
         self,

@@ -31,11 +31,6 @@ class ClippingFactor:
         """A copy expects nothing: the hooks are on the weights of the original, and cannot be pickled."""
         return ClippingFactor, ()
 
-    @property
-    def expecting(self) -> bool:
-        """Whether hooks are on the weights."""
-        return bool(self._handles)
-
     def expect(self, params: Sequence[Tensor]) -> None:
         """Note the gradients of the coming backward passes; the last accumulation counts."""
         self.close()

@@ -251,11 +251,11 @@ class FreeSignals:
         if not self._coming or not self._scale_known:
             return []
         found: list[Reading] = []
-        while self._coming and self._coming[0].arrived:
+        while self._coming and self._coming[0].transfer.arrived:
             began, sample = self.clock(), self._coming.pop(0)
             found += self._readings(sample.step, sample.sums(), sample.clipped_at)
             pace = self._gradients if isinstance(sample, GradientSample) else self._updates
-            pace.took_also(self.clock() - began, sample.seconds)
+            pace.took_also(self.clock() - began, sample.transfer.seconds)
         return self._kept(found)
 
     def _together(self, ranks: Ranks, step: int) -> list[Reading]:
@@ -270,7 +270,7 @@ class FreeSignals:
                 sums |= sample.sums()
                 clipped_at = sample.clipped_at or clipped_at
                 pace = self._gradients if isinstance(sample, GradientSample) else self._updates
-                pace.took_also(0.0, sample.seconds)
+                pace.took_also(0.0, sample.transfer.seconds)
         at, self._agreed, self._coming = self._agreed, step, []
         layers = len(self._layout.layers)
         own = [v for name in SUMMED for v in [float(name in sums), *sums.get(name, [0.0] * layers)]]

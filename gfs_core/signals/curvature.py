@@ -31,8 +31,8 @@ BATCH_SHARPNESS = Key(
 )
 RUNNING_SHARPNESS = Key(
     "running_sharpness",
-    "running estimate of the (preconditioned) sharpness of the training loss, by single products on parts of "
-    "batches: noisy, and mostly somewhat low",
+    "running estimate of the (preconditioned) sharpness of the training loss, by single products: noisy, and mostly "
+    "somewhat low",
     chart=SHARPNESS_CHART,
 )
 RUNNING_STABILITY_RATIO = Key(
@@ -43,7 +43,7 @@ RUNNING_STABILITY_RATIO = Key(
 )
 MEAN_SQUARE_STABILITY_RATIO = Key(
     "mean_square_stability_ratio",
-    "stability ratio over the latest parts, with the spread of the curvature from batch to batch: 1 is the edge at "
+    "stability ratio over the latest batches, with the spread of the curvature from batch to batch: 1 is the edge at "
     "which noisy steps, momentum included, stop being stable in the mean square",
     scales_with_rate=1,
     chart=RATIO_CHART,
@@ -55,7 +55,9 @@ MEAN_SQUARE_BOUND = Key(
     scales_with_rate=1,
     logged=False,
 )
-_PART_IN_GRADIENTS = 50.0  # gradients of a part that take the time of a product on it: `benchmarks/price.md`
+# Parts are measured only where a gradient of the whole step takes so many times as long as one of a part. That leaves
+# room for all that a product on a part costs beside its gradient; how much room it needs was not measured.
+_PART_IN_GRADIENTS = 50.0
 _TURN_BY_WHOLE = 0.75  # weight of a product of the whole step in the direction: it is less noisy, and rarer
 _SETTLE_EVERY, _GROWTH, _EARLY = 2, 1.2, 150  # steps between the first measurements, their growth, and until when
 _USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
@@ -182,8 +184,8 @@ class RunningCurvature:
     """The running estimate of :mod:`gfs_core.linalg.power`: each measurement adds one product.
 
     A product comes from one gradient of the whole step, by the difference against the gradient that training has
-    computed (:mod:`gfs_core.loss.one_gradient`). Where a product on a part of a batch takes less time, as on a CPU with
-    a large batch, it is that; and where differences tell nothing.
+    computed (:mod:`gfs_core.loss.one_gradient`). Where differences tell nothing it is one of a part of a batch; so it
+    is on a CPU where a part takes far less time.
     """
 
     name = "running"
@@ -286,8 +288,7 @@ class RunningCurvature:
             error = None
             if settling and estimate.settled and lab.in_half_precision():
                 error = self._precision_error(step, lab)
-        noise = _weight_of_noise(step, fraction) if learned.splits else _weight_of_noise(step, 1.0)
-        return _Quotients(quotients, sum(losses) / len(losses), noise, error)
+        return _Quotients(quotients, sum(losses) / len(losses), _weight_of_noise(step, fraction), error)
 
     def _precision_error(self, step: StepContext, lab: Lab) -> float:
         """Relative error of a quotient in half precision; where it is too large, the estimate starts again."""
@@ -369,9 +370,9 @@ def _would_cut(step: StepContext, lab: Lab) -> bool:
 
 
 def whole_is_cheaper(step: StepContext, lab: Lab, seconds: float) -> bool:
-    """Whether one gradient of the whole step, of that many seconds, takes less time than a product on a part.
+    """Whether to measure by one gradient of the whole step, of that many seconds, and not by products on parts.
 
-    On an accelerator it does: a part leaves it idle. Elsewhere two gradients of a part are computed, and the second is
+    On an accelerator it is so: a part leaves it idle. Elsewhere two gradients of a part are computed, and the second is
     timed.
     """
     learned, objective = lab.facts, lab.objective

@@ -82,6 +82,9 @@ class GradientSample:
         count: count the entries that are not finite on an accelerator too, with two calls for each weight. On the CPU
             they are counted in any case, where there are any.
         clipped_at: the norm to which the gradient has been clipped, if its was larger; ``None``: it was not clipped.
+
+    Attributes:
+        transfer: brings the numbers; :meth:`sums` waits for it.
     """
 
     def __init__(
@@ -99,25 +102,15 @@ class GradientSample:
         norms = norms_of(grads)
         weights = norms_of([local(p) for p in layout.params])
         counts = [_not_finite(g) for g in grads] if count else []
-        self._transfer = Transfer([scale, *weights, *norms, *counts], since)
+        self.transfer = Transfer([scale, *weights, *norms, *counts], since)
         self._counts: list[float] | None = None
         if grads and all(g.device.type == "cpu" for g in grads):
             broken = [not math.isfinite(norm) for norm in self._norms()]
             self._counts = [float(_not_finite(g)) if b else 0.0 for g, b in zip(grads, broken, strict=True)]
 
-    @property
-    def arrived(self) -> bool:
-        """Whether :meth:`sums` need not wait."""
-        return self._transfer.arrived
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of an accelerator; 0 before :meth:`sums`, and on the CPU."""
-        return self._transfer.seconds
-
     def sums(self) -> Sums:
         """The sums over each layer; NaN for a number of entries that was not counted."""
-        layout, values = self.layout, self._transfer.values()
+        layout, values = self.layout, self.transfer.values()
         every, norms = range(len(layout.params)), self._norms()
         counts = self._counts
         if counts is None:
@@ -132,7 +125,7 @@ class GradientSample:
 
     def _norms(self) -> list[float]:
         first = 1 + len(self.layout.params)
-        return self._transfer.values()[first : first + len(self._held)]
+        return self.transfer.values()[first : first + len(self._held)]
 
 
 class UpdateSample:
@@ -142,6 +135,9 @@ class UpdateSample:
         step: optimizer steps taken before that step.
         layout: the weights.
         optimizer: the torch optimizer, whose state is read.
+
+    Attributes:
+        transfer: brings the numbers; :meth:`sums` waits for it.
     """
 
     def __init__(self, step: int, layout: Layout, optimizer: Optimizer) -> None:
@@ -157,22 +153,12 @@ class UpdateSample:
                 self._add(optimizer, group, some, [index[id(p)] for p in some], numbers)
         skipped = getattr(optimizer, "found_inf", None)  # set while a fused optimizer steps under gradient scaling
         self._skipped = len(numbers)
-        self._transfer = Transfer([*numbers, 0.0 if skipped is None else skipped], since)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether :meth:`sums` need not wait."""
-        return self._transfer.arrived
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of an accelerator; 0 before :meth:`sums`, and on the CPU."""
-        return self._transfer.seconds
+        self.transfer = Transfer([*numbers, 0.0 if skipped is None else skipped], since)
 
     def sums(self) -> Sums:
         """The sums over each layer; empty if gradient scaling skipped the step."""
         sums: Sums = {}
-        values = self._transfer.values()
+        values = self.transfer.values()
         for finish in () if values[self._skipped] else self._finish:
             finish(sums, values)
         return sums

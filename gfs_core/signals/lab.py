@@ -139,7 +139,7 @@ class Lab:
             self.loss = self.objective.loss()
         return self.loss
 
-    def operator(self, stability: Stability | None, products: Curvature | None = None) -> Curvature:
+    def operator(self, stability: Stability | None, products: Curvature | None = None) -> Curvature | Preconditioned:
         """The optimizer's operator S·(H + shift)·S; the Hessian H for ``None`` or a plain optimizer.
 
         Args:

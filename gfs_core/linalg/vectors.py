@@ -21,7 +21,7 @@ from torch import Tensor
 
 Vector: TypeAlias = list[Tensor]
 HALVES = (torch.float16, torch.bfloat16)
-# Elements that are worked on together: starting a call takes an accelerator longer than a small tensor does.
+# Elements that are worked on together.
 _BUNCH, _BUNCH_ON_CPU = 1 << 23, 1 << 16
 
 
@@ -112,17 +112,15 @@ def random_like(vector: Sequence[Tensor], generator: torch.Generator) -> Vector:
     ]
 
 
-def bunches(vector: Sequence[Tensor], on_cpu: int = _BUNCH_ON_CPU) -> Iterator[list[int]]:
-    """The places of tensors that are worked on together: a few million elements.
+def bunches(vector: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The places of tensors that are worked on together: a few million elements, on the CPU as many as its cache holds.
 
-    Args:
-        vector: the tensors.
-        on_cpu: the most elements on the CPU, where by default each tensor is worked on alone.
+    Starting a call takes an accelerator longer than a small tensor does.
     """
     held: list[int] = []
     size = 0
     for i, tensor in enumerate(vector):
-        most = on_cpu if tensor.device.type == "cpu" else _BUNCH
+        most = _BUNCH_ON_CPU if tensor.device.type == "cpu" else _BUNCH
         if held and (size + tensor.numel() > most or tensor.device != vector[held[0]].device):
             yield held
             held, size = [], 0

@@ -35,6 +35,8 @@ class Learned:
             ``None``: not known yet.
         of_step: what ``.grad`` holds before an optimizer step: the gradient of the mean loss of the micro-batches, that
             of their sum, or another one; ``"unknown"``: not compared yet.
+        micro_batches: of the step at which it was found to be a mean or a sum; where there are others, ``.grad`` may be
+            divided by another number.
         uses: how often ``.grad`` was used since it was compared.
         whole_cheaper: whether the running estimate goes by one gradient of the whole step, not by products on parts;
             ``None``: not timed yet.
@@ -55,6 +57,7 @@ class Learned:
     parts: int = PARTS
     smooth: bool | None = None
     of_step: OfStep = "unknown"
+    micro_batches: int = 0
     uses: int = 0
     whole_cheaper: bool | None = None
     solve_by_gradients: bool | None = None
@@ -67,6 +70,7 @@ class Learned:
             fits=self.fits,
             parts=self.parts,
             of_step=self.of_step,
+            micro_batches=self.micro_batches,
             whole_cheaper=self.whole_cheaper,
             solve_by_gradients=self.solve_by_gradients,
         )

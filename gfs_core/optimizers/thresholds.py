@@ -66,7 +66,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
-from gfs_core.linalg.vectors import Vector, local, on_host
+from gfs_core.linalg.vectors import Vector, dense, local, on_host
 from gfs_core.optimizers.preconditioner import Diagonal
 
 Group: TypeAlias = dict[str, Any]
@@ -372,8 +372,8 @@ def _adagrad_preconditioner(inner: Adagrad, group: Group, params: Vector) -> Vec
 
 
 def state_of(inner: Optimizer, params: Vector, name: str) -> Vector:
-    """Tensors of an optimizer's state, not to be changed; for complex weights, of real and imaginary parts."""
-    return [local(inner.state[p][name]) for p in params]
+    """Tensors of an optimizer's state, not to be changed: dense, of complex weights their real and imaginary parts."""
+    return [local(dense(inner.state[p][name])) for p in params]
 
 
 def _steps_of(inner: Optimizer, params: Vector) -> list[float]:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from gfs_core.linalg.vectors import Vector, local
+from gfs_core.linalg.vectors import Vector, dense, local
 from gfs_core.optimizers.thresholds import Group, state_of
 
 
@@ -51,7 +51,7 @@ def known(inner: Optimizer) -> bool:
 
 def has_moved(inner: Optimizer, group: Group, param: Any) -> bool:
     """Whether the optimizer has stepped this parameter with its present gradient."""
-    if param.grad is None or param.grad.layout is not torch.strided:
+    if param.grad is None:
         return False
     return bool(inner.state.get(param)) or (type(inner) is SGD and not group["momentum"])
 
@@ -111,7 +111,7 @@ def _rmsprop(inner: Optimizer, group: Group, params: Vector) -> Parts:
 
 def _gradients(group: Group, params: Vector, decoupled: bool = False) -> Vector:
     """The gradients as the rule takes them: with coupled weight decay."""
-    grads = [local(p.grad) for p in params if p.grad is not None]
+    grads = [local(dense(p.grad)) for p in params if p.grad is not None]
     if not group["weight_decay"] or decoupled or group.get("decoupled_weight_decay"):
         return grads
     sign = -1.0 if group.get("maximize") else 1.0

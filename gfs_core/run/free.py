@@ -352,6 +352,7 @@ class FreeSignals:
             "published": self._published,
             "layers_at": self._layers_at,
             "unscaled": unscaled,
+            "only_in_step": self.only_in_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,7 +361,7 @@ class FreeSignals:
         self.latest, self._coming = {}, []
         self._kept([Reading(by_name[n], int(at), float(v), str(layer)) for n, at, v, layer in state["latest"]])
         self._published, self._layers_at = int(state["published"]), int(state["layers_at"])
-        self._scale_known = bool(state["unscaled"])
+        self._scale_known, self.only_in_step = bool(state["unscaled"]), bool(state["only_in_step"])
 
 
 class _Used:

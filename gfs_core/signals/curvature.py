@@ -62,6 +62,7 @@ _TURN_BY_WHOLE = 0.75  # weight of a product of the whole step in the direction:
 _SETTLE_EVERY, _GROWTH, _EARLY = 2, 1.2, 150  # steps between the first measurements, their growth, and until when
 _USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
 _LONGEST_INTERVAL = 8.0  # times that: more is treated alike, as single quotients are noisy
+_LAGGING = 2.0  # factor between the loss of a part and the mean loss, from which on they are not compared
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 
 
@@ -305,6 +306,8 @@ class RunningCurvature:
         relative = None
         if new.loss is not None and mean is not None and mean > 0 and new.loss > 0:
             relative = new.loss / mean
+            if not 1 / _LAGGING < relative < _LAGGING:
+                relative = None  # the mean lags behind a loss that falls fast
         apart = _USUAL_INTERVAL if self.last < 0 else step.step - self.last
         self.last, self.began = step.step, step.step if self.began < 0 else self.began
         value = self.estimate.average(new.values, relative, min(max(apart / _USUAL_INTERVAL, 1.0), _LONGEST_INTERVAL))

@@ -31,7 +31,6 @@ RMS_RATIO = Key(
     per_layer=True,
 )
 KEYS = (GRAD_NORM, NONFINITE, WEIGHT_NORM, UPDATE_RATIO, RMS_RATIO)
-_BUNCH_ON_CPU = 1 << 16  # elements, so that what is computed of them stays in the processor's cache
 SUMMED = ("gradient", "bad", "weights", "update", "moved", "normalised")  # sums that differ between shards
 
 Sums: TypeAlias = dict[str, list[float]]  # a number for each layer, by what was summed over its entries
@@ -148,7 +147,7 @@ class UpdateSample:
         index = {id(p): i for i, p in enumerate(layout.params)}
         for group in optimizer.param_groups if known(optimizer) else ():
             own = [p for p in group["params"] if id(p) in index and has_moved(optimizer, group, p)]
-            for places in bunches([local(p) for p in own], _BUNCH_ON_CPU):
+            for places in bunches([local(p) for p in own]):
                 some = [own[i] for i in places]
                 self._add(optimizer, group, some, [index[id(p)] for p in some], numbers)
         skipped = getattr(optimizer, "found_inf", None)  # set while a fused optimizer steps under gradient scaling
@@ -190,7 +189,7 @@ class UpdateSample:
                 put("moved", (v * v for v in values[weights]))
             if normalised is not None:
                 put("normalised", ((f * v) * (f * v) for (_, f), v in zip(factors, values[normalised], strict=True)))
-                put("counted", (float(p.numel()) for p in params), shared=False)
+                put("counted", (float(local(p).numel()) for p in params), shared=False)
 
         self._finish.append(finish)
 

@@ -114,6 +114,7 @@ class Lab:
             self.hessian.learned,
             smooth=facts.smooth,
             of_step=facts.of_step,
+            micro_batches=facts.micro_batches,
             uses=facts.uses,
             whole_cheaper=facts.whole_cheaper,
             solve_by_gradients=facts.solve_by_gradients,

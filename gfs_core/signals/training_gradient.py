@@ -3,7 +3,8 @@
 ``.grad`` holds it before an optimizer step: as the mean loss of the micro-batches has it, or their sum, and perhaps
 clipped. Or it holds another gradient: of a loss with other random numbers, scaled for float16, or of another loss. So
 it is compared with the gradient of the measured loss: at the first measurement, and now and then again. Where it is
-another, that of the measured loss is computed each time: two gradients in place of one.
+another, that of the measured loss is computed each time: two gradients in place of one. So it is at a step of another
+number of micro-batches than usual, as at the end of an epoch: its ``.grad`` may be divided by the usual number.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ def one_gradient(step: StepContext, lab: Lab, length: StepLength, change: float 
     if facts.smooth is False:
         return None
     taken = _training_gradient(step, objective)
-    if taken is not None and facts.of_step in ("mean", "sum") and step.clipped is not None:
+    settled = taken is not None and facts.of_step in ("mean", "sum")
+    usual = len(step.batches) == facts.micro_batches
+    if taken is not None and settled and usual and step.clipped is not None and facts.uses < _COMPARE_EVERY:
         facts.uses += 1
-        if facts.uses % _COMPARE_EVERY:
-            factor = _factor(facts.of_step, step) * step.clipped
-            return OneGradient(objective, taken, length, factor, change)
+        return OneGradient(objective, taken, length, _factor(facts.of_step, step) * step.clipped, change)
     own = objective.gradient()[1]
-    facts.of_step = "other" if taken is None else _compared(objective, own, taken, step, facts.of_step)
+    if usual or not settled:
+        facts.of_step = "other" if taken is None else _compared(objective, own, taken, step, facts.of_step)
+        facts.micro_batches, facts.uses = len(step.batches), 0
     products = OneGradient(objective, own, length, change=change)
     if facts.smooth is None and objective.inner.norm(own) > 0:
         facts.smooth = not products.has_kink(own)

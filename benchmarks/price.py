@@ -27,7 +27,7 @@ from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import entropy, epochs, sgd
 from benchmarks.lib.trainings import gradient as take
 
-WARM = 5  # measurements after the first
+FIRST, WARM = 3, 5  # measurements with which a monitor begins, and after them
 # Of each signal the options that turn it on, and it alone.
 SIGNALS: dict[str, dict[str, Any]] = {
     "running": {"tier": "running"},
@@ -122,11 +122,10 @@ def run(name: str, work: Workload, few: bool) -> Iterator[Row]:
             take(work.optimizer, loss)
             return lambda: monitor.step(work.loss, batch, loss=loss.detach())
 
-        found = [timed(prepared()) for _ in range(1 + WARM)]
-        warm, last = median(s for s, _ in found[1:]), found[-1][1]
+        found = [timed(prepared()) for _ in range(FIRST + WARM)]
+        warm, last = median(s for s, _ in found[FIRST:]), found[-1][1]
         row = facts | {"signal": signal, "warm": warm / seconds}
-        if found[0][1] is not None:  # the curvature along a step needs one before it
-            row["cold"] = found[0][0] / seconds
+        row |= {"cold": found[0][0] / seconds, "dearest": max(s for s, _ in found[:FIRST]) / seconds}
         if last is not None:
             row |= {"gradients": last.grad_evals, "products": last.hvps, "reasons": list(last.reasons)}
         yield row | _kernels(prepared(), warm)
@@ -178,14 +177,15 @@ HEAD = """# What each signal costs
     OMP_NUM_THREADS=1 python -m benchmarks.price
 
 Wall time in steps of the training (forward, backward, optimizer), timed by turns with it. *First*: a monitor's first
-measurement. *Warm*: the median of the next {warm}. *Busy*: time of the kernels of one more, by torch's profiler, over a
-warm measurement. Options: `every=1, max_overhead=None`, one signal at a time.
+measurement. *Dearest*: the longest of the first {first}, over which it spreads what it finds out once about the model.
+*Warm*: the median of the next {warm}. *Busy*: time of the kernels of one more, by torch's profiler, over a warm
+measurement. Options: `every=1, max_overhead=None`, one signal at a time.
 """
 
 
 def render(results: dict[str, Any]) -> str:
     """The page."""
-    lines = [HEAD.format(warm=WARM)]
+    lines = [HEAD.format(first=FIRST, warm=WARM)]
     for device in WORKLOADS:
         if device not in results:
             continue
@@ -196,7 +196,7 @@ def render(results: dict[str, Any]) -> str:
         for name in dict.fromkeys(row["workload"] for row in rows):
             own = [row for row in rows if row["workload"] == name]
             lines += [f"{name}: a step takes {1e3 * own[0]['step']:.3g} ms.", ""]
-            head = ["signal", "first, steps", "warm, steps", "gradients", "products", "kernels", "busy"]
+            head = ["signal", "first, steps", "dearest", "warm, steps", "gradients", "products", "kernels", "busy"]
             lines += [*table(head, [_cells(row) for row in own]), ""]
     return "\n".join(lines)
 
@@ -206,8 +206,8 @@ def _cells(row: Row) -> list[str]:
         return "–" if row.get(name) is None else format(row[name], form)
 
     return [
-        row["signal"], number("cold", ".1f"), number("warm", ".3g"), number("gradients", "d"), number("products", "d"),
-        number("kernels", "d"), number("busy", ".0%"),
+        row["signal"], number("cold", ".1f"), number("dearest", ".1f"), number("warm", ".3g"),
+        number("gradients", "d"), number("products", "d"), number("kernels", "d"), number("busy", ".0%"),
     ]  # fmt: skip
 
 

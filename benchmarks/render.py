@@ -22,6 +22,7 @@ PAGES = {
     "growth": "benchmarks.growth.page",
     "idle": "benchmarks.idle",
     "long_run": "benchmarks.long_run",
+    "memory": "benchmarks.memory",
     "midpoint": "benchmarks.midpoint",
     "mutation": "benchmarks.mutation",
     "noise": "benchmarks.noise",

@@ -29,24 +29,27 @@ _START_TURNS = 4  # turns of the directions when blocks are found: only the firs
 _LOOK_EVERY = 50  # calls between two checks that the blocks are still apart
 
 
-def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST_BLOCKS) -> list[list[int]]:
+def uncoupled(sample: Sample, most: int = _MOST_BLOCKS) -> list[list[int]]:
     """The blocks of the Hessian, as places of the tensors in each, by products with vectors in a few of them.
 
     Args:
-        operator: v ↦ H·v.
-        like: tensors with the shapes of a vector.
+        sample: has the products, and tensors with the shapes of a vector.
         most: blocks to look for at most, > 0.
 
     Returns:
         At least one block; each place in exactly one, that of the largest tensor with curvature first. Tensors without
         any are in one of them.
     """
+    like = sample.like
 
     def reached(places: set[int]) -> set[int]:
-        held = zeros_like(like)
-        for i in places:
-            (held[i],) = random_like([held[i]], torch.Generator().manual_seed(i))
-        return _reached(operator, held)
+        def drawn() -> Vector:
+            vector = zeros_like(like)
+            for i in places:
+                (vector[i],) = random_like([vector[i]], torch.Generator().manual_seed(i))
+            return vector
+
+        return _reached(sample, drawn)
 
     left, blocks, still = set(range(len(like))), list[set[int]](), set[int]()
     while left and len(blocks) < most:
@@ -68,9 +71,9 @@ def uncoupled(operator: Operator, like: Sequence[Tensor], most: int = _MOST_BLOC
     return [sorted(block) for block in blocks]
 
 
-def _reached(operator: Operator, vector: Vector) -> set[int]:
+def _reached(sample: Sample, make: Callable[[], Vector]) -> set[int]:
     """The places of the tensors in which the product is not exactly zero."""
-    return {i for i, some in enumerate(nonzero(operator(vector))) if some}
+    return {i for i, some in enumerate(nonzero(sample.without_holding(make))) if some}
 
 
 def _only(block: Sequence[int], vector: Vector) -> Vector:
@@ -152,7 +155,7 @@ class RunningBlocks:
         if self._calls == 2 and len(sample.like) > 1 and sample.inner.whole:
             self._divide(sample)
         elif self.blocks is not None and len(self.blocks) > 1 and self._calls % _LOOK_EVERY == 0:
-            self._look_again(sample.operator)
+            self._look_again(sample)
         if self.blocks is None or len(self.blocks) == 1:
             return [self._estimates[0].update(sample)]
         return self._turn(self.blocks, sample)
@@ -206,7 +209,7 @@ class RunningBlocks:
 
     def _divide(self, sample: Sample) -> None:
         """Look for blocks; the first direction goes on in the one that holds most of it, the others start."""
-        self.blocks = uncoupled(sample.operator, sample.like)
+        self.blocks = uncoupled(sample)
         if len(self.blocks) == 1:
             return
         (first,) = self._estimates
@@ -225,12 +228,12 @@ class RunningBlocks:
             if estimate is not first:
                 estimate.value = quotient
 
-    def _look_again(self, operator: Operator) -> None:
+    def _look_again(self, sample: Sample) -> None:
         """One product with the direction of one block, each block in its turn: what it reaches belongs to it."""
         assert self.blocks is not None
         assert self.vector is not None
         block, vector = self.blocks[self._calls // _LOOK_EVERY % len(self.blocks)], self.vector
-        if _reached(operator, _only(block, vector)) <= set(block):
+        if _reached(sample, lambda: _only(block, vector)) <= set(block):
             return
         largest = max(range(len(self.blocks)), key=lambda k: self._estimates[k].value or 0.0)
         estimate = self._estimates[largest]

@@ -64,6 +64,7 @@ class Sample:
             it is not free. ``None``: nothing is mixed into the direction.
         inner: the inner product, which knows how vectors are spread over processes.
         turn: weight of the product in the direction, once it has settled; less follows slower, and averages more noise.
+        along: ``operator`` of the vector that a function returns, which is not held meanwhile; ``None``: there is none.
     """
 
     operator: Operator
@@ -72,6 +73,11 @@ class Sample:
     gradient: Callable[[bool], Vector | None] | None = None
     inner: InnerProduct = WHOLE
     turn: float = TURN
+    along: Callable[[Callable[[], Vector]], Vector] | None = None
+
+    def without_holding(self, make: Callable[[], Vector]) -> Vector:
+        """H_B·v of the vector that ``make`` returns."""
+        return self.operator(make()) if self.along is None else self.along(make)
 
 
 class RunningSharpness:

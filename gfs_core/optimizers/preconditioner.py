@@ -88,9 +88,13 @@ class Preconditioned:
 
     def __call__(self, vector: Vector) -> Vector:
         """S·(H + shift)·S·v."""
+        return self.along(lambda: clone(vector))
+
+    def along(self, make: Callable[[], Vector]) -> Vector:
+        """The same of the vector that ``make`` returns, each time a new one."""
 
         def inner() -> Vector:
-            scaled = clone(vector)
+            scaled = make()
             if self.scale is not None:
                 multiply(self.scale, scaled)
             return scaled

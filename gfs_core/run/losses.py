@@ -13,7 +13,7 @@ from torch import Tensor
 from gfs_core.errors import MeasurementError
 from gfs_core.run.ranks import Ranks
 
-_LOSS_MEMORY = 0.9  # weight of the past in the mean loss, per step; a larger one lags behind a loss that falls fast
+_LOSS_MEMORY = 0.95  # weight of the past in the mean loss, per step; a larger one lags behind a loss that falls
 _APART = 10  # steps after the last written mean, from which on the next one is due
 _TRANSFER = 5  # steps whose losses are transferred together, as every transfer waits for the accelerator
 

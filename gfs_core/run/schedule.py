@@ -118,15 +118,19 @@ class Schedule:
 
     def eager(self, step: int) -> bool:
         """Whether the running estimate is measured at ``step`` because it has begun lately, without being charged."""
-        on = self._running is not None and "running" in self.every and self._running.eager(step)
-        return on and (self.config.max_overhead is None or self.budget.starts_free)
+        wanted = self._next_eager(step - 1) == step
+        return wanted and (self.config.max_overhead is None or self.budget.starts_free)
+
+    def _next_eager(self, step: int) -> int | None:
+        return self._running.next_eager(step) if self._running is not None and "running" in self.every else None
 
     def next_possible(self, step: int) -> int:
         """The first step after ``step`` at which anything may be due or weights be kept, by the intervals alone."""
         if self.control.policy != "observe":
             return step + 1
         regular = min(step + 1 + (-(step + 1 + ahead)) % every for every, ahead in self._turns)
-        return next((s for s in range(step + 1, regular) if self.eager(s)), regular)
+        eager = self._next_eager(step)
+        return regular if eager is None else min(eager, regular)
 
     def nearly_due(self, step: int) -> bool:
         """Whether a measurement will be due after the optimizer step taken at ``step``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ _TURN_BY_WHOLE = 0.75  # weight of a product of the whole step in the direction:
 _SETTLE_EVERY, _GROWTH, _EARLY = 2, 1.2, 150  # steps between the first measurements, their growth, and until when
 _USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
 _LONGEST_INTERVAL = 8.0  # times that: more is treated alike, as single quotients are noisy
-_LAGGING = 2.0  # factor between the loss of a part and the mean loss, from which on they are not compared
+_LAGGING = 3.0  # factor between the loss of a part and the mean loss, from which on they are not compared
 _MEMORY = 0.9  # weight of the past in the mean batch sharpness
 
 
@@ -71,7 +72,7 @@ class _Quotients(NamedTuple):
 
     Attributes:
         values: a Rayleigh quotient for each block.
-        loss: on the part that was measured; ``None``: the whole step was.
+        loss: on what was measured.
         noise: weight of the variance of the curvature over this data, for a whole step.
         precision_error: relative error of a quotient in half precision, where that was looked at.
     """
@@ -217,16 +218,16 @@ class RunningCurvature:
         """Whether the direction has not been turned often enough for a value."""
         return not self.estimate.settled
 
-    def eager(self, step: int) -> bool:
-        """Whether a measurement is wanted at ``step`` whatever the interval: they are closer together at first.
+    def next_eager(self, step: int) -> int | None:
+        """The first step after ``step`` at which a measurement is wanted whatever the interval; ``None``: no more.
 
-        While the direction settles, one at every second step; then at distances that grow with the steps since the
+        While the direction settles, it is every second step; then at distances that grow with the steps since the
         first, as the curvature changes fast at first.
         """
         if self.settling:
-            return step % _SETTLE_EVERY == 0
-        since = step - self.began
-        return since < _EARLY and since >= _GROWTH * (self.last - self.began)
+            return step + _SETTLE_EVERY - step % _SETTLE_EVERY
+        wanted = max(step + 1, self.began + math.ceil(_GROWTH * (self.last - self.began)))
+        return wanted if wanted - self.began < _EARLY else None
 
     def measure(self, step: StepContext, lab: Lab) -> list[Reading]:
         """Measure with one gradient of the step, or with products on parts.
@@ -248,17 +249,15 @@ class RunningCurvature:
         if lab.facts.whole_cheaper is False:
             return None
         with lab.on(step.batches):
-            products = one_gradient(step, lab, self.length)
+            products = one_gradient(step, lab, self.length, settling=self.settling)
             if products is None:
                 return None
             operator, objective = lab.operator(step.stability, products), lab.objective
-            quotients = self.estimate.update(
-                Sample(operator, objective.weights, None, operator.gradient, objective.inner, _TURN_BY_WHOLE)
-            )
+            shared = (operator, objective.weights, None, operator.gradient, objective.inner)
+            quotients = self.estimate.update(Sample(*shared, _TURN_BY_WHOLE, operator.along))
         if lab.facts.whole_cheaper is None:
             lab.facts.whole_cheaper = whole_is_cheaper(step, lab, products.seconds)
-        # The loss of a whole step is not compared with the mean over steps, which lags behind a loss that falls.
-        return _Quotients(quotients, None, _weight_of_noise(step, 1.0))
+        return _Quotients(quotients, products.loss, _weight_of_noise(step, 1.0))
 
     def _by_parts(self, step: StepContext, lab: Lab, turn: int) -> _Quotients:
         """Quotients of a part, or of a pair of parts; of a whole batch that cannot be cut."""

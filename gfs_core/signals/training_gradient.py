@@ -46,7 +46,9 @@ def of_the_step(
         return one_gradient(step, lab, length, change)
 
 
-def one_gradient(step: StepContext, lab: Lab, length: StepLength, change: float = CHANGE) -> OneGradient | None:
+def one_gradient(
+    step: StepContext, lab: Lab, length: StepLength, change: float = CHANGE, *, settling: bool = False
+) -> OneGradient | None:
     """Products from one gradient each, or two, of the mean loss over the step's micro-batches.
 
     It is called where the lab is on these micro-batches.
@@ -56,6 +58,7 @@ def one_gradient(step: StepContext, lab: Lab, length: StepLength, change: float 
         lab: the lab of this measurement; its facts are updated.
         length: what the signal keeps of earlier step lengths.
         change: of the gradient, as in :class:`~gfs_core.loss.one_gradient.OneGradient`.
+        settling: whether no value is to come of these products yet. Then the first measurement does not look for kinks.
 
     Returns:
         The products; ``None``: differences would tell nothing here, as of a loss that rounds its weights, or of weights
@@ -69,20 +72,32 @@ def one_gradient(step: StepContext, lab: Lab, length: StepLength, change: float 
         facts.smooth = False
     if facts.smooth is False:
         return None
+    first = facts.of_step == "unknown"
+    known, factor = _known(step, lab)
+    products = OneGradient(objective, known, length, factor, change)
+    if facts.smooth is None and not (first and settling) and objective.inner.norm(known) > 0:
+        facts.smooth = not products.has_kink(known)
+    return None if facts.smooth is False else products
+
+
+def _known(step: StepContext, lab: Lab) -> tuple[Vector, float]:
+    """A multiple of the gradient at the present weights, and the factor: training's own, or else a new one."""
+    facts, objective = lab.facts, lab.objective
     taken = _training_gradient(step, objective)
     settled = taken is not None and facts.of_step in ("mean", "sum")
     usual = len(step.batches) == facts.micro_batches
     if taken is not None and settled and usual and step.clipped is not None and facts.uses < _COMPARE_EVERY:
         facts.uses += 1
-        return OneGradient(objective, taken, length, _factor(facts.of_step, step) * step.clipped, change)
+        return taken, _factor(facts.of_step, step) * step.clipped
     own = objective.gradient()[1]
-    if usual or not settled:
-        facts.of_step = "other" if taken is None else _compared(objective, own, taken, step, facts.of_step)
-        facts.micro_batches, facts.uses = len(step.batches), 0
-    products = OneGradient(objective, own, length, change=change)
-    if facts.smooth is None and objective.inner.norm(own) > 0:
-        facts.smooth = not products.has_kink(own)
-    return None if facts.smooth is False else products
+    if settled and not usual:
+        return own, 1.0
+    facts.micro_batches, facts.uses = len(step.batches), 0
+    factor = None if taken is None else _multiple(objective, own, taken)
+    facts.of_step = _kind(factor, step, facts.of_step)
+    if taken is None or not factor or facts.of_step == "other":
+        return own, 1.0
+    return taken, factor  # the memory of the other is freed
 
 
 def _takes_steps(objective: Objective) -> bool:
@@ -107,16 +122,23 @@ def _factor(of_step: OfStep, step: StepContext) -> float:
     return float(len(step.batches)) if of_step == "sum" else 1.0
 
 
-def _compared(objective: Objective, own: Vector, taken: Vector, step: StepContext, before: OfStep) -> OfStep:
-    """What ``.grad`` holds, as far as this step tells."""
+def _multiple(objective: Objective, own: Vector, taken: Vector) -> float | None:
+    """What multiple of the gradient ``own`` the other one is; ``None``: none, 0.0: both are zero."""
     if objective.precision.half is torch.float16 or (objective.precision.is_full and objective.precision.half):
-        return "other"  # measured in another precision than trained
+        return None  # measured in another precision than trained
     square, along, other = objective.inner.dots([(own, own), (own, taken), (taken, taken)])
     if not square > 0 or not along > 0:
-        return before if square == other == 0 else "other"
+        return 0.0 if square == other == 0 else None
     factor = along / square
-    if other - factor * along > (_APART * factor) ** 2 * square:
+    return factor if other - factor * along <= (_APART * factor) ** 2 * square else None
+
+
+def _kind(factor: float | None, step: StepContext, before: OfStep) -> OfStep:
+    """What ``.grad`` holds, which is this multiple of the gradient, as far as this step tells."""
+    if factor is None:
         return "other"
+    if factor == 0.0:
+        return before
     kinds: tuple[OfStep, ...] = ("mean", "sum")
     clipped = 1.0 if step.clipped is None else step.clipped
     for kind in kinds:

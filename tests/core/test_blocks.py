@@ -77,7 +77,7 @@ def places(model: Networks, of: nn.Module) -> list[int]:
 def test_networks_that_share_no_weight_are_blocks_of_their_own(count: int) -> None:
     model = Networks(count)
     products = Products(model)
-    blocks = uncoupled(products, products.weights)
+    blocks = uncoupled(Sample(products, products.weights))
     for member in model.members:
         mine = places(model, member)
         assert [b for b in blocks if set(mine) & set(b)] == [b for b in blocks if set(mine) <= set(b)]
@@ -91,14 +91,14 @@ def test_weights_behind_one_layer_share_a_block_and_one_product_tells_it() -> No
     model.unused.requires_grad_(False)
     products = Products(model)
     products.weights = [p for p in model.parameters() if p.requires_grad]
-    assert uncoupled(products, products.weights) == [list(range(len(products.weights)))]
+    assert uncoupled(Sample(products, products.weights)) == [list(range(len(products.weights)))]
     assert products.count <= 2
 
 
 def test_more_blocks_than_are_looked_for_share_the_last() -> None:
     model = Networks(5)
     products = Products(model)
-    blocks = uncoupled(products, products.weights, most=3)
+    blocks = uncoupled(Sample(products, products.weights), most=3)
     assert len(blocks) == 3
     assert sorted(i for b in blocks for i in b) == list(range(len(products.weights)))
 

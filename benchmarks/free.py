@@ -61,7 +61,7 @@ class Timed(FreeSignals):
                 self.read[reading.key.name] += 1
         for sample in coming:
             if sample not in self._coming:
-                self.there[type(sample)].append(sample.seconds)
+                self.there[type(sample)].append(sample.transfer.seconds)
 
 
 def watched(work: Workload, limited: bool) -> Row:
@@ -119,7 +119,7 @@ read during {SECONDS:g} seconds of a training (at least {LEAST} steps). *Share* 
 included, over that of the training; on a GPU the seconds that it works for them stand beside, over the same. *Read* is
 the share of steps whose gradient was read, and whose update was. Within the limit, each of the two may take half of
 1 %; the calls of a step that is not read come on top, some microseconds. The last columns are without a limit
-(`max_overhead=None`): the price of reading both at every step. Other work shared the CPU.
+(`max_overhead=None`): the price of reading both at every step.
 """
 
 

@@ -61,6 +61,7 @@ MEAN_SQUARE_BOUND = Key(
 _PART_IN_GRADIENTS = 50.0
 _TURN_BY_WHOLE = 0.75  # weight of a product of the whole step in the direction: it is less noisy, and rarer
 _SETTLE_EVERY, _GROWTH, _EARLY = 2, 1.2, 150  # steps between the first measurements, their growth, and until when
+_UNCHECKED = 2  # measurements before kinks are looked for: the first two find out enough else
 _USUAL_INTERVAL = 5  # steps; where measurements are farther apart, the past weighs less
 _LONGEST_INTERVAL = 8.0  # times that: more is treated alike, as single quotients are noisy
 _LAGGING = 3.0  # factor between the loss of a part and the mean loss, from which on they are not compared
@@ -249,7 +250,7 @@ class RunningCurvature:
         if lab.facts.whole_cheaper is False:
             return None
         with lab.on(step.batches):
-            products = one_gradient(step, lab, self.length, settling=self.settling)
+            products = one_gradient(step, lab, self.length, kinks=self.turn > _UNCHECKED)
             if products is None:
                 return None
             operator, objective = lab.operator(step.stability, products), lab.objective

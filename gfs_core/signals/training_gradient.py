@@ -47,7 +47,7 @@ def of_the_step(
 
 
 def one_gradient(
-    step: StepContext, lab: Lab, length: StepLength, change: float = CHANGE, *, settling: bool = False
+    step: StepContext, lab: Lab, length: StepLength, change: float = CHANGE, *, kinks: bool = True
 ) -> OneGradient | None:
     """Products from one gradient each, or two, of the mean loss over the step's micro-batches.
 
@@ -58,7 +58,7 @@ def one_gradient(
         lab: the lab of this measurement; its facts are updated.
         length: what the signal keeps of earlier step lengths.
         change: of the gradient, as in :class:`~gfs_core.loss.one_gradient.OneGradient`.
-        settling: whether no value is to come of these products yet. Then the first measurement does not look for kinks.
+        kinks: whether to look for kinks of the loss, unless that was done. Not where no value is to come of it yet.
 
     Returns:
         The products; ``None``: differences would tell nothing here, as of a loss that rounds its weights, or of weights
@@ -72,10 +72,9 @@ def one_gradient(
         facts.smooth = False
     if facts.smooth is False:
         return None
-    first = facts.of_step == "unknown"
     known, factor = _known(step, lab)
     products = OneGradient(objective, known, length, factor, change)
-    if facts.smooth is None and not (first and settling) and objective.inner.norm(known) > 0:
+    if facts.smooth is None and kinks and objective.inner.norm(known) > 0:
         facts.smooth = not products.has_kink(known)
     return None if facts.smooth is False else products
 

@@ -191,7 +191,7 @@ def adversaries(seed: int) -> Training:
             loss = plus(-critic(real)).mean() + plus(critic(made.detach())).mean()
             second.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            yield float(loss)
+            yield loss.item()
             second.step()
             first.zero_grad()
             plus(-critic(maker(torch.randn(64, 16, generator=draws)))).mean().backward()  # type: ignore[no-untyped-call]

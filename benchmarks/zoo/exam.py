@@ -189,7 +189,7 @@ def ring(seed: int) -> Training:
             first.zero_grad()
             loss = plus(-critic(maker(noise()))).mean()
             loss.backward()
-            yield float(loss.detach())
+            yield loss.item()
             first.step()
 
     return Training(maker, first, run())

@@ -95,7 +95,7 @@ def plain(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             after_backward()
-            yield float(loss)
+            yield loss.item()
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()

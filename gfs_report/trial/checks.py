@@ -21,9 +21,9 @@ from gfs_report.units import in_digits
 CADENCE = {"running": 5, "sharpness": 10, "gfs": 20}
 FEWEST_STEPS = 2 * CADENCE["gfs"]
 HAD = 0.8  # fraction of the solved ratios due that has to be had: with fewer an alarm is late and a control starves
-TRACKS = 0.5  # rank correlation from which the running estimate follows: on tasks with a schedule it was 0.89 to 0.98
-# Running / solved ratio on one batch. The running one is 0.76 to 0.95 of the exact one, a solved one on a whole batch
-# 1.0 to 1.7 of it (benchmarks/tiers.md): 0.45 to 0.95 together, and as much room again on either side.
+TRACKS = 0.5  # rank correlation from which the running estimate follows: on tasks with a schedule it was 0.82 to 0.97
+# Running / solved ratio on one batch. The running one is 0.68 to 1.16 of the exact one, a solved one on a whole batch
+# 1.0 to 1.7 of it (benchmarks/tiers.md): 0.4 to 1.16 together, and some room on either side.
 QUOTIENT = (0.3, 1.5)
 STILL = 1.5  # largest / smallest solved ratio below which there is nothing to follow
 DISTANT = 0.3  # ratios: below it neither an alarm nor a control asks for more than that it is small

@@ -108,11 +108,12 @@ class GFSConfig:
         "Stability ratio that a control keeps below; 1 is the edge of stability. null: 0.5, and 0.75 for optimizers "
         "with second moments (Adam and its kind).",
     )
-    alarm: Literal["off", "log", "warn", "checkpoint", "stop"] = _option(
+    alarm: Literal["off", "log", "warn", "checkpoint", "stop", "skip", "rescue"] = _option(
         "log",
-        "What an early warning does, each more than the one before: off, there is none; log, it is logged and kept in "
-        "the history; warn, it is also shown; checkpoint, an alarm also saves a checkpoint; stop, it also ends the "
-        "training.",
+        "What an early warning does: off, there is none; log, it is logged and kept in the history; warn, it is also "
+        "shown; checkpoint, an alarm also saves a checkpoint; stop, it also ends the training. Or, so that the run "
+        "survives, beside log and warn: skip, a step with an alarm updates nothing; rescue, and where that does not "
+        "help, the run goes back to a snapshot, at half the rate for a while.",
     )
     history: str | None = _option(
         None, "Path of the JSON-lines history; null: beside the framework's own logs, where there are any."

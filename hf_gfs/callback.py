@@ -140,6 +140,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
         self.monitor = StabilityMonitor(
             model, optimizer, self.config, probe=second, on_alarm=later, trainer=self._handle
         )
+        beside = (kwargs.get("lr_scheduler"), getattr(optimizer, "scaler", None))
+        self.monitor.protect(*(of for of in beside if of is not None))
         if self.monitor.journal.path is None and state.is_world_process_zero:
             self.monitor.journal.path = Path(args.output_dir) / "history.jsonl"
         self._publisher = Publisher(args, trainer)

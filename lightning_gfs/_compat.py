@@ -68,6 +68,22 @@ def logger_step(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
+def unscaled(trainer: Any, loss: Any) -> Any:
+    """The loss of one micro-batch, from what is differentiated: its share in the step, times the gradient scaler's."""
+    loss = loss.detach()
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        loss = loss / scaler._scale  # `get_scale()` would wait for an accelerator
+    count = trainer.accumulate_grad_batches
+    return loss * count if count > 1 else loss
+
+
+def stateful(trainer: Any) -> list[Any]:
+    """What has a state beside the module and its optimizers: the schedulers and the gradient scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return [*(config.scheduler for config in trainer.lr_scheduler_configs), *([] if scaler is None else [scaler])]
+
+
 def prepared(trainer: Any, batch: Any) -> Any:
     """A batch from a loader, as the training step gets it: moved to the module's device, through the user's hooks."""
     batch = trainer.precision_plugin.convert_input(batch)

@@ -41,6 +41,7 @@ _MANUAL = (
     "this module uses manual optimization, whose `training_step` takes optimizer steps itself and cannot be run again; "
     "pass `GFSCallback(loss_fn=...)` with `loss_fn(module, batch, batch_idx)` returning the loss"
 )
+_STEPS_ITSELF = "under manual optimization `training_step` takes the steps, and their losses are known after them"
 _RARE = (
     "the optimizer takes no step with some of the batches: what is measured is the loss of one batch, and where "
     "gradients of several are added up, the noise of a step, and with it the running and the mean-square ratio, is less"
@@ -129,6 +130,7 @@ class GFSCallback(_Base):
             monitor.journal.path = self._history(trainer, name)
             if name in self._resumed:
                 monitor.load_state_dict(self._resumed[name])
+            monitor.protect(*_compat.stateful(trainer))
         self._resumed = {}  # a second `fit` starts anew
         self._unhook = _compat.after_batch_start(
             trainer, functools.partial(self.before_training_step, trainer, pl_module)
@@ -137,6 +139,8 @@ class GFSCallback(_Base):
             self._steps = {name: StepsSeen(monitor.optimizer) for name, monitor in self.monitors.items()}
             for monitor in self.monitors.values():
                 monitor.free.only_in_step = True
+                if monitor.rescuing is not None:
+                    monitor.rescuing.leave_out(_STEPS_ITSELF)
 
     @guarded
     def before_training_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -156,8 +160,17 @@ class GFSCallback(_Base):
         window.over = last
         if window.keeping:
             window.keep(batch, batch_idx, pl_module)
+        window.examples = batch_size(batch)
         if last and not pl_module.automatic_optimization:
             self._measure(trainer, pl_module)
+
+    @guarded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss of a micro-batch, except under manual optimization. A closure may run several times."""
+        if not self.monitors or not pl_module.automatic_optimization or _compat.takes_no_step(trainer):
+            return
+        if self.loss_fn is None and loss.numel() == 1 and not self._window.measured:
+            self._window.losses.append((_compat.unscaled(trainer, loss), self._window.examples))
 
     @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -165,46 +178,53 @@ class GFSCallback(_Base):
         if not self.monitors or _compat.takes_no_step(trainer) or not pl_module.automatic_optimization:
             return
         if not self._window.measured:
-            self._measure(trainer, pl_module)
+            self._record_losses()
+            if not self._measure(trainer, pl_module):
+                self._update_detectors(trainer, pl_module)
 
-    def _measure(self, trainer: Any, pl_module: Any) -> None:
+    def _record_losses(self) -> None:
+        for monitor in self.monitors.values():
+            for seen in self._window.losses:
+                monitor.record_loss(*seen)
+        self._window.losses = []
+
+    def _update_detectors(self, trainer: Any, pl_module: Any) -> None:
+        for name, monitor in self.monitors.items():
+            warning = monitor.update_detectors(self._step)
+            if warning is not None:
+                self._publish(trainer, pl_module, warning, name, self._step)
+
+    def _measure(self, trainer: Any, pl_module: Any) -> bool:
+        """Measure the step, if its micro-batches were kept for that; returns whether they were."""
         window = self._window
         for monitor in self.monitors.values():
             monitor.read_gradients(self._step)
         if not window.keeping:
             window.forget()
-            return
+            return False
         for (name, monitor), loss in zip(self.monitors.items(), self._losses.values(), strict=True):
             again = functools.partial(self._loss, trainer, pl_module, loss, window)
             measurement = monitor.step(again, window.batches, self._step, micro_batches=True)
             if measurement is not None:
                 self._publish(trainer, pl_module, measurement, name, self._step)
         window.forget()
+        return True
 
     @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand the losses that training has computed for an optimizer step to the monitors, once it is over."""
-        if not self.monitors or _compat.takes_no_step(trainer):
+        """Under manual optimization, hand the losses of an optimizer step to the monitors, once it is over."""
+        if not self.monitors or _compat.takes_no_step(trainer) or pl_module.automatic_optimization:
             return
         for name, steps in self._steps.items():
             if not steps.taken():
                 self.monitors[name].remarks = (_RARE,)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss_fn is None and isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning has divided the loss by the number of micro-batches.
-            count = trainer.accumulate_grad_batches
-            self._window.losses.append((loss * count if count > 1 else loss, batch_size(batch)))
-        if not self._window.over:
-            return
-        for name, monitor in self.monitors.items():
-            for seen in self._window.losses:
-                monitor.record_loss(*seen)
-            warning = monitor.update_detectors(self._step)
-            if warning is not None:
-                self._publish(trainer, pl_module, warning, name, self._step)
-        self._window.losses = []
+            self._window.losses.append((loss, batch_size(batch)))
+        self._record_losses()
+        self._update_detectors(trainer, pl_module)
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ class Window:
     Attributes:
         batches: the micro-batches kept so far.
         index: ``batch_idx`` of the latest.
+        examples: number of examples in the latest, if known.
         losses: training's loss on each micro-batch so far, with the number of its examples if known.
         over: whether the last micro-batch has begun; true before the first step.
         measured: whether the step was already measured or looked at. A closure, and with it the hook, may run several
@@ -29,6 +30,7 @@ class Window:
         self.keeping = keeping
         self.batches: list[Any] = []
         self.index = 0
+        self.examples: int | None = None
         self.losses: list[tuple[Tensor, int | None]] = []
         self.over, self.measured = True, False
 

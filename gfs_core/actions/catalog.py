@@ -10,10 +10,21 @@ from gfs_core.actions.rate import Control, StepDown
 from gfs_core.actions.report import Warn
 from gfs_core.actions.stop import Stop
 
-LADDER = ("off", "log", "warn", "checkpoint", "stop")
-"""The values of the option ``alarm``. Each value includes the actions of those before it."""
+INCLUDES: dict[str, tuple[str, ...]] = {
+    "off": (),
+    "log": ("log",),
+    "warn": ("log", "warn"),
+    "checkpoint": ("log", "warn", "checkpoint"),
+    "stop": ("log", "warn", "checkpoint", "stop"),
+    "skip": ("log", "warn", "skip"),
+    "rescue": ("log", "warn", "skip", "rescue"),
+}
+"""The values of the option ``alarm``, each with the values whose actions it includes.
 
-# For each action: the first value of the option that includes it, and a function that makes it from the control and
+What ``skip`` and ``rescue`` do is decided at every step, not at alerts alone: :mod:`gfs_core.actions.rescue`.
+"""
+
+# For each action: the value of the option that it belongs to, and a function that makes it from the control and
 # from a function that shows a warning. A new action is one more line here.
 ACTIONS: list[tuple[str, Callable[[Control, Callable[[str], None]], Action]]] = [
     ("log", lambda control, warn: StepDown(control)),
@@ -32,6 +43,6 @@ def actions_for(alarm: str, control: Control, warn: Callable[[str], None]) -> li
         warn: shows a text.
 
     Raises:
-        ValueError: the option has no such value.
+        KeyError: the option has no such value.
     """
-    return [make(control, warn) for least, make in ACTIONS if LADDER.index(alarm) >= LADDER.index(least)]
+    return [make(control, warn) for value, make in ACTIONS if value in INCLUDES[alarm]]

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from gfs_core.errors import ConfigError
 from gfs_core.linalg.inner import WHOLE
 from gfs_core.linalg.vectors import local
+from gfs_core.optimizers.closures import closure_of, with_closure
 from gfs_core.optimizers.thresholds import unwrap
 
 
@@ -119,7 +120,7 @@ class LearningRateHook:
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._stepped, self.passed_by = True, 0
         self._restore()  # the last step may have failed half-way
-        closure = kwargs.get("closure") or next((a for a in args[1:2] if callable(a)), None)
+        closure = closure_of(args, kwargs)
         if closure is None:
             self._apply()
             return None
@@ -130,9 +131,7 @@ class LearningRateHook:
             self._apply()
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": at_the_users_rate}
-        return (args[0], at_the_users_rate, *args[2:]), kwargs
+        return with_closure(args, kwargs, at_the_users_rate)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._restore()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gfs_core.config import GFSConfig
 from gfs_core.errors import ConfigError
+from gfs_core.linalg.vectors import spread
 from gfs_core.loss.memory import GIB, vector_bytes
 from gfs_core.optimizers.thresholds import parameters_of, unwrap
 from gfs_core.signals.base import Signal
@@ -49,6 +51,22 @@ def unmeasurable(model: Any, optimizer: Any) -> str:
             "of a step are gone before they can be measured. Choose an optimizer that is not layer-wise"
         )
     return f"{why}, though the model does: {name} was made before they were unfrozen, or from another model's"
+
+
+def unrescuable(optimizer: Any) -> str:
+    """Why no step of this optimizer can be skipped and its state not be put back, in words; empty if they can.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper of one.
+    """
+    inner = unwrap(optimizer)
+    if isinstance(inner, torch.optim.LBFGS):
+        return "LBFGS evaluates the loss several times per step and moves the weights in between"
+    if type(inner).__name__ == "ZeroRedundancyOptimizer" or any(spread(p) for p in parameters_of(inner)):
+        return "the weights, or the state of the optimizer, are spread over several processes"
+    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in parameters_of(inner)):
+        return "FSDP keeps the weights for itself"
+    return ""
 
 
 def check_memory(params: Sequence[Tensor], config: GFSConfig, signals: Sequence[Signal], preconditioned: bool) -> None:

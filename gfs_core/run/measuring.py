@@ -121,6 +121,12 @@ class Measuring:
         self.iterates.drop()
         self.learned = self.learned.of_other_weights()
 
+    def went_back(self) -> None:
+        """Drop what was measured on weights that are gone; what was found out about the model and its loss stays."""
+        self.signals.forget()
+        self.iterates.drop()
+        self.mean_loss.load(None)
+
     def knows_parts(self, loss_fn: LossOfBatch, batches: list[Any], names: Collection[str]) -> bool:
         """Find out whether the loss of a batch is the mean over its parts, if this measurement needs to know.
 

@@ -32,6 +32,8 @@ from gfs_core.run.probe import Probe
 from gfs_core.run.ranks import Ranks
 from gfs_core.run.rates import Rates
 from gfs_core.run.record import Measurement
+from gfs_core.run.rescuing import Rescuing
+from gfs_core.run.rollback import Stateful
 from gfs_core.run.schedule import Schedule
 from gfs_core.run.scheduler import scheduler_of
 from gfs_core.run.second_data import REMARK, SecondData
@@ -63,6 +65,7 @@ class StabilityMonitor:
         schedule: when each signal is due, and the budget.
         measuring: the signals with their state.
         watch: the early warning.
+        rescuing: skips steps and goes back, with ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
         requests: an alarm's requests to a plain loop; see :attr:`should_stop` and :attr:`wants_checkpoint`.
         remarks: texts that are added to the reasons of every measurement.
         count: calls of :meth:`step` without a step number.
@@ -124,6 +127,10 @@ class StabilityMonitor:
         actions = actions_for(self.config.alarm, self.control, self.notices.warn_always)
         self.watch = Watch(warning, actions, trainer or self.requests, self.notices, on_alarm)
         self._losses = RecentLosses(None if warning is None else self.ranks)
+        self.rescuing: Rescuing | None = None
+        if self.config.alarm in ("skip", "rescue"):
+            forget, lowered = self.measuring.went_back, self.rates.lowered
+            self.rescuing = Rescuing(model, optimizer, self.watch, lowered, self.ranks, self.notices, forget)
         self.journal = Journal(self._settings, self._label, self.notices)
         if self.config.history and (self.ranks is None or self.ranks.rank == 0):
             self.journal.path = Path(self.config.history)
@@ -162,6 +169,18 @@ class StabilityMonitor:
     @wants_checkpoint.setter
     def wants_checkpoint(self, wants: bool) -> None:
         self.requests.wants_checkpoint = wants
+
+    def protect(self, *stateful: Stateful) -> None:
+        """Let a rollback put these back too: learning-rate schedulers, a gradient scaler, an average of the weights.
+
+        Call it before the first step. It does nothing unless the config says ``alarm="rescue"``. The model and its
+        optimizer need not be given. Without its scheduler, an optimizer that has one keeps its present rates.
+
+        Args:
+            stateful: have ``state_dict()`` and ``load_state_dict(state)``.
+        """
+        if self.rescuing is not None:
+            self.rescuing.protect(*stateful)
 
     def step(
         self,
@@ -264,12 +283,14 @@ class StabilityMonitor:
             self._look(step)
             self._pass_on(step, measurement)
             alerts, self._alerts = self._alerts, []
-            if measurement is None and (alerts or self.free.unpublished(step)):
+            level = self.watch.level
+            done = self._rescue(step, alerts)
+            if measurement is None and (alerts or done or self.free.unpublished(step)):
                 measurement = Measurement(step, self._label())
             if measurement is None:
                 self.journal.write_due_losses()
             else:
-                level, reasons = self.watch.level, (a.reason for a in alerts)
+                reasons = [*(a.reason for a in alerts), *done]
                 measurement = (
                     measurement.also(*self.free.publish(step))
                     .finite()
@@ -293,6 +314,8 @@ class StabilityMonitor:
             or self._alerts
             or self.free.unpublished(step)
         ):
+            return False
+        if self.rescuing is not None:  # a step that is to be skipped must be seen before it is taken
             return False
         if self.ranks is not None or self.control.policy != "observe" or self.rates.scheduled:
             return False
@@ -318,7 +341,9 @@ class StabilityMonitor:
                         self.measuring.mean_loss.add(loss)
                     self._losses.add(loss, examples)
                 self.measuring.mean_loss.end_step()
-                losses = self._new_losses(seen.step, now=own is not None)
+                losses = self._new_losses(seen.step, now=own is not None or self.rescuing is not None)
+                if self.rescuing is not None:
+                    self.rescuing.saw(loss for _, loss, _ in losses)
                 judged = own if self.measuring.probe.second is None else None  # training's own curvature alone
                 own_free = free if seen is held[-1] else [r for r in free if r.step <= seen.step]
                 free = free[len(own_free) :]
@@ -326,6 +351,14 @@ class StabilityMonitor:
                 self._alerts += self.watch.observe(seen.step, losses, known, judged, own_free)
                 self.journal.add_losses(losses)
                 self._waiting.passed_on(seen.losses, seen.rate)
+
+    def _rescue(self, step: int, alerts: list[Alert]) -> list[str]:
+        """Let the coming step be taken, skipped, or replaced by a way back; returns what was done, in words."""
+        done: list[str] = []
+        if self.rescuing is not None:
+            with self.notices.harmless("a step was neither skipped nor gone back from"):
+                done = self.rescuing.before_step(step, alerts)
+        return done
 
     def _expect(self, step: int) -> None:
         if not self._is_quiet(step + 1):
@@ -360,6 +393,8 @@ class StabilityMonitor:
         self.measuring.clipping.close()
         self.free.close()
         self.rates.close()
+        if self.rescuing is not None:
+            self.rescuing.close()
 
     def state_dict(self) -> dict[str, Any]:
         """All state that the next measurement depends on; loadable with ``weights_only=True``."""
@@ -374,6 +409,7 @@ class StabilityMonitor:
             "free": self.free.state_dict(),
             "watch": self.watch.state_dict(),
             "losses": self._losses.state(),
+            "rescuing": None if self.rescuing is None else self.rescuing.state_dict(),
             "seen": self._seen,
         }
 
@@ -405,6 +441,8 @@ class StabilityMonitor:
         self.free.load_state_dict(state["free"])
         self.watch.load_state_dict(state["watch"])
         self._losses.load(state["losses"])
+        if self.rescuing is not None and state.get("rescuing") is not None:
+            self.rescuing.load_state_dict(state["rescuing"])
         self._waiting, self._arrived = Waiting(), []
         self._seen, self._quiet_from, self._quiet_until = int(state["seen"]), -1, -1
         self._expect(self._seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,11 +15,22 @@ from gfs_core.config import GFSConfig
 from gfs_core.errors import ConfigError
 from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
 from gfs_core.optimizers.thresholds import unwrap
+from gfs_core.run.measurable import unrescuable
 from gfs_core.run.notices import Notices
 from gfs_core.run.record import Measurement
 from gfs_core.run.scheduler import scheduler_of
 
 _SURE = 3  # steps in a row that bypass the control before a warning says so
+
+
+class _Together:
+    """Several controls of one rate, whose scales are multiplied."""
+
+    def __init__(self, controls: list[Control]) -> None:
+        self.controls = controls
+
+    def step(self, rate: float) -> float:
+        return math.prod(control.step(rate) for control in self.controls)
 
 
 class Rates:
@@ -32,6 +44,7 @@ class Rates:
 
     Attributes:
         control: decides the scale.
+        lowered: lowers the rate for a while after a rollback; ``None``: there are no rollbacks.
         why: why the control has no stability ratio yet.
 
     Raises:
@@ -41,6 +54,8 @@ class Rates:
     def __init__(self, optimizer: Any, config: GFSConfig, adaptive: bool, notices: Notices) -> None:
         self.optimizer, self.notices = optimizer, notices
         self.control = Control(config.control, config.margin, adaptive)
+        rollbacks = config.alarm == "rescue" and not unrescuable(optimizer)
+        self.lowered = Control("step_down", adaptive=adaptive) if rollbacks else None
         self.why = "no measurement was made"
         self._scheduler = scheduler_of(optimizer)
         self._hook: LearningRateHook | None = None
@@ -50,7 +65,7 @@ class Rates:
                 raise ConfigError(
                     f"control={config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
                 )
-        elif config.control != "observe":
+        if self.lowered is not None or config.control != "observe":
             self.act(self.control)
 
     @property
@@ -61,7 +76,9 @@ class Rates:
     def act(self, control: Control) -> None:
         """Let ``control`` scale each step of the optimizer."""
         self.close()
-        self.control, self._hook = control, LearningRateHook(self.optimizer, control)
+        self.control = control
+        acting = [None if self.scheduled else control, self.lowered]
+        self._hook = LearningRateHook(self.optimizer, _Together([c for c in acting if c is not None]))
 
     def base_lr(self) -> float:
         """The rate that the user's scheduler sets, without the control's scale."""
@@ -71,12 +88,18 @@ class Rates:
         """The scale of the coming step; 1 where the control does not act."""
         if self._hook is None and self._scheduler is None:
             return 1.0
-        passed_by = self._hook is not None and self._hook.passed_by > 0
-        return 1.0 if passed_by else self.control.scale(self.base_lr())
+        if self._hook is not None and self._hook.passed_by > 0:
+            return 1.0
+        return self.control.scale(self.base_lr()) * self._after_rollback()
+
+    def _after_rollback(self) -> float:
+        return 1.0 if self.lowered is None else self.lowered.scale(self.base_lr())
 
     def scaled(self, scale: float) -> AbstractContextManager[None]:
-        """A context in which the optimizer holds the rates that the coming step uses."""
-        return contextlib.nullcontext() if self._hook is None else self._hook.scaled(scale)
+        """A context in which the optimizer holds the rates that the coming step uses, at this scale."""
+        if self._hook is None:
+            return contextlib.nullcontext()
+        return self._hook.scaled(scale if self._scheduler is None else self._after_rollback())
 
     def effective(self) -> float | None:
         """The rate that the coming step uses.
@@ -125,10 +148,11 @@ class Rates:
             before: the scale at which it was made.
             along_the_step: whether its stability ratio was measured along the last step.
         """
-        if self.control.policy == "observe":
+        if self.control.policy == "observe" and before == 1.0:
             return measurement
         rate = self.base_lr()
-        along = before / self.control.last  # values along the last step belong to the rate at which it was taken
+        last = self.control.last * (1.0 if self.lowered is None else self.lowered.last)
+        along = before / last  # values along the last step belong to the rate at which it was taken
         if measurement.critical_lr is not None:
             measurement = measurement.having(critical_lr=measurement.critical_lr / along)
         if along_the_step and measurement.stability_ratio is not None:

@@ -1,0 +1,194 @@
+"""Skips steps and goes back to snapshots, on behalf of a monitor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from gfs_core.actions.rate import Control
+from gfs_core.actions.rescue import APART, ROLLBACKS, Decision, Rescue
+from gfs_core.detectors.base import Alert, AlertLevel
+from gfs_core.optimizers.skipping import SkipHook
+from gfs_core.run.buffers import Buffers
+from gfs_core.run.measurable import unrescuable
+from gfs_core.run.notices import Notices
+from gfs_core.run.ranks import Ranks
+from gfs_core.run.rollback import KEPT, Snapshots, Stateful
+from gfs_core.run.watch import Watch
+
+EVERY = 50  # steps between snapshots: at most a fiftieth of what a snapshot takes is added to a step
+MARGIN = 5  # steps before an alarm in which the trouble may have begun already: a snapshot of them is not gone back to
+
+
+class Rescuing:
+    """Carries out what a :class:`~gfs_core.actions.rescue.Rescue` decides.
+
+    Args:
+        model: the module that is trained.
+        optimizer: its torch optimizer, or a wrapper of one.
+        watch: the early warning; it is put back with the weights.
+        lowered: halves the rate after a rollback; ``None``: steps are skipped only, there are no rollbacks.
+        ranks: the processes that train together; ``None``: this process only.
+        notices: reports what is done and what cannot be.
+        forget: called after a rollback; drops what was measured on the weights that are gone.
+
+    Attributes:
+        snapshots: the way back; it holds nothing where steps are skipped only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        watch: Watch,
+        lowered: Control | None,
+        ranks: Ranks | None,
+        notices: Notices,
+        forget: Callable[[], None],
+    ) -> None:
+        self.watch, self.lowered, self.ranks, self.notices, self.forget = watch, lowered, ranks, notices, forget
+        self.rescue = Rescue(lowered is not None)
+        self.snapshots = Snapshots(model, optimizer)
+        self._buffers = Buffers(model)
+        self._hook: SkipHook | None = SkipHook(optimizer)
+        self._losses: list[float] = []  # since the last decision
+        self._asked = self._told = False
+        if why := unrescuable(optimizer):
+            self.leave_out(why)
+
+    def protect(self, *beside: Stateful) -> None:
+        """Keep and put back these too."""
+        self.snapshots.beside += [of for of in beside if not any(of is known for known in self.snapshots.beside)]
+        self.snapshots.drop()
+
+    def leave_out(self, why: str) -> None:
+        """Do without, and warn once of the reason.
+
+        Raises:
+            MeasurementError: with ``strict=True``, in place of the warning.
+        """
+        self.close()
+        self.notices.complain(f"no step is skipped, and there is no way back: {why}; an alarm only warns")
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer, and free the snapshots."""
+        if self._hook is not None:
+            self._hook.close()
+            self._hook = None
+        self.snapshots.drop()
+
+    def saw(self, losses: Iterable[float]) -> None:
+        """Take in losses that have become known."""
+        self._losses += losses
+
+    def before_step(self, step: int, alerts: list[Alert]) -> list[str]:
+        """Decide about the coming step, and act.
+
+        Args:
+            step: optimizer steps taken so far.
+            alerts: those of this step.
+
+        Returns:
+            What was done, in words for the history.
+
+        Raises:
+            OtherRankFailed: another process has failed since the last exchange.
+            RanksLost: another process does not answer.
+        """
+        losses, self._losses = self._losses, []
+        hook, level = self._hook, self.watch.level
+        if hook is None or level is None:
+            return []
+        self._look(hook)
+        decision = self.rescue.decide(step, level, alerts, losses)
+        if given_up := not self.rescue.may_go_back(step):
+            decision = Decision.TAKE
+        self._asked = hook.asked = decision is not Decision.TAKE
+        done: list[str] = []
+        if given_up:
+            done = self._only_save(step, alerts)
+        elif decision is Decision.SKIP:
+            self._buffers.put_back()
+            done = ["the step was skipped: nothing is updated by it"]
+        elif decision is Decision.GO_BACK:
+            done = self._go_back(step)
+        elif self.lowered is not None and level == AlertLevel.QUIET and (step % EVERY == 0 or not len(self.snapshots)):
+            done = self._keep(step)
+        self._buffers.note()
+        return done
+
+    def _keep(self, step: int) -> list[str]:
+        """Take a snapshot."""
+        kept = None
+        with self.notices.harmless("there is no snapshot of this step to go back to", alone=True):
+            kept = self.snapshots.take(step)
+        if kept is None:
+            return []
+        kept.known = copy.deepcopy({"watch": self.watch.state_dict()})
+        if self._told:
+            return []
+        self._told = True
+        return [f"{KEPT} snapshots to go back to take {self.snapshots.bytes / 1e6:.3g} MB on the host"]
+
+    def _go_back(self, step: int) -> list[str]:
+        """Go back to a snapshot from before the trouble, on all processes or on none."""
+        assert self.lowered is not None
+        began = step if self.rescue.began is None else self.rescue.began
+        snapshot = self.snapshots.before(began - MARGIN)
+        if not self._all_have(-1 if snapshot is None else snapshot.step) or snapshot is None:
+            self._buffers.put_back()
+            self.notices.warn_always(f"the run did not go back at step {step}: there is no snapshot of these weights")
+            return ["the step was skipped: there is no snapshot to go back to"]
+        self.snapshots.restore(snapshot)
+        self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
+        self.rescue.went_back(step)
+        self.lowered.alarmed()
+        self.forget()
+        share, hold = self.lowered.scale(1.0), self.lowered.profile.hold
+        text = (
+            f"the run went back at step {step} to the weights of step {snapshot.step}, as losses stayed bad; the rate "
+            f"is {share:g} of the user's for {hold} steps, and then grows back"
+        )
+        self.notices.warn_always(text)
+        return [text]
+
+    def _only_save(self, step: int, alerts: list[Alert]) -> list[str]:
+        if not any(alert.level is AlertLevel.ALARM for alert in alerts):
+            return []
+        self.watch.trainer.save(step)
+        text = (
+            f"{ROLLBACKS} rollbacks, none {APART} steps after the one before, did not help: a checkpoint is saved at "
+            "an alarm, and training goes on as it is"
+        )
+        self.notices.warn_once(text)
+        return [text]
+
+    def _all_have(self, step: int) -> bool:
+        """Whether the snapshot is of the same step on all processes."""
+        if self.ranks is None:
+            return True
+        total, squares = self.ranks.total([float(step), float(step) ** 2])
+        return squares * self.ranks.size == total**2
+
+    def _look(self, hook: SkipHook) -> None:
+        """Warn once where a step was not skipped because the optimizer does not step by its method."""
+        if self._asked and not hook.seen:
+            self.notices.warn_once(
+                "a step that was to be skipped was taken: the weights move without `optimizer.step()`, by other "
+                "methods of the optimizer or inside the backward pass"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next decision depends on. Snapshots are not saved: the first one of a resumed run is taken anew."""
+        lowered = None if self.lowered is None else self.lowered.state_dict()
+        return {"rescue": self.rescue.state_dict(), "lowered": lowered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        self.rescue.load_state_dict(state["rescue"])
+        if self.lowered is not None and state["lowered"] is not None:
+            self.lowered.load_state_dict(state["lowered"])
+        self.snapshots.drop()

@@ -102,6 +102,7 @@ class GFSCallback(_Base):
         self._panels: list[WandbPanel] | None = None  # not yet set up
         self._window = Window()
         self._steps: dict[str, StepsSeen] = {}  # of each optimizer, under manual optimization only
+        self._handle: LightningHandle | None = None
         self._unhook: Callable[[], None] | None = None
         self._step = 0  # the logger's, at the first micro-batch of the optimizer step
 
@@ -115,7 +116,7 @@ class GFSCallback(_Base):
             if problem := unmeasurable(pl_module, optimizer):
                 raise MeasurementError(problem)
         on_alarm = None if self.on_alarm is None else self._guard.alerts.append
-        handle = LightningHandle(trainer, self._guard)
+        handle = self._handle = LightningHandle(trainer, self._guard)
         for name, optimizer in zip(self._losses, trainer.optimizers, strict=True):
             self.monitors[name] = StabilityMonitor(
                 pl_module,
@@ -214,9 +215,15 @@ class GFSCallback(_Base):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Under manual optimization, hand the losses of an optimizer step to the monitors, once it is over."""
-        if not self.monitors or _compat.takes_no_step(trainer) or pl_module.automatic_optimization:
+        """Save a checkpoint that an alarm wants; under manual optimization, hand the losses to the monitors."""
+        if not self.monitors or _compat.takes_no_step(trainer):
             return
+        if not pl_module.automatic_optimization:
+            self._after_manual_step(trainer, pl_module, outputs, batch)
+        if self._handle is not None:
+            self._handle.end_step()
+
+    def _after_manual_step(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any) -> None:
         for name, steps in self._steps.items():
             if not steps.taken():
                 self.monitors[name].remarks = (_RARE,)

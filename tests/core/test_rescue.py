@@ -309,8 +309,8 @@ def test_where_it_cannot_be_one_message_says_so() -> None:
     with pytest.warns(gfs.GFSWarning, match="no step is skipped, and there is no way back: LBFGS evaluates") as told:
         gfs.StabilityMonitor(model, torch.optim.LBFGS(model.parameters()), gfs.GFSConfig(alarm="rescue"))
     assert sum("LBFGS evaluates" in str(w.message) for w in told) == 1
+    config = gfs.GFSConfig(alarm="rescue", strict=True)
     with pytest.raises(gfs.MeasurementError, match="LBFGS"):
-        config = gfs.GFSConfig(alarm="rescue", strict=True)
         gfs.StabilityMonitor(model, torch.optim.LBFGS(model.parameters()), config)
 
 

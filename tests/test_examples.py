@@ -75,6 +75,15 @@ def test_controlled_loop(tmp_path: Path) -> None:
     assert "follow: step 0, rate used 0.05, scale 0.01" in lines
 
 
+def test_rescued_loop(tmp_path: Path) -> None:
+    lines = run(tmp_path, "rescued_loop.py").splitlines()
+    losses = {line.split(":")[0]: float(line.split()[-1]) for line in lines if ": loss" in line}
+    assert not losses["log"] < 1
+    assert losses["rescue"] < 0.1
+    assert "rescue: step 60: the step was skipped: nothing is updated by it" in lines
+    assert sum("the run went back" in line for line in lines) == 1
+
+
 def test_second_data(tmp_path: Path) -> None:
     """Without the old digits in the batches their loss rises more, and becomes sharper."""
     alone, mixed = run(tmp_path, "second_data.py").split("half of each batch from the old digits\n")

@@ -19,8 +19,8 @@ from typing import Any
 from gfs_core.detectors.base import Alert, AlertLevel
 
 # None of these was varied in a table.
-SKIPS = 3  # steps in a row: bad batches are rarely next to each other, and a run that skips on learns nothing
-BAD, LOOKED = 4, 8  # losses that are bad among so many since the alarm: one more than may be skipped in a row
+SKIPS = 3  # steps of an alarm: bad batches are rarely next to each other, and a run that skips on does not recover
+BAD, LOOKED = 4, 8  # losses that are bad among so many since the alarm: one more than may be skipped
 QUIET = 50  # quiet losses that a bad one is above: as many as the early warning's loss rule takes for the usual one
 ROLLBACKS = 5  # in a row: five halvings of the rate take back more than the largest jump of benchmarks/alarm.md
 APART = 1000  # steps after a rollback from which on the next one is a first one again
@@ -49,7 +49,7 @@ class Rescue:
         self.began: int | None = None
         self._quiet: deque[float] = deque(maxlen=QUIET)
         self._bad: deque[bool] = deque(maxlen=LOOKED)  # of the losses since the alarm
-        self._skipped = 0  # in a row
+        self._skipped = 0  # since the alarm
         self._rollbacks: list[int] = []  # steps of those in a row
 
     def decide(self, step: int, level: int, alerts: Iterable[Alert], losses: Iterable[float]) -> Decision:
@@ -74,10 +74,10 @@ class Rescue:
         self._bad += bad
         if self.goes_back and sum(self._bad) >= BAD:
             return Decision.GO_BACK
+        self._skipped = 0 if alarmed else self._skipped
         if (alarmed or any(bad)) and self._skipped < SKIPS:
             self._skipped += 1
             return Decision.SKIP
-        self._skipped = 0
         return Decision.TAKE
 
     def may_go_back(self, step: int) -> bool:
@@ -87,9 +87,13 @@ class Rescue:
         return len(self._rollbacks) < ROLLBACKS
 
     def went_back(self, step: int) -> None:
-        """The run has gone back at ``step``: all is quiet again."""
+        """The run has gone back at ``step``: there is no alarm any more."""
         self._rollbacks.append(step)
         self.began, self._skipped = None, 0
+        self._bad.clear()
+
+    def stayed(self) -> None:
+        """The run could not go back: the step is taken, and the losses after it are counted anew."""
         self._bad.clear()
 
     def state_dict(self) -> dict[str, Any]:

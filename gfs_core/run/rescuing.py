@@ -114,8 +114,8 @@ class Rescuing:
             self._buffers.put_back()
             done = ["the step was skipped: nothing is updated by it"]
         elif decision is Decision.GO_BACK:
-            done = self._go_back(step)
-        elif self.lowered is not None and level == AlertLevel.QUIET and (step % EVERY == 0 or not len(self.snapshots)):
+            done = self._go_back(step, hook)
+        elif self.lowered is not None and level != AlertLevel.ALARM and (step % EVERY == 0 or not len(self.snapshots)):
             done = self._keep(step)
         self._buffers.note()
         return done
@@ -133,15 +133,17 @@ class Rescuing:
         self._told = True
         return [f"{KEPT} snapshots to go back to take {self.snapshots.bytes / 1e6:.3g} MB on the host"]
 
-    def _go_back(self, step: int) -> list[str]:
+    def _go_back(self, step: int, hook: SkipHook) -> list[str]:
         """Go back to a snapshot from before the trouble, on all processes or on none."""
         assert self.lowered is not None
         began = step if self.rescue.began is None else self.rescue.began
         snapshot = self.snapshots.before(began - MARGIN)
         if not self._all_have(-1 if snapshot is None else snapshot.step) or snapshot is None:
-            self._buffers.put_back()
-            self.notices.warn_always(f"the run did not go back at step {step}: there is no snapshot of these weights")
-            return ["the step was skipped: there is no snapshot to go back to"]
+            self._asked = hook.asked = False
+            self.rescue.stayed()
+            text = "the run does not go back, though losses stay bad: there is no snapshot of the weights trained now"
+            self.notices.warn_once(text)
+            return [text]
         self.snapshots.restore(snapshot)
         self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
         self.rescue.went_back(step)

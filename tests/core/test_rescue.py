@@ -335,11 +335,12 @@ def test_an_alarm_of_which_the_loss_shows_nothing_costs_one_step() -> None:
         assert rescue.decide(step, ALARM, [], [1.0]) is Decision.TAKE
 
 
-def test_so_many_steps_in_a_row_are_skipped_and_then_one_is_taken() -> None:
+def test_so_many_steps_of_an_alarm_are_skipped_and_then_training_goes_on() -> None:
     rescue = quiet(goes_back=False)
     found = [rescue.decide(60, ALARM, alert(60), [5.0])]
-    found += [rescue.decide(step, ALARM, [], [5.0]) for step in range(61, 69)]
-    assert found == ([Decision.SKIP] * SKIPS + [Decision.TAKE]) * 2 + [Decision.SKIP]
+    found += [rescue.decide(step, ALARM, [], [5.0]) for step in range(61, 100)]
+    assert found == [Decision.SKIP] * SKIPS + [Decision.TAKE] * (40 - SKIPS)
+    assert rescue.decide(100, ALARM, alert(100), [9.0]) is Decision.SKIP  # a second rise
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1.3])

@@ -1,0 +1,136 @@
+"""Steps that are skipped, and ways back, under the Trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import gfs_core as gfs
+from hf_gfs import GFSCallback
+from tests.bitwise import assert_same
+
+STEPS, SIZE = 80, 8
+
+
+class Rows(Dataset):
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(count, 8, generator=generator)
+        self.y = (self.x @ torch.randn(8, 3, generator=generator)).argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+class Model(nn.Module):
+    """Its loss is not finite at some steps of the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        self.bad = False
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        loss = nn.functional.cross_entropy(self.net(x), labels)
+        return {"loss": loss * math.nan if self.bad else loss}
+
+
+class Watching(TrainerCallback):
+    """Keeps what a step updates, and disturbs the model at some steps."""
+
+    def __init__(self, bad: int = -1, breaks: int = -1) -> None:
+        self.bad, self.breaks = bad, breaks
+        self.kept: list[Any] = []
+        self.used: list[float] = []
+        self.told: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the optimizer's own code tell the rate that it uses."""
+        optimizer = kwargs["optimizer"].optimizer
+        step = type(optimizer)._init_group
+
+        def watched(own: Any, group: Any, *rest: Any) -> Any:
+            if group is own.param_groups[0]:
+                self.used.append(float(group["lr"]))
+            return step(own, group, *rest)
+
+        optimizer._init_group = watched.__get__(optimizer)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model.bad = state.global_step == self.bad
+        if state.global_step == self.breaks:
+            with torch.no_grad():
+                model.net[0].weight.fill_(math.nan)
+        held = {i: optimizer.state.get(p) for i, p in enumerate(model.parameters())}
+        self.kept.append(copy.deepcopy([model.state_dict(), held]))
+        self.told.append(optimizer.param_groups[0]["lr"])
+
+
+def train(folder: Path, watching: Watching, mode: str = "set_trainer", alarm: str = "rescue", **options: Any) -> Model:
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=SIZE,
+        max_steps=STEPS,
+        learning_rate=0.01,
+        lr_scheduler_type="linear",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    model = Model()
+    trainer = Trainer(model, arguments, train_dataset=Rows(SIZE * STEPS * arguments.gradient_accumulation_steps))
+    trainer.add_callback(watching)
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, alarm=alarm, history=str(folder / "h"))
+    trainer.add_callback(callback) if mode == "add_callback" else callback.set_trainer(trainer)
+    trainer.train()
+    return model
+
+
+def reasons(folder: Path) -> dict[int, str]:
+    return {m.step: "; ".join(m.reasons) for m in gfs.read_history(folder / "h")}
+
+
+@pytest.mark.parametrize(("mode", "accumulate"), [("add_callback", 1), ("set_trainer", 1), ("set_trainer", 3)])
+def test_a_skipped_step_updates_nothing(tmp_path: Path, mode: str, accumulate: int) -> None:
+    watching = Watching(bad=60)
+    with pytest.warns(gfs.GFSWarning, match="the loss is nan"):
+        model = train(tmp_path, watching, mode, gradient_accumulation_steps=accumulate)
+    assert_same(watching.kept[60], watching.kept[61])
+    assert not torch.equal(watching.kept[61][0]["net.0.weight"], watching.kept[62][0]["net.0.weight"])
+    assert "the step was skipped" in reasons(tmp_path)[60]
+    assert len(watching.kept) == STEPS
+    assert all(p.isfinite().all() for p in model.state_dict().values())
+    assert watching.told[61] < watching.told[60]  # the schedule goes on
+
+
+def test_where_the_weights_break_the_run_goes_back(tmp_path: Path) -> None:
+    watching = Watching(breaks=60)
+    with pytest.warns(gfs.GFSWarning, match="went back at step 63 to the weights of step 50"):
+        model = train(tmp_path, watching)
+    # A snapshot is taken just before the step, when the forward pass has updated the buffers.
+    assert_same(watching.kept[64][1], watching.kept[50][1])
+    trained = dict(model.named_parameters())
+    assert all(torch.equal(watching.kept[64][0][name], watching.kept[50][0][name]) for name in trained)
+    assert all(p.isfinite().all() for p in model.state_dict().values())
+    assert watching.told[64:70] == pytest.approx(watching.told[51:57])  # the schedule went back too
+    assert watching.used[64:] == pytest.approx([rate / 2 for rate in watching.told[64:]])
+
+
+def test_without_it_the_run_is_lost(tmp_path: Path) -> None:
+    assert not train(tmp_path, Watching(bad=60), alarm="log").net[0].weight.isfinite().any()

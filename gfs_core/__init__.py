@@ -15,6 +15,8 @@ from gfs_core.loss.objective import Objective
 from gfs_core.loss.products import Hessian
 from gfs_core.loss.snapshot import StateSnapshot
 from gfs_core.optimizers.thresholds import Stability, register_optimizer, stability_of
+from gfs_core.run.alarm_record import AlarmRecord
+from gfs_core.run.alarm_record import read as read_alarm
 from gfs_core.run.history import HistoryPart
 from gfs_core.run.history import parts as history_parts
 from gfs_core.run.history import read as read_history
@@ -25,6 +27,7 @@ from gfs_core.signals.base import Cost, Key, Reading, Signal
 from gfs_core.signals.flowing import FlowResult
 
 __all__ = [
+    "AlarmRecord",
     "Alert",
     "AlertLevel",
     "ConfigError",
@@ -54,6 +57,7 @@ __all__ = [
     "history_parts",
     "largest_eigenvalues",
     "log_keys",
+    "read_alarm",
     "read_history",
     "register_optimizer",
     "sharpness",

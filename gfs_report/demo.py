@@ -110,7 +110,7 @@ def run(out: Path, quick: bool = False) -> None:
     console = Console()
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tensorboard", "history.jsonl"):  # of an earlier demo in the same folder
+    for name in ("tensorboard", "history.jsonl", "alarms"):  # of an earlier demo in the same folder
         old = out / name
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     console.print(

@@ -49,6 +49,7 @@ class Picture:
         lines: the curves; one without points is left out.
         log: a logarithmic vertical axis; values that are not positive are left out.
         edge: a value marked by a dashed line over the whole width, as the edge of stability.
+        step: a step marked by a vertical line.
         marks: early warnings, shown as points on the first line with a link to ``#alarm-N``.
         linked: whether its steps pan and zoom with those of the other pictures of a page.
     """
@@ -59,6 +60,7 @@ class Picture:
     lines: list[Line]
     log: bool = False
     edge: float | None = None
+    step: int | None = None
     marks: Sequence[Mark] = ()
     linked: bool = True
 
@@ -124,6 +126,8 @@ def draw(picture: Picture, x_range: Any = None) -> figure | None:
     if picture.edge is not None:
         at = {"location": picture.edge, "dimension": "width"}
         plot.add_layout(Span(**at, line_color=RED, line_dash="dashed", line_width=1.5))
+    if picture.step is not None:
+        plot.add_layout(Span(location=picture.step, dimension="height", line_color=RED, line_width=1.5))
     if picture.marks:
         _add_marks(plot, picture.marks, lines[0].curve)
     if picture.log:

@@ -15,6 +15,7 @@ import numpy as np
 
 from gfs_core import ConfigError
 from gfs_core.run.record import KEYS
+from gfs_report import first
 from gfs_report.page import Notes, Section, Table, write_page
 from gfs_report.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, Line, Picture
 from gfs_report.runs import Curve, Run, read_run
@@ -59,6 +60,8 @@ class Report:
         if run.marks:
             words = [f"Step {m.step}, {m.word}: {m.reason}" for m in run.marks]
             out.append(Notes("Early warnings, and their reasons", words, [f"alarm-{i}" for i in range(len(words))]))
+        for record in run.records:
+            out += first.came_first(record)
         if run.reasons:
             counted = sorted(run.reasons.items(), key=lambda item: -item[1])
             out.append(Notes("What could not be had, and why", [f"{r} ({n} ×)" if n > 1 else r for r, n in counted]))
@@ -108,6 +111,7 @@ class Report:
             "values": curves,
             "curvature_shares": self.run.shares,
             "alarms": [m._asdict() for m in self.run.marks],
+            "came_first": [first.summary(record) for record in self.run.records],
             "reasons": self.run.reasons,
             "settings": self.run.settings,
             "sources": [str(s) for s in self.run.sources],

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gfs_core import ConfigError, history_parts, log_keys
+from gfs_core import AlarmRecord, ConfigError, Measurement, history_parts, log_keys, read_alarm
 from gfs_core.detectors.base import AlertLevel
+from gfs_core.run.flight_recorder import FOLDER
 from gfs_core.run.record import KEYS
 
 _OF_LAYERS = {key.name for key in KEYS.values() if key.only_layers}
@@ -80,6 +81,7 @@ class Run:
             seen them; the first is of one step. NaN where the loss was not finite; ``None``: the monitor was not told.
         loss_spread: standard deviation of the single losses about such a mean; finite values only.
         marks: rises of the early warning.
+        records: what was recorded of its alarms, as far as that is there.
         reasons: why values could not be had, each with the number of measurements that say so.
         settings: the options and facts that the history begins with.
         sources: the files that were read.
@@ -96,6 +98,7 @@ class Run:
     training_loss: Curve | None = None
     loss_spread: Curve | None = None
     marks: list[Mark] = field(default_factory=list)
+    records: list[AlarmRecord] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     sources: list[Path] = field(default_factory=list)
@@ -259,12 +262,28 @@ def _add_history(run: Run, source: Path, optimizer: str | None, part: int | None
         told = state if m.alarm is None else int(m.alarm)
         if told > state:
             run.marks.append(Mark(m.step, told, m.reasons[-1] if m.reasons else ""))
+            _add_record(run, source.parent / FOLDER, m)
         elif m.reasons and told == state:
             for reason in m.reasons:
                 run.reasons[reason] = run.reasons.get(reason, 0) + 1
         state = told
     run.gfs = {key: curve for key, p in points.items() if (curve := _curve(p, finite=True)) is not None}
     _leave_solved(run.gfs)
+
+
+def _add_record(run: Run, folder: Path, alarm: Measurement) -> None:
+    """Add what was recorded of an alarm: the latest record of the same optimizer, step and reason."""
+    found = sorted(folder.glob(f"step-{alarm.step:08d}-*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(found):
+        try:
+            record = read_alarm(path)
+        except (OSError, ConfigError) as error:
+            run.notes.append(f"{path.name} was left out: {error}")
+            continue
+        if record.optimizer_name == alarm.optimizer_name and record.alert.reason in alarm.reasons:
+            run.records.append(record)
+            run.sources.append(path)
+            return
 
 
 def _add_logged(run: Run, points: dict[str, list[tuple[int, float]]]) -> None:

@@ -27,7 +27,8 @@ from gfs_core.signals.base import Key, Reading
 
 TRAINING_LOSS = "training_loss"
 _SPREAD = f"{TRAINING_LOSS}_spread"
-_NO_VALUES = ("step", TRAINING_LOSS, _SPREAD)  # numbers of a line that are not readings
+_NO_VALUES = ("run", "step", "optimizer_name", TRAINING_LOSS, _SPREAD)  # of a line: they are not readings
+_NOT_FINITE = ("nan", "inf", "-inf")  # numbers that JSON does not have, as strings
 _LARGEST_INTEGER = 2**63 - 1  # larger integers are neither steps nor counts: readers of a history have 64 bits
 
 
@@ -109,18 +110,25 @@ def append(path: Path, measurement: Measurement, run: str = "", loss: tuple[floa
     Raises:
         OSError: the file cannot be written.
     """
-    line: dict[str, Any] = {"step": measurement.step, "optimizer_name": measurement.optimizer_name}
-    layers: dict[str, dict[str, float]] = {}
-    for reading in measurement.readings:
-        if reading.layer:
-            layers.setdefault(reading.key.name, {})[reading.layer] = reading.value  # type: ignore[assignment]
-        else:
-            line[reading.key.name] = reading.value
-    line |= {"layers": layers} if layers else {}
-    line |= {"reasons": measurement.reasons} if measurement.reasons else {}
+    line = as_line(measurement)
     if loss is not None:
         line |= _of_losses(*loss)
     _write(path, {"run": run, **line} if run else line)
+
+
+def as_line(measurement: Measurement) -> dict[str, Any]:
+    """The JSON object of a measurement; a value that is not finite is the string ``nan``, ``inf`` or ``-inf`` in it."""
+    line: dict[str, Any] = {"step": measurement.step, "optimizer_name": measurement.optimizer_name}
+    layers: dict[str, dict[str, Any]] = {}
+    for reading in measurement.readings:
+        value = reading.value
+        shown = value if value is None or math.isfinite(value) else str(float(value))
+        if reading.layer:
+            layers.setdefault(reading.key.name, {})[reading.layer] = shown
+        else:
+            line[reading.key.name] = shown
+    line |= {"layers": layers} if layers else {}
+    return line | ({"reasons": measurement.reasons} if measurement.reasons else {})
 
 
 def append_losses(path: Path, losses: MeanOfLosses, run: str = "") -> None:
@@ -252,7 +260,7 @@ def _drafts(path: Path) -> list[_Draft]:
     by_run: dict[str, _Draft] = {}
     latest = ""  # the run of the line before
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        held = _object(line)
+        held = as_object(line)
         if held is None:
             continue
         run = held["run"] if isinstance(held.get("run"), str) else latest
@@ -262,7 +270,7 @@ def _drafts(path: Path) -> list[_Draft]:
             ordered = [*(d for d in ordered if d is not draft), draft]
             draft.take_settings(held)
         else:
-            measurement = _parse(held)
+            measurement = as_measurement(held)
             if measurement is None:
                 continue
             if run not in by_run:
@@ -280,7 +288,8 @@ def _joined(ordered: list[_Draft], name: Any) -> _Draft | None:
     return None
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def as_object(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line; ``None`` where there is none."""
     try:
         held: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -288,7 +297,8 @@ def _object(line: str) -> dict[str, Any] | None:
     return held if isinstance(held, dict) else None
 
 
-def _parse(held: dict[str, Any]) -> Measurement | None:
+def as_measurement(held: dict[str, Any]) -> Measurement | None:
+    """The measurement in the object of a line, as :func:`as_line` makes it; ``None`` where it names no step."""
     if type(held.get("step")) is not int or abs(held["step"]) > _LARGEST_INTEGER:
         return None
     step, name, reasons = held["step"], held.get("optimizer_name"), held.get("reasons")
@@ -310,10 +320,16 @@ def _parse(held: dict[str, Any]) -> Measurement | None:
 def _readings(step: int, values: Mapping[str, Any], layer: str = "") -> list[Reading]:
     """Readings of all numbers among the values. Unknown keys are kept: a later release may have written them."""
     return [
-        Reading(KEYS.get(name) or Key(name, "not known to this release"), step, value, layer)
+        Reading(KEYS.get(name) or Key(name, "not known to this release"), step, number, layer)
         for name, value in values.items()
-        if _is_number(value)
+        if (number := _number(value)) is not None
     ]
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return float(value)
+    return value if _is_number(value) else None
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -22,6 +22,7 @@ from gfs_core.loss.batches import examples_of
 from gfs_core.optimizers.learning_rate import first_rate
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.due import DueMeasurements
+from gfs_core.run.flight_recorder import FlightRecorder
 from gfs_core.run.free import FreeSignals
 from gfs_core.run.journal import Journal
 from gfs_core.run.losses import RecentLosses, kept
@@ -42,6 +43,8 @@ from gfs_core.run.watch import Requests, Watch
 from gfs_core.run.weights import FROZEN, Weights, to_come
 from gfs_core.signals.base import Reading
 from gfs_core.signals.catalog import Signals
+
+_NO_RECORD = "an alarm is not recorded"
 
 
 class StabilityMonitor:
@@ -66,6 +69,7 @@ class StabilityMonitor:
         measuring: the signals with their state.
         watch: the early warning.
         rescuing: skips steps and goes back, with ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
+        recorder: holds the latest readings, for the record of an alarm.
         requests: an alarm's requests to a plain loop; see :attr:`should_stop` and :attr:`wants_checkpoint`.
         remarks: texts that are added to the reasons of every measurement.
         count: calls of :meth:`step` without a step number.
@@ -134,6 +138,7 @@ class StabilityMonitor:
         self.journal = Journal(self._settings, self._label, self.notices)
         if self.config.history and (self.ranks is None or self.ranks.rank == 0):
             self.journal.path = Path(self.config.history)
+        self.recorder = FlightRecorder(self.journal, self._label, self.notices)
         self.remarks: tuple[str, ...] = ()
         self.count = 0
         self._weights = Weights()
@@ -299,6 +304,8 @@ class StabilityMonitor:
                     .because(reasons)
                 )
                 self.journal.write(measurement)
+            with self.notices.harmless(_NO_RECORD, alone=True):
+                self.recorder.look(step, alerts, self.watch.level)
             self._expect(step)
         self.watch.call()
         return measurement
@@ -348,6 +355,8 @@ class StabilityMonitor:
                 own_free = free if seen is held[-1] else [r for r in free if r.step <= seen.step]
                 free = free[len(own_free) :]
                 known = rate if seen.rate == first else None
+                if self.watch.warning is not None:
+                    self.recorder.take(seen.step, losses, known, own, own_free)
                 self._alerts += self.watch.observe(seen.step, losses, known, judged, own_free)
                 self.journal.add_losses(losses)
                 self._waiting.passed_on(seen.losses, seen.rate)
@@ -382,12 +391,17 @@ class StabilityMonitor:
         return bool(self._due.names(step))
 
     def close(self) -> None:
-        """Write the last losses, leave the process group, and take the control's hooks off the optimizer."""
+        """Write what is not written yet, leave the process group, and take the control's hooks off the optimizer."""
         if self.ranks is None:
             self._pass_on()
         if self._losses.ranks is None:  # other processes may have ended already, and would not answer
-            self.journal.add_losses(self._losses.up_to(self._seen, now=True))
+            losses = self._losses.up_to(self._seen, now=True)
+            self.journal.add_losses(losses)
+            if losses:
+                self.recorder.take(self._seen, losses, None, None, ())
         self.journal.write_losses()
+        with self.notices.harmless(_NO_RECORD, alone=True):
+            self.recorder.finish()
         if self.ranks is not None:
             self.ranks.close()
         self.measuring.clipping.close()
@@ -432,6 +446,7 @@ class StabilityMonitor:
             self._resumed = True  # the next step is where training was resumed
 
     def _load(self, state: dict[str, Any]) -> None:
+        self.recorder.finish()
         self.journal.load_state_dict(state["journal"])
         self.count = int(state["count"])
         self._weights.changed(parameters_of(self.optimizer))
@@ -440,6 +455,7 @@ class StabilityMonitor:
         self.control.load_state_dict(state["control"])
         self.free.load_state_dict(state["free"])
         self.watch.load_state_dict(state["watch"])
+        self.recorder.forget(self.watch.level)
         self._losses.load(state["losses"])
         if self.rescuing is not None and state.get("rescuing") is not None:
             self.rescuing.load_state_dict(state["rescuing"])

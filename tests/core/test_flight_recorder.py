@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -161,6 +162,21 @@ def test_a_run_that_is_resumed_counts_on_and_overwrites_nothing(tmp_path: Path) 
     assert [m.step for m in record.measurements] == list(range(140, record.step + AFTER + 1))  # what it saw itself
 
 
+def test_a_state_that_is_loaded_into_the_same_monitor_begins_a_new_past_too(tmp_path: Path) -> None:
+    run = Digits(tmp_path / "history.jsonl").train(0, 140)
+    run.monitor.load_state_dict(run.monitor.state_dict())
+    run.train(140, FAULT + 12)
+    [file] = files(tmp_path / "history.jsonl")
+    assert gfs.read_alarm(file).measurements[0].step == 140
+
+
+def test_a_state_that_was_saved_during_an_alarm_records_it_no_second_time(tmp_path: Path) -> None:
+    run = Recording(tmp_path)
+    run.recorder.forget(AlertLevel.ALARM)
+    run.step(5, level=2, rises=True)
+    assert files(run.path) == []
+
+
 def saved(state: dict[str, Any], folder: Path) -> Path:
     torch.save(state, folder / "state.pt")
     return folder / "state.pt"
@@ -228,13 +244,13 @@ def test_steps_that_are_gone_through_again_are_not_mixed_with_the_first_pass(tmp
     for step in range(50):
         run.step(step, value=1.0)
     run.step(50, level=2, rises=True)
-    for step in range(40, 56):  # training went back to step 40
+    for step in range(40, 46):  # training went back to step 40
         run.step(step, value=2.0)
-    run.step(56, level=2, value=2.0, rises=True)
-    first, second = run.records()
+    run.step(46, level=2, value=2.0, rises=True)
+    second, first = run.records()
     assert {m.values()["loss"] for m in first.measurements} == {1.0}
     assert [m.step for m in first.measurements] == list(range(51))
-    assert [m.values()["loss"] for m in second.measurements] == [1.0] * 40 + [2.0] * 17
+    assert [m.values()["loss"] for m in second.measurements] == [1.0] * 40 + [2.0] * 7
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -249,6 +265,18 @@ def test_a_run_named_by_a_foreign_state_stays_in_the_folder(tmp_path: Path) -> N
     run.journal.load_state_dict({"run": "../../../*[a]", "loss_seen": None})
     run.step(0, level=2, rises=True)
     assert [file.name for file in files(run.path)] == ["step-00000000-a.jsonl"]
+
+
+def test_a_record_that_cannot_be_written_whole_leaves_the_one_before(tmp_path: Path) -> None:
+    run = Recording(tmp_path)
+    run.step(3, level=2, rises=True)
+    [file] = files(run.path)
+    before = gfs.read_alarm(file)
+    broken = gfs.Measurement(4, "SGD", (Reading(GRAD_NORM, 4, torch.ones(())),))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        alarm_record.write(file, dataclasses.replace(before, measurements=[*before.measurements, broken]))
+    assert files(run.path) == [file]
+    assert gfs.read_alarm(file) == before
 
 
 def damaged(change: Callable[[str], str]) -> Any:

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from bokeh.models import Span
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,7 +25,7 @@ from gfs_core.signals.base import Key, Reading
 from gfs_report.cli import app
 from gfs_report.first import came_first, departures
 from gfs_report.page import Notes, Table
-from gfs_report.plots import Picture
+from gfs_report.plots import Picture, draw
 from gfs_report.report import make_report
 from gfs_report.runs import read_run
 from lightning_gfs import GFSCallback
@@ -112,7 +113,9 @@ def test_of_one_step_the_weights_come_before_the_loss_and_the_loss_before_the_gr
             lambda s: noise(4)[s] * (9 if s == 93 else 0.1 if s > 94 else 1),
             (95, 0.1),
         ),
-        ("steady growth that is multiplied", lambda s: 1.002**s * (1.5 if s >= 95 else 1), (95, 1.5)),
+        ("steady growth that is multiplied", lambda s: 1.003**s * (1.5 if s >= 95 else 1), (95, 1.5)),
+        ("a constant that wobbles", lambda s: 0.1 if s < 95 else 0.101, None),
+        ("a negative constant that wobbles", lambda s: -0.1 if s < 95 else -0.101, None),
         ("not finite", lambda s: math.nan if s >= 99 else noise(6)[s], (99, math.nan)),
         ("infinite", lambda s: math.inf if s >= 99 else noise(6)[s], (99, math.inf)),
         ("read at some steps only", lambda s: (1.0 if s < 94 else 90.0) if s % 10 == 4 else None, (94, 90.0)),
@@ -143,6 +146,9 @@ def test_the_section_says_what_was_first_and_shows_the_five_earliest() -> None:
     assert isinstance(picture, Picture)
     assert [line.name for line in picture.lines] == [f"gradient norm, layer{i}" for i in range(9, 4, -1)]
     assert (picture.step, picture.edge, picture.log, picture.linked) == (100, 1.0, True, False)
+    drawn = draw(picture)
+    assert drawn is not None
+    assert {(span.dimension, span.location) for span in drawn.select(Span)} >= {("height", 100), ("width", 1.0)}
     usual, away = (picture.lines[0].curve.values[part] for part in (slice(0, 80), slice(-5, None)))
     assert np.median(usual) == pytest.approx(1.0, rel=0.05)
     assert np.median(away) == pytest.approx(9.0, rel=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.run import alarm_record
@@ -23,14 +23,8 @@ FILES = 8  # of one run; the oldest is removed for a ninth
 _LATE = 10  # steps by which a reading may come later than what it belongs to
 
 
-class _Step(NamedTuple):
-    """What was said at a step, as it came; its readings may belong to steps before it."""
-
-    step: int
-    losses: Sequence[tuple[int, float, int]]
-    rate: float | None
-    measurement: Measurement | None
-    free: Sequence[Reading]
+# What was said at a step, as it came: the step, losses, the rate, a measurement, and readings of steps before it.
+_Step: TypeAlias = tuple[int, Sequence[tuple[int, float, int]], float | None, Measurement | None, Sequence[Reading]]
 
 
 class FlightRecorder:
@@ -51,7 +45,9 @@ class FlightRecorder:
         self._held: deque[_Step] = deque(maxlen=STEPS + AFTER + _LATE)
         self._latest = -1
         self._alarmed = False
-        self._open: tuple[int, Alert, Path] | None = None  # the step of an alarm whose later steps are still to come
+        self._open: tuple[int, Alert, Path | None] | None = (
+            None  # an alarm whose later steps are still to come; its file
+        )
 
     def take(
         self,
@@ -74,9 +70,9 @@ class FlightRecorder:
             return
         if step < self._latest:  # training went back: what came after this step is no longer its past
             self.finish()
-            self._held = deque((s for s in self._held if s.step < step), self._held.maxlen)
+            self._held = deque((held for held in self._held if held[0] < step), self._held.maxlen)
         self._latest = step
-        self._held.append(_Step(step, losses, rate, measurement, free))
+        self._held.append((step, losses, rate, measurement, free))
 
     def look(self, step: int, alerts: Sequence[Alert], level: int | None) -> None:
         """Begin a record where the level has risen to *alarm*, and finish one whose steps are complete.
@@ -89,7 +85,7 @@ class FlightRecorder:
         for alert in alerts:
             if alert.level >= AlertLevel.ALARM and not self._alarmed and self._journal.path is not None:
                 self.finish()
-                self._open = (step, alert, self._free_path(self._journal.path.parent / FOLDER, step))
+                self._open = (step, alert, None)
                 self._write()
             self._alarmed = alert.level >= AlertLevel.ALARM
         self._alarmed = level is not None and level >= AlertLevel.ALARM
@@ -104,7 +100,6 @@ class FlightRecorder:
 
     def forget(self, level: int | None) -> None:
         """Begin anew, at this level: a saved state was loaded, and what was held is not the past of the coming step."""
-        self._open = None
         self._held.clear()
         self._latest = -1
         self._alarmed = level is not None and level >= AlertLevel.ALARM
@@ -112,26 +107,33 @@ class FlightRecorder:
     def _write(self) -> None:
         assert self._open is not None
         step, alert, path = self._open
-        measurements = self._measurements(step - STEPS + 1, step + AFTER)
-        try:
-            alarm_record.write(path, AlarmRecord(step, alert, self._journal.run, self._label(), measurements))
-            for old in self._own_files(path.parent)[:-FILES]:
-                old.unlink(missing_ok=True)
-        except OSError as error:
-            self._notices.warn_once(f"the record of an alarm cannot be written ({error}); training goes on without it")
-            self._open = None
+        with self._notices.harmless("an alarm is not recorded", alone=True):
+            try:
+                if path is None:
+                    assert self._journal.path is not None
+                    path = self._free_path(self._journal.path.parent / FOLDER, step)
+                    self._open = (step, alert, path)
+                found = self._measurements(step - STEPS + 1, step + AFTER)
+                alarm_record.write(path, AlarmRecord(step, alert, self._journal.run, self._label(), found))
+                for old in self._own_files(path.parent)[:-FILES]:
+                    old.unlink(missing_ok=True)
+            except OSError as error:
+                self._notices.warn_once(
+                    f"the record of an alarm cannot be written ({error}); training goes on without it"
+                )
+                self._open = None
 
     def _measurements(self, first: int, last: int) -> list[Measurement]:
         """What was read at each step, from ``first`` to ``last``."""
         readings: dict[int, list[Reading]] = {}
         reasons: dict[int, tuple[str, ...]] = {}
-        for held in self._held:
-            found = [Reading(LOSS, at, loss) for at, loss, _ in held.losses]
-            found += [] if held.rate is None else [Reading(STEP_RATE, held.step, held.rate)]
-            found += held.free
-            if held.measurement is not None:
-                found += held.measurement.readings
-                reasons[held.step] = held.measurement.reasons
+        for at, losses, rate, measurement, free in self._held:
+            found = [Reading(LOSS, step, loss) for step, loss, _ in losses]
+            found += [] if rate is None else [Reading(STEP_RATE, at, rate)]
+            found += free
+            if measurement is not None:
+                found += measurement.readings
+                reasons[at] = measurement.reasons
             for reading in found:
                 readings.setdefault(reading.step, []).append(reading)
         label = self._label()

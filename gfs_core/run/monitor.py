@@ -44,8 +44,6 @@ from gfs_core.run.weights import FROZEN, Weights, to_come
 from gfs_core.signals.base import Reading
 from gfs_core.signals.catalog import Signals
 
-_NO_RECORD = "an alarm is not recorded"
-
 
 class StabilityMonitor:
     """Measures at intervals how close a run is to instability. Measuring leaves the training unchanged.
@@ -304,8 +302,7 @@ class StabilityMonitor:
                     .because(reasons)
                 )
                 self.journal.write(measurement)
-            with self.notices.harmless(_NO_RECORD, alone=True):
-                self.recorder.look(step, alerts, self.watch.level)
+            self.recorder.look(step, alerts, self.watch.level)
             self._expect(step)
         self.watch.call()
         return measurement
@@ -400,8 +397,7 @@ class StabilityMonitor:
             if losses:
                 self.recorder.take(self._seen, losses, None, None, ())
         self.journal.write_losses()
-        with self.notices.harmless(_NO_RECORD, alone=True):
-            self.recorder.finish()
+        self.recorder.finish()
         if self.ranks is not None:
             self.ranks.close()
         self.measuring.clipping.close()

@@ -17,6 +17,7 @@ PAGES = {
     "defaults": "benchmarks.defaults",
     "edge": "benchmarks.edge",
     "eigenvalues": "benchmarks.eigenvalues.page",
+    "first": "benchmarks.first",
     "flow_cost": "benchmarks.flow_cost",
     "free": "benchmarks.free",
     "growth": "benchmarks.growth.page",

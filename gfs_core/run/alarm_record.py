@@ -2,12 +2,14 @@
 
 The first line says what the alarm was. Then comes a line for each step, in the form of the history's lines: the loss,
 the rate, the free signals of all layers and what was measured, each at the very step that it belongs to. The history
-holds means and latest values instead.
+holds means and latest values instead. Numbers that are not finite, which JSON does not have, are the strings ``nan``,
+``inf`` and ``-inf``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -46,7 +48,7 @@ def write(path: Path, record: AlarmRecord) -> None:
         OSError: the file cannot be written.
     """
     about = {"step": record.step, "optimizer_name": record.optimizer_name, "alert": asdict(record.alert)}
-    lines = [{"run": record.run, "alarm": about}, *map(history.as_line, record.measurements)]
+    lines = [{"run": record.run, "alarm": about}, *(_written(history.as_line(m)) for m in record.measurements)]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -79,5 +81,17 @@ def read(path: str | Path) -> AlarmRecord:
         step, name, run = int(about["step"]), str(about["optimizer_name"]), str(held[0].get("run", ""))
     except (TypeError, KeyError, ValueError, OverflowError):
         raise ConfigError(f"{path} is no record of an alarm: its first line does not say what the alarm was") from None
-    measurements = [m for line in held[1:] if (m := history.as_measurement(line)) is not None]
+    measurements = [m for line in held[1:] if (m := history.as_measurement(_read(line))) is not None]
     return AlarmRecord(step, alert, run, name, sorted(measurements, key=lambda m: m.step))
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _written(held) for key, held in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read(held) for key, held in value.items()}
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value

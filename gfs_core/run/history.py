@@ -27,8 +27,7 @@ from gfs_core.signals.base import Key, Reading
 
 TRAINING_LOSS = "training_loss"
 _SPREAD = f"{TRAINING_LOSS}_spread"
-_NO_VALUES = ("run", "step", "optimizer_name", TRAINING_LOSS, _SPREAD)  # of a line: they are not readings
-_NOT_FINITE = ("nan", "inf", "-inf")  # numbers that JSON does not have, as strings
+_NO_VALUES = ("step", TRAINING_LOSS, _SPREAD)  # numbers of a line that are not readings
 _LARGEST_INTEGER = 2**63 - 1  # larger integers are neither steps nor counts: readers of a history have 64 bits
 
 
@@ -117,16 +116,14 @@ def append(path: Path, measurement: Measurement, run: str = "", loss: tuple[floa
 
 
 def as_line(measurement: Measurement) -> dict[str, Any]:
-    """The JSON object of a measurement; a value that is not finite is the string ``nan``, ``inf`` or ``-inf`` in it."""
+    """The object of a measurement, to be written as JSON."""
     line: dict[str, Any] = {"step": measurement.step, "optimizer_name": measurement.optimizer_name}
     layers: dict[str, dict[str, Any]] = {}
     for reading in measurement.readings:
-        value = reading.value
-        shown = value if value is None or math.isfinite(value) else str(float(value))
         if reading.layer:
-            layers.setdefault(reading.key.name, {})[reading.layer] = shown
+            layers.setdefault(reading.key.name, {})[reading.layer] = reading.value
         else:
-            line[reading.key.name] = shown
+            line[reading.key.name] = reading.value
     line |= {"layers": layers} if layers else {}
     return line | ({"reasons": measurement.reasons} if measurement.reasons else {})
 
@@ -320,16 +317,10 @@ def as_measurement(held: dict[str, Any]) -> Measurement | None:
 def _readings(step: int, values: Mapping[str, Any], layer: str = "") -> list[Reading]:
     """Readings of all numbers among the values. Unknown keys are kept: a later release may have written them."""
     return [
-        Reading(KEYS.get(name) or Key(name, "not known to this release"), step, number, layer)
+        Reading(KEYS.get(name) or Key(name, "not known to this release"), step, value, layer)
         for name, value in values.items()
-        if (number := _number(value)) is not None
+        if _is_number(value)
     ]
-
-
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, str) and value in _NOT_FINITE:
-        return float(value)
-    return value if _is_number(value) else None
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import lightning as L
 import pytest
@@ -55,12 +56,15 @@ def test_every_precision_of_lightning(tmp_path: Path, precision: str) -> None:
     assert first.sharpness == pytest.approx(true.sharpness, rel=loose)
     assert first.gfs_sharpness == pytest.approx(true.gfs_sharpness, rel=loose)
     settled = next(m for m in found if m.running_sharpness is not None)
-    like_settled = next(m for m in like if m.running_sharpness is not None)
     assert settled.step == (16 if precision == "bf16-true" else 14)  # it first finds out that steps are lost
     if precision == "bf16-true":  # by products on parts, whose quotient is held against float32 at the same direction
         assert 0 < settled.precision_error < loose
     else:
-        assert settled.running_stability_ratio == pytest.approx(like_settled.running_stability_ratio, rel=5 * loose)
+        # In half precision the error changes its sign from one product to the next.
+        ratio, true_ratio = (
+            fmean(m.running_stability_ratio for m in ms if m.running_sharpness) for ms in (found, like)
+        )
+        assert ratio == pytest.approx(true_ratio, rel=2 * loose)
     alone = {m.hvps for m in found if m.sharpness is None}
     assert alone == {float(precision == "bf16-true")}  # by one gradient, but where a short step of the weights is lost
     assert all(a.gfs_stability_ratio is not None for a, _ in solved)

@@ -149,10 +149,10 @@ def came_first(record: AlarmRecord) -> list[Section]:
     more = f" {left} more left it later, or at the same step." if left else ""
     table = Table(
         heading,
-        "Signals that left their own past, the earliest first: further from the median of their earlier values in the "
-        f"record than {_FAR:g} robust spreads of these (more where they are few), in logarithms, and not back well "
-        "before the alarm. First is what was read first: a signal that scatters much, or that is read at some steps "
-        f"only, is seen later than another.{more}",
+        f"Signals that left their own past, the earliest first: further than {_FAR:g} robust spreads (more where values"
+        f" are few) from the median of their last {_PAST} usual values, in logarithms, and not back well before the"
+        " alarm. First is what was read first: a signal that scatters much, or that is read at some steps only, is seen"
+        f" later than another.{more}",
         ("signal", "layer", "step", "steps before the alarm", "times its usual value"),
         rows,
     )
@@ -192,8 +192,8 @@ def _nothing(record: AlarmRecord) -> str:
     if longest <= _FEWEST:
         return "The record holds too few values to say: a signal is compared with its own earlier ones."
     return (
-        f"No signal left its own past: none was further than {_FAR:g} robust spreads from the median of its earlier "
-        "values in the record. The alarm went by something that the last hundred steps do not show."
+        f"No signal left its own past: none was further than {_FAR:g} robust spreads from the median of its usual "
+        "values. The alarm went by something that was read at too few steps, or that grew slowly."
     )
 
 

@@ -293,7 +293,7 @@ class StabilityMonitor:
             if measurement is None:
                 self.journal.write_due_losses()
             else:
-                reasons = [*(a.reason for a in alerts), *done]
+                reasons = [*done, *(a.reason for a in alerts)]  # the last one of a rise is what the report says of it
                 measurement = (
                     measurement.also(*self.free.publish(step))
                     .finite()

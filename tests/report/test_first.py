@@ -185,6 +185,16 @@ def test_the_report_on_a_training_that_breaks_names_the_layer_in_which_it_began(
     assert files(path)[0].name in text  # among what was read
 
 
+def test_an_alarm_at_which_a_step_is_skipped_is_shown_with_its_own_reason_and_record(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    Digits(path, alarm="skip").train(0, FAULT + 20).monitor.close()
+    run = read_run(path)
+    [alarm] = [mark for mark in run.marks if mark.state == 2]
+    [held] = run.records
+    assert (held.step, held.alert.reason) == (alarm.step, alarm.reason)
+    assert any("the step was skipped" in reason for m in gfs.read_history(path) for reason in m.reasons)
+
+
 class Net(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """When a step is skipped, and when the run goes back to a snapshot.
 
 A step is skipped where an alarm is raised at it, or where an alarm lasts and the loss of the step is *bad*: not finite,
-or above every loss of the last 50 quiet steps. A batch that is bad by itself has no effect then.
+or above every loss of the last 50 quiet steps and back by a quarter of the way that it has fallen since the start. So a
+small loss may rise, as after a restart of the rate. A batch that is bad by itself has no effect then.
 
 Where losses go on being bad although steps are skipped, the weights are to blame, and the run goes back. Only the loss
 can call for that. An alarm of which the loss shows nothing is a forecast, and going back pays only where the run is
@@ -14,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
+from statistics import median
 from typing import Any
 
 from gfs_core.detectors.base import Alert, AlertLevel
@@ -21,8 +23,9 @@ from gfs_core.detectors.base import Alert, AlertLevel
 # None of these was varied in a table.
 SKIPS = 3  # steps of an alarm: bad batches are rarely next to each other, and a run that skips on does not recover
 BAD, LOOKED = 4, 8  # losses that are bad among so many since the alarm: one more than may be skipped
+SHARE = 0.25  # of the way from the usual loss to the first one; at 0, healthy runs with restarts of the rate went back
 QUIET = 50  # quiet losses that a bad one is above: as many as the early warning's loss rule takes for the usual one
-ROLLBACKS = 5  # in a row: five halvings of the rate take back more than the largest jump of benchmarks/alarm.md
+ROLLBACKS = 5  # in a row: after five halvings, each held twice as long as the one before, the rate is not to blame
 APART = 1000  # steps after a rollback from which on the next one is a first one again
 
 
@@ -47,6 +50,7 @@ class Rescue:
     def __init__(self, goes_back: bool) -> None:
         self.goes_back = goes_back
         self.began: int | None = None
+        self._first: float | None = None  # the first loss of the run
         self._quiet: deque[float] = deque(maxlen=QUIET)
         self._bad: deque[bool] = deque(maxlen=LOOKED)  # of the losses since the alarm
         self._skipped = 0  # since the alarm
@@ -61,15 +65,16 @@ class Rescue:
             alerts: those of this step.
             losses: that of this step, and of earlier ones that were not known before.
         """
-        alarmed = any(alert.level is AlertLevel.ALARM for alert in alerts)
-        highest = max(self._quiet, default=math.inf)
-        bad = [not loss <= highest or not math.isfinite(loss) for loss in losses]
         if level != AlertLevel.ALARM:
             self.began, self._skipped = None, 0
             self._bad.clear()
-            if level == AlertLevel.QUIET:
-                self._quiet += [loss for loss in losses if math.isfinite(loss)]
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            self._first = next(iter(finite), None) if self._first is None else self._first
+            self._quiet += finite if level == AlertLevel.QUIET else []
             return Decision.TAKE
+        alarmed = any(alert.level is AlertLevel.ALARM for alert in alerts)
+        highest = self._highest()
+        bad = [not loss <= highest or math.isinf(loss) for loss in losses]
         self.began = step if self.began is None else self.began
         self._bad += bad
         if self.goes_back and sum(self._bad) >= BAD:
@@ -80,11 +85,23 @@ class Rescue:
             return Decision.SKIP
         return Decision.TAKE
 
+    def _highest(self) -> float:
+        """The loss above which one is bad."""
+        if self._first is None or not self._quiet:
+            return math.inf
+        usual = median(self._quiet)
+        return max(*self._quiet, usual + SHARE * (self._first - usual))
+
     def may_go_back(self, step: int) -> bool:
         """Whether there were not too many rollbacks in a row already."""
         if self._rollbacks and step - self._rollbacks[-1] > APART:
             self._rollbacks = []
         return len(self._rollbacks) < ROLLBACKS
+
+    @property
+    def in_a_row(self) -> int:
+        """Rollbacks in a row so far."""
+        return len(self._rollbacks)
 
     def went_back(self, step: int) -> None:
         """The run has gone back at ``step``: there is no alarm any more."""
@@ -100,6 +117,7 @@ class Rescue:
         """Everything the next decision depends on."""
         return {
             "began": self.began,
+            "first": self._first,
             "quiet": list(self._quiet),
             "bad": list(self._bad),
             "skipped": self._skipped,
@@ -109,6 +127,7 @@ class Rescue:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.began = None if state["began"] is None else int(state["began"])
+        self._first = None if state["first"] is None else float(state["first"])
         self._quiet = deque(map(float, state["quiet"]), QUIET)
         self._bad = deque(map(bool, state["bad"]), LOOKED)
         self._skipped, self._rollbacks = int(state["skipped"]), [int(s) for s in state["rollbacks"]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from gfs_core.actions.rate import Control
+from gfs_core.actions.rate import PROFILE, Control
 from gfs_core.actions.rescue import APART, ROLLBACKS, Decision, Rescue
 from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.optimizers.skipping import SkipHook
@@ -148,6 +149,7 @@ class Rescuing:
         self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
         self.rescue.went_back(step)
         self.lowered.alarmed()
+        self._hold()
         self.forget()
         share, hold = self.lowered.scale(1.0), self.lowered.profile.hold
         text = (
@@ -156,6 +158,12 @@ class Rescuing:
         )
         self.notices.warn_always(text)
         return [text]
+
+    def _hold(self) -> None:
+        """Hold a lowered rate twice as long with each rollback in a row."""
+        if self.lowered is not None:
+            longer = 2 ** max(self.rescue.in_a_row - 1, 0)
+            self.lowered.profile = replace(PROFILE, hold=longer * PROFILE.hold)
 
     def _only_save(self, step: int, alerts: list[Alert]) -> list[str]:
         if not any(alert.level is AlertLevel.ALARM for alert in alerts):
@@ -193,4 +201,5 @@ class Rescuing:
         self.rescue.load_state_dict(state["rescue"])
         if self.lowered is not None and state["lowered"] is not None:
             self.lowered.load_state_dict(state["lowered"])
+        self._hold()
         self.snapshots.drop()

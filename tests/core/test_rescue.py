@@ -280,6 +280,10 @@ def test_at_most_so_many_rollbacks_and_then_a_checkpoint() -> None:
         went += "went back" in reasons(run.step())
         assert run.count < 400
     assert went == ROLLBACKS
+    assert run.monitor.rescuing is not None
+    assert run.monitor.rescuing.lowered is not None
+    assert run.monitor.rescuing.lowered.profile.hold == 100 * 2 ** (ROLLBACKS - 1)
+    assert run.monitor.rates.scale() == 0.5**ROLLBACKS
     assert any("did not help: a checkpoint is saved" in text for text in run.told)
     assert not run.model[0].weight.isfinite().any()  # training goes on as it is
     assert not run.monitor.should_stop
@@ -371,6 +375,16 @@ def test_losses_no_higher_than_in_quiet_call_for_nothing() -> None:
     rescue = quiet()
     assert rescue.decide(60, ALARM, alert(60), [1.2]) is Decision.SKIP
     assert {rescue.decide(step, ALARM, [], [1.2]) for step in range(61, 100)} == {Decision.TAKE}
+
+
+def test_a_small_loss_may_rise() -> None:
+    rescue = Rescue(True)
+    for step in range(60):
+        rescue.decide(step, QUIET, [], [2.0 if step < 3 else 0.1])
+    assert rescue.decide(60, ALARM, alert(60), [0.5]) is Decision.SKIP
+    assert {rescue.decide(step, ALARM, [], [0.5]) for step in range(61, 100)} == {Decision.TAKE}
+    found = [rescue.decide(step, ALARM, [], [0.6]) for step in range(100, 104)]  # 0.1 + (2 - 0.1)/4 is 0.575
+    assert found == [Decision.SKIP, Decision.SKIP, Decision.TAKE, Decision.GO_BACK]
 
 
 def test_rollbacks_are_counted_anew_after_a_long_time() -> None:

@@ -21,8 +21,8 @@ from typing import Any
 from gfs_core.detectors.base import Alert, AlertLevel
 
 # None of these was varied in a table.
-SKIPS = 3  # steps of an alarm: bad batches are rarely next to each other, and a run that skips on does not recover
-BAD, LOOKED = 4, 8  # losses that are bad among so many since the alarm: one more than may be skipped
+SKIPS = 10  # steps of an alarm: a stretch of bad data ends, and a run whose weights are bad recovers by steps alone
+BAD, LOOKED = 4, 8  # losses that are bad among so many since the alarm: three bad batches in a row are skipped alone
 SHARE = 0.25  # of the way from the usual loss to the first one; at 0, healthy runs with restarts of the rate went back
 QUIET = 50  # quiet losses that a bad one is above: as many as the early warning's loss rule takes for the usual one
 ROLLBACKS = 5  # in a row: after five halvings, each held twice as long as the one before, the rate is not to blame

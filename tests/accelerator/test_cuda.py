@@ -470,3 +470,40 @@ def test_the_way_of_a_solve_is_timed_once_and_its_values_are_right() -> None:
     exact, _ = watched("cpu", torch.float32)
     for here, there in zip(solved, (m for m in exact if m.sharpness is not None), strict=True):
         assert here.sharpness == pytest.approx(there.sharpness, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "fused", "capturable"])
+def test_a_step_is_skipped_and_a_rollback_puts_back_to_the_bit(kind: str) -> None:
+    model = net(dropout=0.0).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=kind == "fused", capturable=kind == "capturable")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)
+    monitor = monitored(model, optimizer, alarm="rescue", tier="running")
+    monitor.protect(scaler)
+
+    def kept() -> Any:
+        return copy.deepcopy([dict(model.named_parameters()), [optimizer.state[p] for p in model.parameters()]])
+
+    states, said = [], []
+    for step in range(70):
+        states.append(kept() if step else None)
+        if step == 60:
+            model[0].weight.data.fill_(math.nan)
+        with torch.autocast("cuda", torch.float16):
+            loss = loss_fn(model, examples(step))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        told = math.inf if step == 20 else loss  # as of a batch whose loss alone shows that it is bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = monitor.step(lambda b: loss_fn(model, b), examples(step), loss=told)
+        said.append("" if made is None else "; ".join(made.reasons))
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 20:
+            assert scaler.get_scale() == 2.0**10
+    assert "the step was skipped" in said[20]
+    assert_same(states[21], states[20])
+    assert "went back at step 63 to the weights of step 50" in said[63]
+    assert_same(states[64], states[50])
+    assert all(p.is_cuda and p.isfinite().all() for p in model.parameters())
+    monitor.close()

@@ -66,5 +66,6 @@ def test_all_processes_do_the_same_at_the_same_step(tmp_path: Path) -> None:
         assert not ranks["kept"][-1][0].isfinite().any()
         assert [step for step in range(64, STEPS) if "went back" in ranks["said"][step]] == []
         assert "the run does not go back" in ranks["said"][83]
-        assert [s for s in range(80, STEPS) if "the step was skipped" in ranks["said"][s]] == [80, 81, 82]
+        skipped = [step for step in range(80, STEPS) if "the step was skipped" in ranks["said"][step]]
+        assert skipped == [80, 81, 82, 84, 85, 86, 88, 89]
     assert sum("the run does not go back" in text for text in a["told"]) == 1

@@ -30,6 +30,7 @@ PAGES = {
     "peers": "benchmarks.peers.page",
     "peers_cuda": "benchmarks.peers.page",
     "price": "benchmarks.price",
+    "rescue": "benchmarks.rescue",
     "running": "benchmarks.running",
     "tiers": "benchmarks.tiers.page",
     "verdicts": "benchmarks.verdicts",

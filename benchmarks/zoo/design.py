@@ -276,7 +276,7 @@ def half_precision(seed: int) -> Training:
 
 def heavy_momentum(seed: int) -> Training:
     model = seeded(seed, lambda: dense(64, 64, 64, 10))
-    return plain(model, sgd(model, 0.03 * 1.2 ** (seed % 5), 0.99), entropy(model), drawn(_digits(), 64, seed), 1000)
+    return plain(model, sgd(model, 0.1 * 1.2 ** (seed % 5), 0.99), entropy(model), drawn(_digits(), 64, seed), 1000)
 
 
 def growing_weights(seed: int) -> Training:
@@ -295,7 +295,7 @@ def growing_weights(seed: int) -> Training:
 def exploding_rnn(seed: int) -> Training:
     data, alphabet = _text()
     model = seeded(seed, lambda: Recurrent(nn.RNN, alphabet, 64, nonlinearity="relu"))
-    return plain(model, sgd(model, 0.02 * 1.2 ** (seed % 5)), entropy(model), drawn(data, 16, seed), 600)
+    return plain(model, sgd(model, 0.8 * 1.1 ** (seed % 5)), entropy(model), drawn(data, 16, seed), 600)
 
 
 def faulty(optimizer: Callable[[nn.Module], Any], make: Callable[[], nn.Module], data: Any, kind: str) -> Make:
@@ -326,7 +326,7 @@ def _mlp() -> nn.Module:
 
 
 def _deep() -> nn.Module:
-    return plain_stack(64, 48, 10, 10, nn.ReLU)
+    return plain_stack(64, 48, 6, 10, nn.Tanh)
 
 
 DANGER: dict[str, Make] = {
@@ -335,10 +335,10 @@ DANGER: dict[str, Make] = {
     "ramp 3 %, CNN, Adam": ramped(3, lambda m: adam(m, 1e-3), digits_cnn, _digits),
     "rate ×10, MLP, AdamW": jumped(10, lambda m: adamw(m, 2e-3), _mlp, _digits),
     "rate ×30, CNN, momentum": jumped(30, lambda m: sgd(m, 0.02), digits_cnn, _digits),
-    "rate too high, MLP, momentum": too_high(0.35, True, lambda: dense(64, 64, 64, 10), _digits),
+    "rate too high, MLP, momentum": too_high(0.55, True, lambda: dense(64, 64, 64, 10), _digits),
     "rate too high, CNN, momentum": too_high(0.25, True, digits_cnn, _digits, 32),
     "rate too high, MLP, Adam": too_high(0.06, False, lambda: dense(64, 64, 64, 10, act=nn.ReLU), _digits),
-    "rate too high, deep, momentum": too_high(0.08, True, _deep, _digits),
+    "rate too high, deep, momentum": too_high(0.12, True, _deep, _digits),
     "float16": half_precision, "momentum .99": heavy_momentum, "weights grow": growing_weights,
     "exploding RNN": exploding_rnn,
     "labels shuffled": faulty(lambda m: sgd(m, 0.05), _mlp, _digits, "labels"),

@@ -239,15 +239,15 @@ def adam_spikes(seed: int) -> Training:
 
 def no_warmup(seed: int) -> Training:
     """A transformer with the norm behind, at a high rate from the first step on."""
-    model = seeded(seed, lambda: Attention(256, 40, 48, 3, norm="post"))
-    return plain(model, adam(model, 3e-3 * 1.2 ** (seed % 5)), entropy(model), drawn(_bytes(), 16, seed), 700)
+    model = seeded(seed, lambda: Attention(256, 40, 48, 4, norm="post"))
+    return plain(model, adam(model, 0.03 * 1.2 ** (seed % 5)), entropy(model), drawn(_bytes(), 16, seed), 500)
 
 
 def no_qk_norm(seed: int) -> Training:
     """A transformer whose queries and keys grow, at a high rate."""
     model = seeded(seed, lambda: Attention(256, 40, 48, 2))
-    optimizer = adamw(model, 0.012 * 1.2 ** (seed % 5), betas=(0.9, 0.98))
-    return plain(model, optimizer, entropy(model), drawn(_bytes(), 16, seed), 800, factor=warmed(100))
+    optimizer = adamw(model, 0.12 * 1.2 ** (seed % 5), betas=(0.9, 0.98))
+    return plain(model, optimizer, entropy(model), drawn(_bytes(), 16, seed), 600, factor=warmed(100))
 
 
 def deep_plain(seed: int) -> Training:
@@ -276,7 +276,7 @@ def half_throughout(seed: int) -> Training:
     images, labels = _flat()
     data = (images.bfloat16(), labels)
     loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731
-    return plain(model, adam(model, 0.01 * 1.3 ** (seed % 5)), loss, drawn(data, 64, seed), 1200)
+    return plain(model, adam(model, 0.05 * 1.3 ** (seed % 5)), loss, drawn(data, 64, seed), 1200)
 
 
 # --- in danger, by a fault --------------------------------------------------------------------------------------------

@@ -27,14 +27,16 @@ class Alert:
         step: the training step at which it was seen.
         level: the level from now on.
         reason: why, in a sentence.
-        rule: which rule spoke: ``rise``, ``growth``, ``edge``, ``rate``, ``spike``, ``loss``, ``not finite``, or
+        rule: which rule spoke: ``gradient``, ``rise``, ``growth``, ``rate``, ``spike``, ``loss``, ``not finite``, or
             ``calm`` on the way down.
+        layers: in which it began, the worst first, as far as the rule knows.
     """
 
     step: int
     level: AlertLevel
     reason: str
     rule: str
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Finding:
         rule: which rule says so.
         usual: the usual value that the reading was compared with; ``None``: with none.
         rising: whether what the rule looks at still rises. One that lags behind may find a rise on the way back.
+        layers: in which it began, the worst first; empty: not known.
     """
 
     level: AlertLevel = AlertLevel.QUIET
@@ -54,6 +57,7 @@ class Finding:
     rule: str = "calm"
     usual: float | None = None
     rising: bool = True
+    layers: tuple[str, ...] = ()
 
 
 QUIET = Finding()
@@ -70,15 +74,17 @@ class Detector(Protocol):
     Attributes:
         name: under which its state is saved; no two detectors share one.
         reads: names of the keys whose readings it is given.
+        by_layer: whether it is given those of layers too.
         track: its level.
     """
 
     name: str
     reads: tuple[str, ...]
+    by_layer: bool
     track: Track
 
     def observe(self, reading: Reading) -> Finding | None:
-        """Take in a reading of the whole model that has a value, which may be not finite.
+        """Take in a reading that has a value, which may be not finite.
 
         Returns:
             What :meth:`Track.take` returned; ``None`` where the reading was passed over.

@@ -32,6 +32,8 @@ class RatioDetector:
         context: what the losses say.
     """
 
+    by_layer = False
+
     def __init__(self, key: str, readings: str, agree: int, profile: Profile, context: Context) -> None:
         self.name = key
         self.reads: tuple[str, ...] = (key,)
@@ -47,6 +49,7 @@ class RatioDetector:
             return None
         self._held.append((reading.step, ratio))
         near = ratio < self._profile.negligible_ratio or is_back(ratio, self.track, self._profile.rise, self._context)
+        self._context.ratio = ratio
         found = self.track.take(self._judge(), near)
         if len(self._held) >= window:
             self.track.stands(median(r for _, r in itertools.islice(reversed(self._held), window)))
@@ -56,7 +59,7 @@ class RatioDetector:
         profile, held = self._profile, [*self._held]
         window = profile.ratio_window
         step, ratio = held[-1][0], min(r for _, r in held[-self._agree :])
-        if len(held) <= 2 * window or ratio < profile.negligible_ratio or self._context.loss_falls_fast:
+        if len(held) <= 2 * window or ratio < profile.negligible_ratio or self._context.loss_falls:
             return Finding()
         usual, before = median(r for _, r in held[-1 - window : -1]), median(r for _, r in held[: -1 - window])
         rise = ratio / usual
@@ -68,12 +71,13 @@ class RatioDetector:
             reason += f"in about {ahead} steps (step {step + ahead})" if ahead > 0 else "now"
             by_growth = min(level_of(1 / max(ahead, 1), profile.closeness), level_of(rise - 1, profile.grown))
         found, rule = max(by_rise, by_growth), "growth" if by_growth > by_rise else "rise"
-        if usual > profile.long_rise * before and rise - 1 < profile.jump:
-            found = min(found, AlertLevel.WATCH)
+        if (usual > profile.long_rise * before and rise - 1 < profile.jump) or not any(self._context.raised.values()):
+            found = min(found, AlertLevel.WATCH)  # the second stage: no alarm while all that is free is quiet
         return Finding(found, reason, rule, usual)
 
     def forget(self) -> None:
         """Drop all ratios, and what they said: they are of other weights."""
+        self._context.forget()
         self._held.clear()
         self.track.reset()
 

@@ -1,4 +1,4 @@
-"""What every rule may need to know of the losses, in one place."""
+"""What every rule may need to know of the losses, and of how the run stands, in one place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from gfs_core.detectors.base import positive
 from gfs_core.detectors.profile import Profile
 
 _SMALLEST_SPREAD = 1e-12  # keeps a division finite where all losses are 0
+_REFRESH = 5  # losses after which their median is computed anew
+_FIRST, _BEST, _NOW = 5, 10, 3  # losses whose median is that of the start, the least so far, and the present one
 
 
 class UsualLoss(NamedTuple):
@@ -17,8 +19,8 @@ class UsualLoss(NamedTuple):
 
     Attributes:
         median: of two in the middle the higher.
-        spread: from the median to ``high``, > 0.
-        high: what nine in ten losses are below.
+        spread: median distance from it, as a deviation.
+        high: how far the upper twentieth lies above the median, ≥ 0.
     """
 
     median: float
@@ -26,82 +28,124 @@ class UsualLoss(NamedTuple):
     high: float
 
 
-class LossBefore(NamedTuple):
-    """What the losses were like before a rise; of skewed losses the mean is far from the median."""
-
-    median: float
-    spread: float
-    mean: float
-
-
 class Context:
-    """What the losses tell the rules for ratios and rates. An early warning has one, which all its detectors share.
+    """What the losses tell the other rules. An early warning has one, which all its detectors share.
 
-    The loss detector fills it in. Tracks and the early warning say when a rise begins and when all is quiet again.
+    The loss detector fills in the losses, the ratio detectors the ratio, the rate detector whether the rate is steady.
+    Tracks and the early warning say when a rise begins and when all is quiet again.
 
     Attributes:
         losses: the latest ones, finite, of batches that are not short.
-        mean_loss: their exponential mean; ``None`` before the first.
-        before: what they were like before the rise that lasts, of several rises the lowest; ``None``: all is quiet, or
-            there were too few losses to tell.
-        back_for: losses in a row whose mean is back at that.
+        first: what the run began with; ``None`` before so many are known.
+        best: the lowest median of ten losses so far.
+        before: what the losses were like before the rise that lasts, of several rises the lowest; ``None``: all is
+            quiet, or there were too few losses to tell.
+        back_for: losses in a row that are back at that.
+        ratio: the latest stability ratio; ``None``: none is known of these weights.
+        rate_is_steady: whether the rate is no higher than it was lately.
+        outgrown: whether gradients are large beside the second moments of an adaptive optimizer.
+        raised: by the name of a detector of free signals, whether it finds more than is usual.
     """
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self.losses: deque[float] = deque(maxlen=profile.loss_window)
-        self.mean_loss: float | None = None
-        self.before: LossBefore | None = None
+        self.first: float | None = None
+        self.best: float | None = None
+        self.before: UsualLoss | None = None
         self.back_for = 0
+        self.ratio: float | None = None
+        self.rate_is_steady = True
+        self.outgrown = False
+        self.raised: dict[str, bool] = {}
+        self._usual: UsualLoss | None = None
+        self._new = 0  # losses since that was computed
 
-    def smooth(self, loss: float) -> float:
-        """Take a loss into the mean, and return the mean."""
-        held, memory = self.mean_loss, self._profile.loss_memory
-        self.mean_loss = loss if held is None else memory * held + (1 - memory) * loss
-        return self.mean_loss
+    def add_loss(self, loss: float) -> None:
+        """Take in a loss, once it has been judged."""
+        self.losses.append(loss)
+        self._new += 1
+        if self.first is None and len(self.losses) >= _FIRST:
+            self.first = median(self.losses)
+        if len(self.losses) >= _BEST:
+            now = median([self.losses[-i] for i in range(1, _BEST + 1)])
+            self.best = now if self.best is None else min(self.best, now)
 
     def usual_loss(self) -> UsualLoss | None:
         """What the losses are like lately; ``None``: there are too few of them."""
         if len(self.losses) < self._profile.loss_first:
             return None
-        ordered = sorted(self.losses)
-        middle, high = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
-        # The upper tenth tells how far healthy batches reach; a deviation would take their tail for a normal one.
-        spread = max(high - middle, self._profile.least_spread * abs(middle), _SMALLEST_SPREAD)
-        return UsualLoss(middle, spread, high)
+        if self._usual is None or self._new >= _REFRESH:
+            self._new = 0
+            ordered = sorted(self.losses)
+            middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
+            spread = 1.4826 * median([abs(loss - middle) for loss in ordered])
+            self._usual = UsualLoss(middle, max(spread, self._profile.least_spread * abs(middle)), high - middle)
+        return self._usual
 
     @property
-    def loss_falls_fast(self) -> bool:
-        """Whether the mean loss is far below the median: the ratio of a healthy run may rise meanwhile."""
-        if self.mean_loss is None or len(self.losses) < self._profile.loss_first:
+    def progress(self) -> float:
+        """How far the loss has fallen, > 0; half of the first one at least, as before it falls."""
+        if self.first is None:
+            return _SMALLEST_SPREAD
+        fallen = 0.0 if self.best is None else self.first - self.best
+        return max(fallen, abs(self.first) / 2, _SMALLEST_SPREAD)
+
+    @property
+    def loss_falls(self) -> bool:
+        """Whether the latest losses lie clearly below the usual one: gradients and ratios may rise meanwhile."""
+        if self.first is None:
             return False
-        middle = median(self.losses)
-        return middle - self.mean_loss > self._profile.fast_fall * abs(middle)
+        usual, clear = self.usual_loss(), self._profile.falls * self.progress
+        now = median([self.losses[-i] for i in range(1, _NOW + 1)])
+        if usual is None:
+            return now < self.first - clear
+        return now < usual.median - min(usual.spread / 2, clear)
+
+    @property
+    def swings_at_edge(self) -> bool:
+        """Whether a rise of the gradient or the loss is expected to come back by itself.
+
+        At the edge of stability, at a steady rate, a step that overshoots also lowers the curvature (self-stabilisation
+        of gradient descent). Not so with an adaptive optimizer whose second moments have been outgrown.
+        """
+        low, high = self._profile.at_edge
+        return self.ratio is not None and low < self.ratio < high and self.rate_is_steady and not self.outgrown
 
     @property
     def losses_are_back(self) -> bool:
-        """Whether the mean loss has been back for so long that a ratio or a rate that stays high does not matter."""
+        """Whether the losses have been back for so long that a ratio or a rate that stays high does not matter."""
         return self.back_for >= self._profile.losses_back
 
     def rise_began(self) -> None:
         """Keep what the losses were like before a rise; of several rises, the lowest."""
         usual = self.usual_loss()
         if usual is not None and (self.before is None or usual.median < self.before.median):
-            count = len(self.losses)
-            self.before = LossBefore(usual.median, usual.spread, sum(loss / count for loss in self.losses))
+            self.before = usual
         self.back_for = 0
 
     def all_is_quiet(self) -> None:
         """Forget what the losses were like before a rise: it is over."""
         self.before, self.back_for = None, 0
 
+    def forget(self) -> None:
+        """Drop what was measured on other weights."""
+        self.ratio, self.outgrown = None, False
+
     def state_dict(self) -> dict[str, Any]:
         """All attributes, as numbers and lists."""
         return {
             "losses": list(self.losses),
-            "mean_loss": self.mean_loss,
+            "first": self.first,
+            "best": self.best,
             "before": None if self.before is None else list(self.before),
+            "usual": None if self._usual is None else list(self._usual),
+            "new": self._new,
             "back_for": self.back_for,
+            "ratio": self.ratio,
+            "rate_is_steady": self.rate_is_steady,
+            "outgrown": self.outgrown,
+            "raised": dict(self.raised),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,9 +155,19 @@ class Context:
             ValueError: a number is none that this can have saved.
         """
         self.losses = deque(map(float, state["losses"]), maxlen=self._profile.loss_window)
-        self.mean_loss = None if state["mean_loss"] is None else float(state["mean_loss"])
-        self.before = None
-        if state["before"] is not None:
-            middle, spread, mean = state["before"]
-            self.before = LossBefore(float(middle), positive(spread), float(mean))
+        self.first, self.best = (None if state[n] is None else float(state[n]) for n in ("first", "best"))
+        self.before, self._usual = (_usual_from(state[name]) for name in ("before", "usual"))
+        self._new = int(state["new"])
         self.back_for = int(state["back_for"])
+        self.ratio = None if state["ratio"] is None else positive(state["ratio"])
+        self.rate_is_steady, self.outgrown = bool(state["rate_is_steady"]), bool(state["outgrown"])
+        self.raised = {str(name): bool(raised) for name, raised in state["raised"].items()}
+
+
+def _usual_from(saved: Any) -> UsualLoss | None:
+    if saved is None:
+        return None
+    middle, spread, high = map(float, saved)
+    if not (spread >= 0 and high >= 0):
+        raise ValueError(f"{spread} and {high} are no distances")
+    return UsualLoss(middle, spread, high)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gfs_core.detectors.base import Alert, AlertLevel, Detector
+from gfs_core.detectors.base import Alert, AlertLevel, Detector, Finding
 from gfs_core.detectors.baseline import running_ratio, solved_ratio
 from gfs_core.detectors.context import Context
-from gfs_core.detectors.edge import EdgeDetector
+from gfs_core.detectors.gradient import GradientDetector
 from gfs_core.detectors.loss import LossDetector
 from gfs_core.detectors.profile import Profile
 from gfs_core.detectors.rate import RateDetector
@@ -25,7 +25,7 @@ DETECTORS: list[MakeDetector] = [
     LossDetector,
     running_ratio,
     solved_ratio,
-    EdgeDetector,
+    GradientDetector,
 ]
 
 
@@ -61,19 +61,21 @@ class EarlyWarning:
                 self._readers.setdefault(name, []).append(detector)
 
     def observe(self, reading: Reading) -> Alert | None:
-        """Take in a reading; one that no detector reads, that has no value or that is of one layer is passed over.
+        """Take in a reading; one that no detector reads or that has no value is passed over.
 
         Args:
             reading: of a key that is known by its name. Those of one step come in this order: learning rate, examples,
-                loss, ratios. A loss may be not finite; a ratio or a rate that is not finite and > 0 is a failed
-                measurement, and passed over.
+                loss, ratios, gradients, and of these the layers before the whole model. A loss or a gradient may be not
+                finite; a ratio or a rate that is not finite and > 0 is a failed measurement, and passed over.
 
         Returns:
             The change of level that follows; ``None`` where there is none.
         """
         readers = self._readers.get(reading.key.name)
-        if readers is None or reading.value is None or reading.layer:
+        if readers is None or reading.value is None:
             return None
+        if reading.layer:
+            readers = [detector for detector in readers if detector.by_layer]
         lately = AlertLevel.QUIET if self.level is AlertLevel.QUIET else self._lately()  # never above the level
         found = [(d.track, finding) for d in readers if (finding := d.observe(reading)) is not None]
         if not found:  # all was quiet, and stays so
@@ -81,7 +83,7 @@ class EarlyWarning:
         track, finding = max(found, key=lambda pair: pair[1].level)
         new = finding.level > self.level or (finding.level == self.level and finding.rising)
         if new and self._lately() > lately:
-            return self._changed(reading.step, finding.level, finding.reason, finding.rule)
+            return self._changed(reading.step, finding)
         return self._settled(
             reading.step, f"the last {track.patience} {track.readings} were nearer to their usual values"
         )
@@ -97,9 +99,10 @@ class EarlyWarning:
         return self._settled(step, "other weights are trained now, whose usual stability ratio is not known yet")
 
     def in_order(self, readings: Iterable[Reading]) -> list[Reading]:
-        """Those readings of one step that a detector reads, in the order in which they are best given."""
+        """Those readings that a detector reads, in the order in which they are best given, step after step."""
         places = {name: place for place, name in enumerate(self._readers)}
-        return sorted((r for r in readings if r.key.name in places), key=lambda r: places[r.key.name])
+        known = (r for r in readings if r.key.name in places)
+        return sorted(known, key=lambda r: (r.step, places[r.key.name], not r.layer))
 
     def _lately(self) -> AlertLevel:
         """The gravest level beside what the run did lately; where it rises, something new has begun."""
@@ -110,11 +113,11 @@ class EarlyWarning:
         level = max(d.track.level for d in self._detectors)
         if level is AlertLevel.QUIET:
             self._context.all_is_quiet()
-        return None if level == self.level else self._changed(step, level, reason, "calm")
+        return None if level == self.level else self._changed(step, Finding(level, reason))
 
-    def _changed(self, step: int, level: AlertLevel, reason: str, rule: str) -> Alert:
-        self.level, self.reason = level, reason
-        return Alert(step, level, reason, rule)
+    def _changed(self, step: int, finding: Finding) -> Alert:
+        self.level, self.reason = finding.level, finding.reason
+        return Alert(step, finding.level, finding.reason, finding.rule, finding.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next alert depends on: numbers, strings, lists and dictionaries."""

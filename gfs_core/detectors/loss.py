@@ -1,7 +1,9 @@
 """The loss against its own level: what curvature cannot see, such as wrong data.
 
-A loss has to come back to what it was before the rise; where it never does, the alarm never ends. The loss of a short
-batch, such as the rest that ends an epoch, scatters more than the others and is not compared with them.
+How far a loss is above its usual value counts beside how far losses scatter, and beside how far the run has come: once
+it has fitted its data, a loss that is many times its median is still nothing. A loss has to come back to what it was
+before the rise; where it never does, the alarm never ends. The loss of a short batch, such as the rest that ends an
+epoch, scatters more than the others and is not compared with them.
 """
 
 from __future__ import annotations
@@ -10,26 +12,32 @@ import math
 from typing import Any
 
 from gfs_core.detectors.base import QUIET, AlertLevel, Finding, Track
-from gfs_core.detectors.context import Context
+from gfs_core.detectors.context import Context, UsualLoss
 from gfs_core.detectors.profile import Profile, level_of
 from gfs_core.signals.base import Reading
 from gfs_core.signals.training import EXAMPLES, LOSS, BatchSizes
 
+_LOWEST, _HIGHEST = -3.0, 40.0  # spreads that one loss counts
+
 
 class LossDetector:
-    """Rules ``spike``, one loss far above the others, ``loss``, their mean above them, and ``not finite``.
+    """Rules ``spike``, a loss far above the others, ``loss``, their mean above them, and ``not finite``.
 
     It fills in the losses of its context.
     """
 
     name = "loss"
     reads: tuple[str, ...] = (EXAMPLES.name, LOSS.name)
+    by_layer = False
 
     def __init__(self, profile: Profile, context: Context) -> None:
         self.track = Track("losses", profile.loss_patience, context.rise_began)
         self._profile, self._context = profile, context
         self._sizes = BatchSizes()
         self._short_step: int | None = None  # whose batch is short, and whose loss is still to come
+        self._mean: float | None = None  # exponential mean of the losses
+        self._above = 0.0  # the same of their distance from the usual one
+        self._burst = 0.0  # the same, in spreads, and of fewer losses
 
     def observe(self, reading: Reading) -> Finding | None:
         """Judge a loss; a finite one of a short batch is passed over. Keep whether a batch is short."""
@@ -45,52 +53,70 @@ class LossDetector:
         return None if short else self._observe_finite(reading.value)
 
     def _observe_finite(self, loss: float) -> Finding | None:
-        context = self._context
-        rising = context.mean_loss is None or loss >= context.mean_loss  # a mean lags behind its losses on the way back
-        mean = context.smooth(loss)
-        found = self.track.take(self._judge(loss, mean, rising), self._is_back(loss, mean))
-        context.losses.append(loss)
+        memory, rising = self._profile.loss_memory, self._mean is None or loss >= self._mean
+        self._mean = loss if self._mean is None else memory * self._mean + (1 - memory) * loss
+        finding = self._judge(loss, rising)
+        self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
+        found = self.track.take(finding, self._is_back(loss))
+        self._context.add_loss(loss)
         return found
 
-    def _judge(self, loss: float, mean: float, rising: bool) -> Finding:
-        usual = self._context.usual_loss()
+    def _judge(self, loss: float, rising: bool) -> Finding:
+        profile, usual = self._profile, self._context.usual_loss()
         if usual is None:
             return QUIET
-        far = (loss - usual.median) / usual.spread
-        by_spike, by_mean = level_of(far, self._profile.spike), self._mean_level(mean, usual.median, usual.spread)
+        above = loss - usual.median
+        self._above = profile.loss_memory * self._above + (1 - profile.loss_memory) * above
+        spreads = min(max(above / self._unit_of_spikes(usual), _LOWEST), _HIGHEST)
+        self._burst = profile.spike_memory * self._burst + (1 - profile.spike_memory) * spreads
+        mean = self._above / self._unit_of_means(usual)
+        by_spike, by_mean = level_of(self._burst, profile.spike), level_of(mean, profile.mean_rise)
         if by_spike is by_mean is AlertLevel.QUIET:
             return QUIET
+        level, swings = max(by_spike, by_mean), self._context.swings_at_edge
+        if swings and self._above < profile.beyond_swing * self._context.progress:
+            level = AlertLevel.WATCH
         if by_spike >= by_mean:
-            reason = (
-                f"the loss is {loss:.3g}, {far:.1f} times as far above its median {usual.median:.3g} as nine in ten are"
-            )
-            return Finding(by_spike, reason, "spike", rising=rising)
-        reason = f"the mean loss rose to {mean:.3g}, from a median of {usual.median:.3g}; "
-        reason += f"nine in ten were below {usual.high:.3g}"
-        return Finding(by_mean, reason, "loss", rising=rising)
+            rule, reason = "spike", f"the loss is {loss:.3g}, far above its median {usual.median:.3g}"
+        else:
+            rule = "loss"
+            reason = f"the mean loss rose by {self._above:.3g} above its median {usual.median:.3g}"
+        reason += f"; so far it has fallen by {self._context.progress:.3g}" if self._context.best is not None else ""
+        return Finding(level, reason + ("; it swings at the edge of stability" if swings else ""), rule, rising=rising)
 
-    def _mean_level(self, mean: float, usual: float, spread: float) -> AlertLevel:
-        return level_of((mean - usual) / spread, self._profile.mean_rise)
+    def _unit_of_spikes(self, usual: UsualLoss) -> float:
+        return max(usual.spread, usual.high / 2, self._profile.small_loss * self._context.progress)
 
-    def _is_back(self, loss: float, mean: float) -> bool:
+    def _unit_of_means(self, usual: UsualLoss) -> float:
+        return max(self._profile.mean_high * usual.high, self._profile.small_rise * self._context.progress)
+
+    def _is_back(self, loss: float) -> bool:
         """Whether a loss and their mean are near those before the rise; the context counts such means."""
         context, before = self._context, self._context.before
         if before is None:
             return True
-        by_spike = level_of((loss - before.median) / before.spread, self._profile.spike)
-        by_mean = self._mean_level(mean, max(before.median, before.mean), before.spread)
+        assert self._mean is not None
+        by_mean = level_of((self._mean - before.median) / self._unit_of_means(before), self._profile.mean_rise)
         context.back_for = context.back_for + 1 if by_mean is AlertLevel.QUIET else 0
+        by_spike = level_of((loss - before.median) / self._unit_of_spikes(before), self._profile.spike)
         return by_spike is by_mean is AlertLevel.QUIET
 
     def forget(self) -> None:
         """Drop nothing: losses do not depend on which weights are trained."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The sizes of batches, and the level; the losses are in the context."""
-        return {"sizes": list(self._sizes.seen), "short_step": self._short_step, "track": self.track.state_dict()}
+        """The sizes of batches, the means and the level; the losses are in the context."""
+        return {
+            "sizes": list(self._sizes.seen),
+            "short_step": self._short_step,
+            "means": [self._mean, self._above, self._burst],
+            "track": self.track.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         short_step = state["short_step"]
         self._sizes, self._short_step = BatchSizes(state["sizes"]), None if short_step is None else int(short_step)
+        mean, above, burst = state["means"]
+        self._mean, self._above, self._burst = None if mean is None else float(mean), float(above), float(burst)
         self.track.load_state_dict(state["track"])

@@ -7,8 +7,8 @@ from typing import Any
 
 from gfs_core.detectors.base import AlertLevel
 
-_RULES = "benchmarks/alarm.md"  # delays and false alarms of all rules at equal rates of false alarms
-_LIMITS = "benchmarks/alarm_limits.md"  # runs that are wrong from the start
+_ZOO = "benchmarks/danger.md"  # warnings before breaks, at an equal rate of false alarms on healthy trainings
+_RULES = "benchmarks/alarm.md"  # delays and false alarms of the rules for ratios and rates
 _ENDS = "tests/core/test_alarm_ends.py"  # in no table: harmed trainings that come back, in part or not at all
 _SOLVED = "tests/core/test_detectors.py"  # in no table: the recorded trainings of benchmarks have no solved ratios
 
@@ -76,14 +76,6 @@ class Profile:
         (0.6, 0.95), "above the usual ratio besides, relative to it: an average of noise has trends", _RULES
     )
 
-    # The edge for noisy steps.
-    edge: tuple[float, float] = _threshold(
-        (1.0, 1.5), "mean-square ratio: healthy runs stay below 1, or pass it for a moment", _LIMITS
-    )
-    edge_window: int = _setting(5, "latest mean-square ratios, of which the geometric mean is judged …", _LIMITS)
-    edge_first: int = _setting(10, "… after so many: second moments of adaptive optimizers settle before", _LIMITS)
-    edge_patience: int = _setting(5, "quiet mean-square ratios that take the level down by one", _ENDS)
-
     # The learning rate against its own level.
     rate_window: int = _setting(50, "latest learning rates that make up the usual one", _RULES)
     rate_first: int = _setting(20, "learning rates before the rule for them begins", _RULES)
@@ -92,24 +84,45 @@ class Profile:
     )
     rate_patience: int = _setting(20, "quiet learning rates that take the level down by one", _ENDS)
 
+    # The gradient of the worst layer, and the growth of the weights.
+    gradient_window: int = _setting(100, "latest gradients that make up the usual one of a layer", _ZOO)
+    weight_window: int = _setting(50, "latest norms of the weights that make up the usual one", _ZOO)
+    gradient_first: int = _setting(8, "readings of a stream before it is judged", _ZOO)
+    gradient_spread: float = _setting(0.2, "least spread of the logarithm of a layer's gradient", _ZOO)
+    weight_growth: float = _setting(
+        0.05, "growth of the weights' logarithm that counts as one spread of the gradient", _ZOO
+    )
+    gradient_memory: float = _setting(0.8, "weight of the past in the score of gradient and growth", _ZOO)
+    gradient: tuple[float, float] = _threshold((1.7, 2.6), "score of gradient and growth, in spreads", _ZOO)
+    outgrown: float = _setting(
+        1.5, "times the usual normalised gradient of an adaptive optimizer, from which its second moments lag", _ZOO
+    )
+    gradient_patience: int = _setting(20, "quiet gradients that take the level down by one", _ENDS)
+
     # The loss.
-    loss_window: int = _setting(
-        50, "latest losses that make up the usual one: enough for their spread, few enough to fall with it", _RULES
-    )
-    loss_first: int = _setting(20, "losses before the rules for them begin", _RULES)
-    loss_memory: float = _setting(0.9, "weight of the past in the mean loss, per step", _RULES)
-    spike: tuple[float, float] = _threshold(
-        (4.0, 6.0), "one loss above the median, in spreads: healthy losses have heavy tails", _RULES
-    )
-    mean_rise: tuple[float, float] = _threshold((0.5, 0.75), "the mean loss above the median, in spreads", _RULES)
+    loss_window: int = _setting(100, "latest losses that make up the usual one", _ZOO)
+    loss_first: int = _setting(20, "losses before the rules for them begin", _ZOO)
+    loss_memory: float = _setting(0.9, "weight of the past in the mean of losses, per step", _ZOO)
+    spike_memory: float = _setting(0.7, "weight of the past in a burst of the loss, per step", _ZOO)
+    spike: tuple[float, float] = _threshold((4.0, 6.0), "a burst of the loss, in spreads", _ZOO)
+    mean_rise: tuple[float, float] = _threshold((0.6, 1.0), "the mean loss above the median, in units as follow", _ZOO)
+    mean_high: float = _setting(0.6, "of the distance of the upper twentieth of losses: one unit at least …", _ZOO)
+    small_rise: float = _setting(0.1, "… and this part of what the loss has fallen so far", _ZOO)
+    small_loss: float = _setting(0.05, "of what the loss has fallen: one spread of a burst at least", _ZOO)
     least_spread: float = _setting(
-        1e-3, "least spread, relative to the median: losses that hardly vary are not judged by last digits", _RULES
+        1e-3, "least spread, relative to the median: losses that hardly vary are not judged by last digits", _ZOO
     )
     loss_patience: int = _setting(20, "quiet losses that take the level down by one", _ENDS)
 
-    # What the losses say to the rules for ratios and rates.
-    fast_fall: float = _setting(
-        0.15, "of the median, by which the mean loss is below it: the loss falls fast, and no ratio is judged", _RULES
+    # What the losses and the edge say to the other rules.
+    falls: float = _setting(
+        0.02, "of what the loss has fallen so far, by which the latest losses are below: no gradient is judged", _ZOO
+    )
+    at_edge: tuple[float, float] = _setting(
+        (0.7, 1.6), "stability ratios at which a steady run swings, and comes back by itself", _ZOO
+    )
+    beyond_swing: float = _setting(
+        0.5, "of what the loss has fallen so far: a swing at the edge that goes beyond is an alarm", _ZOO
     )
     losses_back: int = _setting(
         100, "losses in a row with their mean back, from which on a ratio or a rate may stay high", _ENDS

@@ -14,12 +14,15 @@ from gfs_core.detectors.profile import Profile, level_of
 from gfs_core.signals.base import Reading
 from gfs_core.signals.training import STEP_RATE
 
+_STEADY = 1.1  # times the rate of some steps ago, or that of an earlier cycle, up to which a rate is no rise
+
 
 class RateDetector:
     """Rule ``rate``: the rate is well above its median. A restart on purpose looks the same, and is announced too."""
 
     name = "rate"
     reads: tuple[str, ...] = (STEP_RATE.name, RUNNING_RATIO, SOLVED_RATIO)
+    by_layer = False
 
     def __init__(self, profile: Profile, context: Context) -> None:
         self.track = Track("learning rates", profile.rate_patience, context.rise_began)
@@ -40,6 +43,7 @@ class RateDetector:
             return None
         self._last_step = reading.step
         finding = self._judge(value)
+        self._context.rate_is_steady = not self._rates or value <= _STEADY * self._rates[0]
         self._rates.append(value)
         found = self.track.take(finding, is_back(value, self.track, profile.rate_rise, self._context))
         if len(self._rates) >= profile.rate_first:
@@ -55,8 +59,11 @@ class RateDetector:
         usual = median(rates)
         if self._ratios and max(self._ratios.values()) * rate / usual < self._profile.negligible_ratio:
             return QUIET
+        level = level_of(rate / usual - 1, rise)
+        if rate <= _STEADY * self.track.stood:  # a restart
+            level = min(level, AlertLevel.WATCH)
         reason = f"the learning rate rose to {rate:.3g}, {rate / usual:.1f} times its usual {usual:.3g}"
-        return Finding(level_of(rate / usual - 1, rise), reason, "rate", usual)
+        return Finding(level, reason, "rate", usual)
 
     def forget(self) -> None:
         """Drop the stability ratios: they are of other weights. The rates stay."""

@@ -1,0 +1,56 @@
+"""Rules over recorded streams: the early warning as it is."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from benchmarks.zoo.training import Stream
+from gfs_core import AlertLevel, EarlyWarning, Profile, Reading
+from gfs_core.signals.gradients import KEYS
+from gfs_core.signals.training import LOSS, STEP_RATE
+
+
+class Alarm(NamedTuple):
+    """A stretch at the level of an alarm.
+
+    Attributes:
+        start: the step at which it begins.
+        end: the step after its last one.
+        rule: which rule said so first.
+    """
+
+    start: int
+    end: int
+    rule: str
+
+
+def early_warning(stream: Stream, profile: Profile | None = None, every: int = 1) -> list[Alarm]:
+    """The alarms of the early warning.
+
+    Args:
+        stream: what it reads; there are no curvature readings.
+        profile: the thresholds; ``None``: those of the package.
+        every: steps between readings of gradients.
+    """
+    warning, found, rule = EarlyWarning(profile), list[Alarm](), ""
+    began: int | None = None
+    for step in range(len(stream.loss)):
+        readings = [Reading(STEP_RATE, step, float(stream.rate[step])), Reading(LOSS, step, float(stream.loss[step]))]
+        if step % every == 0:
+            for key in KEYS:
+                readings.append(Reading(key, step, _value(stream.whole[key.name][step])))
+                rows = stream.by_layer[key.name][step]
+                readings += [Reading(key, step, _value(v), layer) for v, layer in zip(rows, stream.layers, strict=True)]
+        for reading in warning.in_order(readings):
+            alert = warning.observe(reading)
+            if alert is not None and alert.level is AlertLevel.ALARM and began is None:
+                began, rule = step, alert.rule
+            if alert is not None and alert.level is not AlertLevel.ALARM and began is not None:
+                found.append(Alarm(began, step, rule))
+                began = None
+    return found if began is None else [*found, Alarm(began, len(stream.loss), rule)]
+
+
+def _value(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

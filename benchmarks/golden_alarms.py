@@ -1,7 +1,7 @@
 """What the early warning says: streams of losses, rates and stability ratios of real trainings, and its events.
 
 The streams are those of `benchmarks/lib/streams.py`, healthy and with each of its faults, around the start of a fault,
-and those of trainings of `benchmarks/golden.py`, with solved ratios and ratios in the mean square. Writes
+those of trainings of `benchmarks/golden.py`, with solved ratios, and those of `benchmarks/zoo`, with gradients. Writes
 tests/golden/alarms.json, which tests/core/test_replays.py replays. Values are rounded to four digits before the events
 are taken, so that a replay is exact on every machine.
 
@@ -26,11 +26,14 @@ import gfs_core as gfs
 from benchmarks import golden
 from benchmarks import golden_trainings as made
 from benchmarks.lib import streams as faulty
-from tests.core.test_replays import Call, replayed
+from benchmarks.zoo import design
+from benchmarks.zoo.training import recorded
+from tests.core.test_replays import FREE, Call, replayed
 
 TARGET = Path(__file__).parents[1] / "tests" / "golden" / "alarms.json"
 BEFORE, AFTER = 160, 65  # steps around the start of a fault: the rules for ratios wait for 30 of them, of every 5 steps
 SEED = 5
+ORDER = ("rate", "loss", "normalised", "weights", "gradient")  # of the readings of a step
 
 
 def of_benchmark() -> dict[str, list[Call]]:
@@ -72,14 +75,13 @@ def returning(step: int) -> float:
 
 # Tier, optimizer, factor of the rate, and what the early warning is given.
 TRAININGS: list[tuple[str, Callable[[nn.Module], Optimizer], Callable[[int], float], set[str]]] = [
-    ("running", made.momentum, made.constant, {"rate", "loss", "running", "mean square"}),
-    ("running", made.momentum, growing, {"loss", "running", "mean square"}),
-    ("running", made.momentum, returning, {"rate", "loss", "running", "mean square"}),
-    ("running", made.adamw, growing, {"mean square"}),
+    ("running", made.momentum, made.constant, {"rate", "loss", "running"}),
+    ("running", made.momentum, growing, {"loss", "running"}),
+    ("running", made.momentum, returning, {"rate", "loss", "running"}),
     ("running", made.adamw, returning, {"loss", "running"}),
     ("running", made.adamw, made.explosion, {"loss", "running"}),
     ("sharpness", made.momentum, growing, {"loss", "solved"}),
-    ("sharpness", made.momentum, returning, {"solved", "mean square"}),
+    ("sharpness", made.momentum, returning, {"solved"}),
     ("sharpness", made.adamw, made.constant, {"rate", "loss", "solved"}),
     ("sharpness", made.adamw, growing, {"solved"}),
 ]
@@ -105,6 +107,24 @@ def of_trainings() -> dict[str, list[Call]]:
     return streams
 
 
+def of_zoo() -> dict[str, list[Call]]:
+    """Trainings whose gradients are recorded by layer, around a fault or a break."""
+    streams: dict[str, list[Call]] = {}
+    for name, begin, end in (("ramp 3 %, CNN, Adam", 380, 620), ("weights grow", 300, 520), ("momentum .99", 0, 250)):
+        stream = recorded(design.DANGER[name](100))
+        calls: list[Call] = []
+        for step in range(begin, min(end, len(stream.loss))):
+            calls += [("rate", step, float(stream.rate[step])), ("loss", step, float(stream.loss[step]))]
+            if step % 2 == 0:  # as where reading them at every step would be too dear
+                for kind, key in FREE.items():
+                    found = zip(stream.layers, stream.by_layer[key.name][step], strict=True)
+                    layers = [*found] if kind == "gradient" else []
+                    values = [*layers, ("", stream.whole[key.name][step])]
+                    calls += [(kind, step, float(v), layer) for layer, v in values if math.isfinite(v)]
+        streams[f"zoo, {name}"] = sorted(calls, key=lambda c: (c[1], ORDER.index(c[0])))
+    return streams
+
+
 def _measured(scenario: made.Scenario) -> list[Call]:
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,8 +136,8 @@ def _measured(scenario: made.Scenario) -> list[Call]:
         calls.append(("rate", m.step, m.learning_rate))
         if m.step in losses:
             calls.append(("loss", m.step, losses[m.step]))
-        ratios = {"running": m.running_stability_ratio, "solved": m.stability_ratio}
-        ratios["mean square"] = m.mean_square_stability_ratio
+        solved = None if m.sharpness is None else m.stability_ratio
+        ratios = {"running": m.running_stability_ratio, "solved": solved}
         calls += [(kind, m.step, ratio) for kind, ratio in ratios.items() if ratio is not None]
     return calls
 
@@ -131,7 +151,7 @@ def main() -> None:
     """Write the file."""
     golden.quiet()
     parts = []
-    for name, calls in (of_benchmark() | of_trainings()).items():
+    for name, calls in (of_benchmark() | of_trainings() | of_zoo()).items():
         held = [_rounded(call) for call in calls]
         events = replayed(held)
         print(name, len(held), [(e[0], *e[1:3]) for e in events], file=sys.stderr)

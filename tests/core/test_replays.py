@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 import gfs_core as gfs
-from tests.core.observed import observe_loss, observe_mean_square, observe_rate, observe_ratio
+from gfs_core.signals.gradients import GRAD_NORM, RMS_RATIO, WEIGHT_NORM
+from tests.core.observed import observe_loss, observe_rate, observe_ratio
 
 FILE = Path(__file__).parents[1] / "golden" / "alarms.json"
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
-RULES = {"rise", "growth", "edge", "rate", "spike", "loss", "not finite", "calm"}
+RULES = {"gradient", "rise", "growth", "rate", "spike", "loss", "not finite", "calm"}
+FREE = {"gradient": GRAD_NORM, "weights": WEIGHT_NORM, "normalised": RMS_RATIO}
 
-Call = Sequence[Any]  # kind, step, value, and of a loss how many examples it is of, if known
+Call = Sequence[Any]  # kind, step, value; of a loss how many examples it is of, of a gradient the layer, if known
 Told = list[Any]  # step, level, rule, reason
 
 
@@ -24,13 +26,13 @@ def replayed(calls: Sequence[Call], profile: gfs.Profile | None = None) -> list[
     """What the early warning tells of a stream of observations."""
     warning = gfs.EarlyWarning(profile)
     told: list[Told] = []
-    for kind, step, value, *examples in calls:
+    for kind, step, value, *more in calls:
         if kind == "rate":
             alert = observe_rate(warning, step, value)
         elif kind == "loss":
-            alert = observe_loss(warning, step, value, *examples)
-        elif kind == "mean square":
-            alert = observe_mean_square(warning, step, value)
+            alert = observe_loss(warning, step, value, *more)
+        elif kind in FREE:
+            alert = warning.observe(gfs.Reading(FREE[kind], step, value, *more))
         elif kind == "forget":
             alert = warning.forget(step)
         else:
@@ -49,6 +51,6 @@ def test_a_recorded_stream_gives_the_recorded_events(name: str) -> None:
 def test_every_rule_speaks_in_what_was_recorded_and_some_streams_are_quiet() -> None:
     assert {event[2] for stream in RECORDED.values() for event in stream["events"]} == RULES
     assert {call[0] for stream in RECORDED.values() for call in stream["calls"]} == {
-        "rate", "loss", "running", "solved", "mean square", "forget",
+        "rate", "loss", "running", "solved", "forget", *FREE,
     }  # fmt: skip
     assert sum(not stream["events"] for stream in RECORDED.values()) >= 3

@@ -80,7 +80,7 @@ class Context:
             ordered = sorted(self.losses)
             middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
             spread = 1.4826 * median([abs(loss - middle) for loss in ordered])
-            self._usual = UsualLoss(middle, max(spread, self._profile.least_spread * abs(middle)), high - middle)
+            self._usual = UsualLoss(middle, spread, high - middle)
         return self._usual
 
     @property

@@ -109,9 +109,6 @@ class Profile:
     mean_high: float = _setting(0.6, "of the distance of the upper twentieth of losses: one unit at least …", _ZOO)
     small_rise: float = _setting(0.1, "… and this part of what the loss has fallen so far", _ZOO)
     small_loss: float = _setting(0.05, "of what the loss has fallen: one spread of a burst at least", _ZOO)
-    least_spread: float = _setting(
-        1e-3, "least spread, relative to the median: losses that hardly vary are not judged by last digits", _ZOO
-    )
     loss_patience: int = _setting(20, "quiet losses that take the level down by one", _ENDS)
 
     # What the losses and the edge say to the other rules.

@@ -77,7 +77,8 @@ def read(path: str | Path) -> AlarmRecord:
     about: Any = held[0].get("alarm") if held else None
     try:
         told = about["alert"]
-        alert = Alert(int(told["step"]), AlertLevel(told["level"]), str(told["reason"]), str(told["rule"]))
+        layers = tuple(str(layer) for layer in told.get("layers", ()))
+        alert = Alert(int(told["step"]), AlertLevel(told["level"]), str(told["reason"]), str(told["rule"]), layers)
         step, name, run = int(about["step"]), str(about["optimizer_name"]), str(held[0].get("run", ""))
     except (TypeError, KeyError, ValueError, OverflowError):
         raise ConfigError(f"{path} is no record of an alarm: its first line does not say what the alarm was") from None

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.lib.data import Batch, digits, fashion_mnist, text
 from benchmarks.lib.models import Characters, Rows, cnn, dense, digits_cnn
 from benchmarks.zoo.parts import (
+    Attention,
     Recurrent,
     changing,
     cosine,
     drawn,
     entropy,
+    one_cycle,
     plain_stack,
     restarts,
     seeded,
@@ -200,12 +202,85 @@ def adversaries(seed: int) -> Training:
     return Training(critic, second, run())
 
 
+def attention_model(seed: int) -> Training:
+    data, alphabet = _text()
+    model = seeded(seed, lambda: Attention(alphabet, 32, 32, 2))
+    batches = drawn(data, 16, seed)
+    return plain(model, adam(model, 1.5e-3), entropy(model), batches, 2000, factor=cosine(2000, 200), clip=1.0)
+
+
+def one_cycle_mlp(seed: int) -> Training:
+    model = seeded(seed, lambda: dense(64, 96, 96, 10, act=nn.GELU))
+    batches = drawn(_digits(), 32, seed)
+    return plain(model, adamw(model, 0.01), entropy(model), batches, STEPS, factor=one_cycle(STEPS))
+
+
+def normalised_cnn(seed: int) -> Training:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3),
+            nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10),
+        )  # fmt: skip
+
+    model = seeded(seed, make)
+    optimizer = sgd(model, 0.2, weight_decay=1e-3)
+    return plain(model, optimizer, entropy(model), drawn(_digits(), 64, seed), 2000, factor=cosine(2000, 200))
+
+
+def skip_gram(seed: int) -> Training:
+    """Characters are told from their neighbours, by inner products of embeddings that begin near zero."""
+    (inputs, targets), alphabet = _text()
+    data = (inputs.flatten(), targets.flatten())
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of, self.by = nn.Embedding(alphabet, 24), nn.Embedding(alphabet, 24)
+            for table in (self.of, self.by):
+                nn.init.normal_(table.weight, std=0.02)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.of(x) @ self.by.weight.T
+            return out
+
+    model = seeded(seed, Pairs)
+    return plain(model, adam(model, 5e-3), entropy(model), drawn(data, 256, seed), 2000)
+
+
+def forger(seed: int) -> Training:
+    """Two networks that play against each other, of which the one that forges digits is watched."""
+    data = _digits()[0]
+    torch.manual_seed(seed)
+    maker, critic = dense(16, 64, 64, act=nn.SiLU), dense(64, 64, 1, act=nn.LeakyReLU)
+    first = torch.optim.Adam(maker.parameters(), 1e-3, betas=(0.5, 0.999))
+    second = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.999))
+    draws = torch.Generator().manual_seed(seed)
+    plus = nn.functional.softplus
+
+    def run() -> Iterator[float]:
+        for _ in range(2000):
+            real = data[torch.randint(len(data), (64,), generator=draws)]
+            made = maker(torch.randn(64, 16, generator=draws)).detach()
+            second.zero_grad()
+            (plus(-critic(real)).mean() + plus(critic(made)).mean()).backward()
+            second.step()
+            first.zero_grad()
+            loss = plus(-critic(maker(torch.randn(64, 16, generator=draws)))).mean()
+            loss.backward()
+            yield loss.item()
+            first.step()
+
+    return Training(maker, first, run())
+
+
 HEALTHY: dict[str, Make] = {
     "full batch at the edge, tanh": full_batch, "full batch at the edge, ReLU": full_batch_relu, "fitted": fitted,
     "cyclic rate": cyclic, "warm restarts": restarted, "batch 4": tiny_batches, "CNN, batch 256": large_batches,
     "dropout": dropped_out, "BatchNorm, momentum": normalised_mlp, "characters": character_model,
     "fine-tuning": fine_tuned, "autoencoder": autoencoder, "LSTM": lstm, "heavy tails": heavy_tails,
-    "noisy labels": noisy_labels, "GAN, critic": adversaries,
+    "noisy labels": noisy_labels, "GAN, critic": adversaries, "attention": attention_model,
+    "OneCycle, MLP": one_cycle_mlp, "BatchNorm CNN, digits": normalised_cnn, "skip-gram": skip_gram,
+    "GAN, forger": forger,
 }  # fmt: skip
 
 # --- in danger --------------------------------------------------------------------------------------------------------

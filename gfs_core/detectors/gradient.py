@@ -35,8 +35,8 @@ class GradientDetector:
         self.track = Track("gradients", profile.gradient_patience, context.rise_began)
         self._profile, self._context = profile, context
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
-        self._weights = Past(profile.weight_window, profile.gradient_first, refresh=5)
-        self._normalised = Past(profile.weight_window, profile.gradient_first, refresh=5)
+        self._weights = Past(profile.weight_window, profile.weight_first, refresh=5)
+        self._normalised = Past(profile.weight_window, profile.weight_first, refresh=5)
         self._layers: dict[str, float] = {}  # logarithms of the gradient of each, of the step that is arriving
         self._growth = 0.0  # of the weights, in units of the profile's
         self._score = 0.0
@@ -73,15 +73,16 @@ class GradientDetector:
         self._layers = {}
         if not math.isfinite(norm):
             return Finding(AlertLevel.ALARM, f"the gradient's norm is {norm}", "not finite")
-        if norm > 0 and not layers:
-            layers = {_WHOLE: math.log(norm)}
-        scores = {}
+        if norm > 0:
+            layers[_WHOLE] = math.log(norm)
+        scores, medians = dict[str, float](), dict[str, float]()
         for layer, log in layers.items():
             if (usual := self._gradients.usual(layer)) is not None:
+                medians[layer] = usual[0]
                 scores[layer] = (log - usual[0]) / max(usual[1], profile.gradient_spread)
-        medians = {layer: usual[0] for layer in scores if (usual := self._gradients.usual(layer)) is not None}
         self._gradients.add(layers)
-        worst = max(scores.values(), default=0.0)
+        whole = scores.pop(_WHOLE, 0.0)
+        worst = max(scores.values(), default=whole)
         growth = min(max(self._growth, -_MOST / 3), _MOST)
         new = min(max(worst, -_MOST / 3), _MOST) + growth
         self._score = profile.gradient_memory * self._score + (1 - profile.gradient_memory) * new

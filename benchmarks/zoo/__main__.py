@@ -34,8 +34,8 @@ DANGER = """# Trainings in danger
 A training *breaks* where the median of the next ten losses is above the best so far by a fifth of the progress (or by a
 tenth of the first loss), or is not finite; with full batches also where a loss is five times the median of the last
 hundred. *Warned*: breaks before which an alarm stood, up to 200 steps ahead but after the fault, if there is one;
-*lead*: the median of the steps that were left. *Told*: breaks of which an alarm told at the latest three steps after. The
-rules of others have the lowest threshold with at most 2 false alarms in 10,000 steps of the trainings of
+*lead*: the median of the steps that were left. *Told*: breaks of which an alarm told at the latest three steps after.
+The rules of others have the lowest threshold with at most 2 false alarms in 10,000 steps of the trainings of
 [health.md](health.md); the early warning is as it comes, with {false:.1f} there. A cell: warned · told · lead.
 """
 

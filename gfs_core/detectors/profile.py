@@ -8,7 +8,7 @@ from typing import Any
 from gfs_core.detectors.base import AlertLevel
 
 _ZOO = "benchmarks/danger.md"  # warnings before breaks, at an equal rate of false alarms on healthy trainings
-_RULES = "benchmarks/alarm.md"  # delays and false alarms of the rules for ratios and rates
+_HELD = "tests/core/test_profile.py"  # in no table: streams in which each number makes a difference
 _ENDS = "tests/core/test_alarm_ends.py"  # in no table: harmed trainings that come back, in part or not at all
 _SOLVED = "tests/core/test_detectors.py"  # in no table: the recorded trainings of benchmarks have no solved ratios
 
@@ -34,8 +34,9 @@ def _setting(default: Any, text: str, source: str) -> Any:
 class Profile:
     """The numbers of all rules. The metadata of each field say what it is, and the page that shows what it does.
 
-    They were chosen together, by the false alarms and delays that ``benchmarks/alarm.md`` counts; that page says on
-    which seeds, and which of its own seeds have had a say. A number that is in no table names the tests that hold it.
+    Those of the gradient and the loss were chosen on the trainings of ``benchmarks/zoo/design.py``, and are reported on
+    others in ``benchmarks/health.md`` and ``benchmarks/danger.md``. A number that is in no table names the tests that
+    hold it.
 
     Example:
         >>> Profile().scaled(2.0).rise
@@ -44,43 +45,43 @@ class Profile:
 
     # A stability ratio against the run's own level.
     ratio_window: int = _setting(
-        15, "latest ratios that make up the usual one: fewer are too noisy, more lag behind a healthy drift", _RULES
+        15, "latest ratios that make up the usual one: fewer are too noisy, more lag behind a healthy drift", _HELD
     )
     rise: tuple[float, float] = _threshold(
-        (0.75, 1.25), "above the usual ratio, relative to it: 0.8 % and 0.3 % of healthy ratios are", _RULES
+        (0.75, 1.25), "above the usual ratio, relative to it: 0.8 % and 0.3 % of healthy ratios are", _HELD
     )
     negligible_ratio: float = _setting(
-        0.05, "a ratio below this is so far from the edge that no rise of it matters", _RULES
+        0.05, "a ratio below this is so far from the edge that no rise of it matters", _HELD
     )
     long_rise: float = _setting(
-        2.0, "times the usual ratio of before: a ratio that has long been rising is only watched …", _RULES
+        2.0, "times the usual ratio of before: a ratio that has long been rising is only watched …", _HELD
     )
-    jump: float = _threshold(2.5, "… unless it is this far above its usual value, relative to it", _RULES)
-    running_agree: int = _setting(1, "latest running ratios that have to agree: each is an average", _RULES)
+    jump: float = _threshold(2.5, "… unless it is this far above its usual value, relative to it", _HELD)
+    running_agree: int = _setting(1, "latest running ratios that have to agree: each is an average", _HELD)
     solved_agree: int = _setting(2, "latest solved ratios that have to agree: each is that of one batch", _SOLVED)
     ratio_patience: int = _setting(5, "quiet ratios that take the level down by one", _ENDS)
 
     # Growth towards the edge.
-    fit_window: int = _setting(6, "ratios in the fit: with more it still holds the level before", _RULES)
+    fit_window: int = _setting(6, "ratios in the fit: with more it still holds the level before", _HELD)
     fit_correlation: float = _setting(
-        0.97, "correlation of log ratio with the step, from which on the growth counts as steady", _RULES
+        0.97, "correlation of log ratio with the step, from which on the growth counts as steady", _HELD
     )
-    fit_growth: float = _setting(1.35, "least growth within the fit: progressive sharpening is slower", _RULES)
-    fit_horizon: int = _setting(500, "steps: an edge that is crossed later than that is not mentioned", _RULES)
+    fit_growth: float = _setting(1.35, "least growth within the fit: progressive sharpening is slower", _HELD)
+    fit_horizon: int = _setting(500, "steps: an edge that is crossed later than that is not mentioned", _HELD)
     closeness: tuple[float, float] = _threshold(
         (1 / 150, 1 / 100),
         "1 / steps until the edge is crossed: time to act, near enough to be believed",
-        _RULES,
+        _HELD,
     )
     grown: tuple[float, float] = _threshold(
-        (0.6, 0.95), "above the usual ratio besides, relative to it: an average of noise has trends", _RULES
+        (0.6, 0.95), "above the usual ratio besides, relative to it: an average of noise has trends", _HELD
     )
 
     # The learning rate against its own level.
-    rate_window: int = _setting(50, "latest learning rates that make up the usual one", _RULES)
-    rate_first: int = _setting(20, "learning rates before the rule for them begins", _RULES)
+    rate_window: int = _setting(50, "latest learning rates that make up the usual one", _HELD)
+    rate_first: int = _setting(20, "learning rates before the rule for them begins", _HELD)
     rate_rise: tuple[float, float] = _threshold(
-        (1.2, 1.5), "above the median rate, relative to it: a linear warm-up reaches 1", _RULES
+        (1.2, 1.5), "above the median rate, relative to it: a linear warm-up reaches 1", _HELD
     )
     rate_patience: int = _setting(20, "quiet learning rates that take the level down by one", _ENDS)
 

@@ -26,8 +26,8 @@ HOLD = (0.7, 1.4)
 _SETTLING = 0.05
 _FORGETTING, _FORGOTTEN = 1 / 3, 100
 _HARM_AHEAD = 150  # steps before the harm within which a warning is about it: the horizon of the early warning
-# A run is harmed where its loss is twice the mean of the 50 before and nine in ten of all later ones are as high, the
-# harm of benchmarks/alarm.md, or where the report calls it destroyed. A spike from which it comes back by itself
+# A run is harmed where its loss is twice the mean of the 50 before and nine in ten of all later ones are as high,
+# or where the report calls it destroyed. A spike from which it comes back by itself
 # belongs to the edge and is only counted.
 _DOUBLED, _BEFORE, _STAYS, _FEWEST = 2.0, 50, 0.9, 20
 _LASTS = 10  # losses that have to follow before anything can be said to stay

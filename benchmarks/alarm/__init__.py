@@ -1,1 +1,0 @@
-"""The early warning beside other rules, on recorded trainings with faults."""

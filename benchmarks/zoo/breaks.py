@@ -56,7 +56,8 @@ def told_of(stream: Stream, broken: Sequence[int], alarms: Sequence[Alarm]) -> l
     """For each break the steps by which it was warned of, negative if told of after it; ``None``: neither."""
     found: list[int | None] = []
     since = 0 if stream.fault is None else stream.fault
-    for at in broken:
+    for seen in broken:
+        at = max(seen, since)  # ten losses from there on are high, perhaps because of the last of them
         begin = max(at - AHEAD, since)
         heard = [max(a.start, begin) for a in alarms if a.start <= at + BEHIND and a.end > begin]
         found.append(at - min(heard) if heard else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ class UsualLoss(NamedTuple):
         median: of two in the middle the higher.
         spread: median distance from it, as a deviation.
         high: how far the upper twentieth lies above the median, ≥ 0.
+        mean: their mean, which skewed losses have far from the median.
     """
 
     median: float
     spread: float
     high: float
+    mean: float
 
 
 class Context:
@@ -80,7 +83,7 @@ class Context:
             ordered = sorted(self.losses)
             middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
             spread = 1.4826 * median([abs(loss - middle) for loss in ordered])
-            self._usual = UsualLoss(middle, spread, high - middle)
+            self._usual = UsualLoss(middle, spread, high - middle, math.fsum(loss / len(ordered) for loss in ordered))
         return self._usual
 
     @property
@@ -167,7 +170,7 @@ class Context:
 def _usual_from(saved: Any) -> UsualLoss | None:
     if saved is None:
         return None
-    middle, spread, high = map(float, saved)
+    middle, spread, high, mean = map(float, saved)
     if not (spread >= 0 and high >= 0):
         raise ValueError(f"{spread} and {high} are no distances")
-    return UsualLoss(middle, spread, high)
+    return UsualLoss(middle, spread, high, mean)

@@ -42,12 +42,14 @@ class EarlyWarning:
 
     Example:
         >>> from gfs_core import Key, Reading
-        >>> ratio, warning = Key("running_stability_ratio", "measured often"), EarlyWarning()
+        >>> gradient, warning = Key("grad_norm", "of a layer, or of all"), EarlyWarning()
         >>> for step in range(100):
-        ...     _ = warning.observe(Reading(ratio, step, 0.2))
-        >>> alert = warning.observe(Reading(ratio, 100, 0.9))
+        ...     _ = warning.observe(Reading(gradient, step, 0.2, "head"))
+        ...     _ = warning.observe(Reading(gradient, step, 0.3))
+        >>> _ = warning.observe(Reading(gradient, 100, 9.0, "head"))
+        >>> alert = warning.observe(Reading(gradient, 100, 9.0))
         >>> print(alert.level.name, "–", alert.reason)
-        ALARM – the stability ratio rose to 0.9, 4.5 times its usual 0.2
+        ALARM – the gradient rose above its usual size: head 45 times
     """
 
     def __init__(self, profile: Profile | None = None, detectors: Sequence[MakeDetector] | None = None) -> None:

@@ -7,6 +7,7 @@ while the loss falls: gradients and weights grow then as they should. (Measured:
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 from gfs_core.detectors.base import QUIET, AlertLevel, Finding, Track
@@ -14,11 +15,13 @@ from gfs_core.detectors.context import Context
 from gfs_core.detectors.past import Past
 from gfs_core.detectors.profile import Profile, level_of
 from gfs_core.signals.base import Reading
-from gfs_core.signals.gradients import GRAD_NORM, RMS_RATIO, WEIGHT_NORM
 
+GRADIENT, WEIGHTS, NORMALISED = "grad_norm", "weight_norm", "rms_ratio"
 _WHOLE = ""
-_MOST = 15.0  # spreads that a score counts at most: one reading does not decide for ten others
-_NAMED = 3  # layers that are named
+_LEAST, _MOST = -5.0, 15.0  # spreads that a score counts: one reading does not decide for ten others
+_NAMED = 3  # layers that are named, at most …
+_OF_THE_WORST = 0.5  # … whose score is at least this part of the worst one's, and one spread
+_OVERFLOW = 700.0  # exponents that a number can hold
 
 
 class GradientDetector:
@@ -28,106 +31,150 @@ class GradientDetector:
     """
 
     name = "gradient"
-    reads: tuple[str, ...] = (RMS_RATIO.name, WEIGHT_NORM.name, GRAD_NORM.name)
+    reads: tuple[str, ...] = (NORMALISED, WEIGHTS, GRADIENT)
     by_layer = True
 
     def __init__(self, profile: Profile, context: Context) -> None:
         self.track = Track("gradients", profile.gradient_patience, context.rise_began)
         self._profile, self._context = profile, context
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
-        self._weights = Past(profile.weight_window, profile.weight_first, refresh=5)
-        self._normalised = Past(profile.weight_window, profile.weight_first, refresh=5)
-        self._layers: dict[str, float] = {}  # logarithms of the gradient of each, of the step that is arriving
-        self._growth = 0.0  # of the weights, in units of the profile's
-        self._score = 0.0
+        self._normalised = Past(profile.gradient_window, profile.gradient_first, refresh=5)
+        self._weights = _Growth(profile.weight_steps)
+        self._layers: dict[str, float] = {}  # the gradient of each, of the step that is arriving
+        self._scores: dict[str, float] = {}  # of each layer, smoothed
+        self._growth = 0.0  # of the weights, in units of the profile's, smoothed
 
     def observe(self, reading: Reading) -> Finding | None:
         """Keep what is of a layer, or of the weights; judge the gradient of the whole model."""
-        value = reading.value
-        if value is None:
-            return None
-        if reading.key.name == GRAD_NORM.name and not reading.layer:
-            finding = self._judge(value)
+        value, key = reading.value, reading.key.name
+        if key == GRADIENT and not reading.layer:
+            layers, self._layers = self._layers, {}
+            if value is None:
+                return None
+            finding = self._judge(value, layers)
             self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
             return self.track.take(finding)
-        if not 0 < value < math.inf:
+        if value is None:
             return None
-        if reading.key.name == GRAD_NORM.name:
-            self._layers[reading.layer] = math.log(value)
-        elif not reading.layer:
-            self._observe_whole(reading.key.name, math.log(value))
+        if key == GRADIENT:
+            self._layers[reading.layer] = value
+        elif not reading.layer and 0 < value < math.inf:
+            self._observe_whole(key, reading.step, math.log(value))
         return None
 
-    def _observe_whole(self, key: str, log: float) -> None:
-        if key == RMS_RATIO.name:
-            usual = self._normalised.usual(_WHOLE)
-            self._context.outgrown = usual is not None and log - usual[0] > math.log(self._profile.outgrown)
-            self._normalised.add({_WHOLE: log})
-        else:
-            usual = self._weights.usual(_WHOLE)
-            self._growth = 0.0 if usual is None else (log - usual[0]) / self._profile.weight_growth
-            self._weights.add({_WHOLE: log})
+    def _observe_whole(self, key: str, step: int, log: float) -> None:
+        if key == WEIGHTS:
+            self._weights.add(step, log)
+            return
+        usual = self._normalised.usual(_WHOLE)
+        self._context.outgrown = usual is not None and log - usual[0] > math.log(self._profile.outgrown)
+        self._normalised.add({_WHOLE: log})
 
-    def _judge(self, norm: float) -> Finding:
-        profile, layers = self._profile, self._layers
-        self._layers = {}
+    def _judge(self, norm: float, layers: dict[str, float]) -> Finding:
         if not math.isfinite(norm):
-            return Finding(AlertLevel.ALARM, f"the gradient's norm is {norm}", "not finite")
-        if norm > 0:
-            layers[_WHOLE] = math.log(norm)
-        scores, medians = dict[str, float](), dict[str, float]()
-        for layer, log in layers.items():
-            if (usual := self._gradients.usual(layer)) is not None:
-                medians[layer] = usual[0]
-                scores[layer] = (log - usual[0]) / max(usual[1], profile.gradient_spread)
-        self._gradients.add(layers)
-        whole = scores.pop(_WHOLE, 0.0)
-        worst = max(scores.values(), default=whole)
-        growth = min(max(self._growth, -_MOST / 3), _MOST)
-        new = min(max(worst, -_MOST / 3), _MOST) + growth
-        self._score = profile.gradient_memory * self._score + (1 - profile.gradient_memory) * new
-        level = level_of(self._score, profile.gradient)
+            broken = tuple(layer for layer, value in layers.items() if not math.isfinite(value))[:_NAMED]
+            where = f", in {', '.join(broken)}" if broken else ""
+            return Finding(AlertLevel.ALARM, f"the gradient's norm is {norm}{where}", "not finite", layers=broken)
+        logs = {layer: math.log(value) for layer, value in (layers or {_WHOLE: norm}).items() if 0 < value < math.inf}
+        new, medians = self._compared(logs)
+        memory = self._profile.gradient_memory
+        self._scores = {layer: memory * self._scores.get(layer, 0.0) + (1 - memory) * z for layer, z in new.items()}
+        growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), _MOST)
+        self._growth = memory * self._growth + (1 - memory) * growth
+        worst = max(self._scores.values(), default=0.0)
+        level = level_of(worst + self._growth, self._profile.gradient)
         if level is AlertLevel.QUIET or self._context.loss_falls:
             return QUIET
         swings = self._context.swings_at_edge
         if swings:
             level = AlertLevel.WATCH
-        named = sorted((layer for layer in scores if layer), key=lambda layer: -scores[layer])
-        named = [layer for layer in named if scores[layer] >= 0.5 * worst][:_NAMED]
-        reason = self._reason(named, layers, medians) + ("; it swings at the edge of stability" if swings else "")
+        named = sorted((layer for layer in new if layer), key=lambda layer: -new[layer])
+        named = [layer for layer in named if new[layer] >= max(_OF_THE_WORST * new[named[0]], 1.0)][:_NAMED]
+        reason = self._reason({layer: logs[layer] - medians[layer] for layer in named})
+        reason += "; it swings at the edge of stability" if swings else ""
         return Finding(level, reason, "gradient", layers=tuple(named))
 
-    def _reason(self, named: list[str], layers: dict[str, float], medians: dict[str, float]) -> str:
-        parts = [f"{layer} {math.exp(min(layers[layer] - medians[layer], 700)):.2g} times" for layer in named]
+    def _compared(self, logs: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """How far each layer is above its median, in its own spreads, and the medians; then it is part of the past."""
+        scores, medians = dict[str, float](), dict[str, float]()
+        for layer, log in logs.items():
+            if (usual := self._gradients.usual(layer)) is not None:
+                medians[layer] = usual[0]
+                distance = (log - usual[0]) / max(usual[1], self._profile.gradient_spread)
+                scores[layer] = min(max(distance, _LEAST), _MOST)
+        self._gradients.add(logs)
+        return scores, medians
+
+    def _reason(self, risen: dict[str, float]) -> str:
+        parts = [f"{layer} {math.exp(min(log, _OVERFLOW)):.2g} times" for layer, log in risen.items()]
+        grown = self._growth > 1
+        weights = f"the weights grew by {math.expm1(min(self._weights.growth, _OVERFLOW)):.0%}" if grown else ""
+        if not parts and weights:
+            return weights
         reason = "the gradient rose above its usual size" + (f": {', '.join(parts)}" if parts else "")
-        if self._growth > 1:
-            reason += f"; the weights grew by {math.expm1(self._growth * self._profile.weight_growth):.0%} meanwhile"
-        return reason
+        return f"{reason}; {weights} meanwhile" if weights else reason
 
     def forget(self) -> None:
         """Drop all: it is of other weights."""
-        for past in (self._gradients, self._weights, self._normalised):
-            past.clear()
-        self._layers, self._growth, self._score = {}, 0.0, 0.0
+        self._gradients.clear()
+        self._normalised.clear()
+        self._weights = _Growth(self._profile.weight_steps)
+        self._layers, self._scores, self._growth = {}, {}, 0.0
+        self._context.raised.pop(self.name, None)
         self.track.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The values held, the score and the level."""
+        """The values held, the scores and the level."""
         return {
             "gradients": self._gradients.state_dict(),
-            "weights": self._weights.state_dict(),
             "normalised": self._normalised.state_dict(),
+            "weights": self._weights.state(),
             "layers": dict(self._layers),
+            "scores": dict(self._scores),
             "growth": self._growth,
-            "score": self._score,
             "track": self.track.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self._gradients.load_state_dict(state["gradients"])
-        self._weights.load_state_dict(state["weights"])
         self._normalised.load_state_dict(state["normalised"])
-        self._layers = {str(layer): float(log) for layer, log in state["layers"].items()}
-        self._growth, self._score = float(state["growth"]), float(state["score"])
+        self._weights.load(state["weights"])
+        self._layers, self._scores = (
+            {str(layer): float(value) for layer, value in state[name].items()} for name in ("layers", "scores")
+        )
+        self._growth = float(state["growth"])
         self.track.load_state_dict(state["track"])
+
+
+class _Growth:
+    """How much a logarithm grows in so many steps, however seldom it is read."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._held: deque[tuple[int, float]] = deque()
+        self._since: int | None = None
+
+    def add(self, step: int, log: float) -> None:
+        """Take in a reading."""
+        self._since = step if self._since is None else self._since
+        self._held.append((step, log))
+        while len(self._held) > 2 and self._held[1][0] <= step - 2 * self.steps:
+            self._held.popleft()
+
+    @property
+    def growth(self) -> float:
+        """In :attr:`steps` steps; 0 before so many have passed."""
+        if self._since is None or self._held[-1][0] - self._since < self.steps:
+            return 0.0
+        (first, low), (last, high) = self._held[0], self._held[-1]
+        return (high - low) * min(1.0, self.steps / max(last - first, 1))
+
+    def state(self) -> dict[str, Any]:
+        """The readings held."""
+        return {"held": [list(point) for point in self._held], "since": self._since}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state` left off."""
+        self._held = deque((int(step), float(log)) for step, log in state["held"])
+        self._since = None if state["since"] is None else int(state["since"])

@@ -17,6 +17,7 @@ from gfs_core.detectors.profile import Profile, level_of
 from gfs_core.signals.base import Reading
 from gfs_core.signals.training import EXAMPLES, LOSS, BatchSizes
 
+_FARTHEST = 1e300  # keeps sums of differences finite
 _LOWEST, _HIGHEST = -3.0, 40.0  # spreads that one loss counts
 
 
@@ -65,7 +66,7 @@ class LossDetector:
         profile, usual = self._profile, self._context.usual_loss()
         if usual is None:
             return QUIET
-        above = loss - usual.median
+        above = min(max(loss - usual.median, -_FARTHEST), _FARTHEST)
         self._above = profile.loss_memory * self._above + (1 - profile.loss_memory) * above
         spreads = min(max(above / self._unit_of_spikes(usual), _LOWEST), _HIGHEST)
         self._burst = profile.spike_memory * self._burst + (1 - profile.spike_memory) * spreads
@@ -81,7 +82,12 @@ class LossDetector:
         else:
             rule = "loss"
             reason = f"the mean loss rose by {self._above:.3g} above its median {usual.median:.3g}"
-        reason += f"; so far it has fallen by {self._context.progress:.3g}" if self._context.best is not None else ""
+        first, best = self._context.first, self._context.best
+        reason += (
+            f"; so far it has fallen by {first - best:.3g}"
+            if first is not None and best is not None and best < first
+            else ""
+        )
         return Finding(level, reason + ("; it swings at the edge of stability" if swings else ""), rule, rising=rising)
 
     def _unit_of_spikes(self, usual: UsualLoss) -> float:
@@ -96,7 +102,8 @@ class LossDetector:
         if before is None:
             return True
         assert self._mean is not None
-        by_mean = level_of((self._mean - before.median) / self._unit_of_means(before), self._profile.mean_rise)
+        above = self._mean - max(before.median, before.mean)
+        by_mean = level_of(above / self._unit_of_means(before), self._profile.mean_rise)
         context.back_for = context.back_for + 1 if by_mean is AlertLevel.QUIET else 0
         by_spike = level_of((loss - before.median) / self._unit_of_spikes(before), self._profile.spike)
         return by_spike is by_mean is AlertLevel.QUIET

@@ -65,7 +65,7 @@ class Past:
         """The values held."""
         return {
             "names": list(self._places),
-            "rows": [list(row) for row in self._rows],
+            "rows": [[None if math.isnan(value) else value for value in row] for row in self._rows],
             "since": self._since,
             "usual": {name: list(found) for name, found in self._usual.items()},
         }
@@ -74,7 +74,8 @@ class Past:
         """Go on where ``state_dict`` left off."""
         self.clear()
         self._places = {str(name): place for place, name in enumerate(state["names"])}
-        self._rows = [[float(value) for value in row] for row in state["rows"]][-self.length :]
+        rows = [[math.nan if value is None else float(value) for value in row] for row in state["rows"]]
+        self._rows = rows[-self.length :]
         if any(len(row) > len(self._places) for row in self._rows):
             raise ValueError("a row has more values than there are streams")
         self._since = int(state["since"])

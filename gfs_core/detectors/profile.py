@@ -87,8 +87,7 @@ class Profile:
 
     # The gradient of the worst layer, and the growth of the weights.
     gradient_window: int = _setting(100, "latest gradients that make up the usual one of a layer", _ZOO)
-    weight_window: int = _setting(50, "latest norms of the weights that make up the usual one", _ZOO)
-    weight_first: int = _setting(20, "readings of the weights before their growth counts", _ZOO)
+    weight_steps: int = _setting(25, "steps over which the growth of the weights counts", _ZOO)
     gradient_first: int = _setting(8, "readings of a stream before it is judged", _ZOO)
     gradient_spread: float = _setting(0.2, "least spread of the logarithm of a layer's gradient", _ZOO)
     weight_growth: float = _setting(

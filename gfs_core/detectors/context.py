@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median
+from statistics import median, median_low
 from typing import Any, NamedTuple
 
 from gfs_core.detectors.base import positive
 from gfs_core.detectors.profile import Profile
 
 _SMALLEST_SPREAD = 1e-12  # keeps a division finite where all losses are 0
+_FARTHEST = 1e300  # keeps distances finite
 _REFRESH = 5  # losses after which their median is computed anew
 _FIRST, _BEST, _NOW = 5, 10, 3  # losses whose median is that of the start, the least so far, and the present one
 
@@ -71,7 +72,7 @@ class Context:
         if self.first is None and len(self.losses) >= _FIRST:
             self.first = median(self.losses)
         if len(self.losses) >= _BEST:
-            now = median([self.losses[-i] for i in range(1, _BEST + 1)])
+            now = median_low([self.losses[-i] for i in range(1, _BEST + 1)])  # the mean of two might overflow
             self.best = now if self.best is None else min(self.best, now)
 
     def usual_loss(self) -> UsualLoss | None:
@@ -83,7 +84,8 @@ class Context:
             ordered = sorted(self.losses)
             middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
             spread = 1.4826 * median([abs(loss - middle) for loss in ordered])
-            self._usual = UsualLoss(middle, spread, high - middle, math.fsum(loss / len(ordered) for loss in ordered))
+            spread, high = min(spread, _FARTHEST), min(high - middle, _FARTHEST)
+            self._usual = UsualLoss(middle, spread, high, math.fsum(loss / len(ordered) for loss in ordered))
         return self._usual
 
     @property

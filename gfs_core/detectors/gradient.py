@@ -40,22 +40,23 @@ class GradientDetector:
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
         self._normalised = Past(profile.gradient_window, profile.gradient_first, refresh=5)
         self._weights = _Growth(profile.weight_steps)
-        self._layers: dict[str, float] = {}  # the gradient of each, of the step that is arriving
+        self._step = -1  # that is arriving
+        self._layers: dict[str, float] = {}  # the gradient of each, of that step
         self._scores: dict[str, float] = {}  # of each layer, smoothed
         self._growth = 0.0  # of the weights, in units of the profile's, smoothed
 
     def observe(self, reading: Reading) -> Finding | None:
         """Keep what is of a layer, or of the weights; judge the gradient of the whole model."""
         value, key = reading.value, reading.key.name
+        if value is None:
+            return None
+        if reading.step != self._step:
+            self._step, self._layers = reading.step, {}
         if key == GRADIENT and not reading.layer:
             layers, self._layers = self._layers, {}
-            if value is None:
-                return None
             finding = self._judge(value, layers)
             self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
             return self.track.take(finding)
-        if value is None:
-            return None
         if key == GRADIENT:
             self._layers[reading.layer] = value
         elif not reading.layer and 0 < value < math.inf:
@@ -78,7 +79,8 @@ class GradientDetector:
         logs = {layer: math.log(value) for layer, value in (layers or {_WHOLE: norm}).items() if 0 < value < math.inf}
         new, medians = self._compared(logs)
         memory = self._profile.gradient_memory
-        self._scores = {layer: memory * self._scores.get(layer, 0.0) + (1 - memory) * z for layer, z in new.items()}
+        known = self._scores | new  # one that has no gradient at this step is nearer to its usual one
+        self._scores = {n: memory * self._scores.get(n, 0.0) + (1 - memory) * new.get(n, 0.0) for n in known}
         growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), _MOST)
         self._growth = memory * self._growth + (1 - memory) * growth
         worst = max(self._scores.values(), default=0.0)
@@ -119,7 +121,7 @@ class GradientDetector:
         self._gradients.clear()
         self._normalised.clear()
         self._weights = _Growth(self._profile.weight_steps)
-        self._layers, self._scores, self._growth = {}, {}, 0.0
+        self._step, self._layers, self._scores, self._growth = -1, {}, {}, 0.0
         self._context.raised.pop(self.name, None)
         self.track.reset()
 
@@ -129,6 +131,7 @@ class GradientDetector:
             "gradients": self._gradients.state_dict(),
             "normalised": self._normalised.state_dict(),
             "weights": self._weights.state(),
+            "step": self._step,
             "layers": dict(self._layers),
             "scores": dict(self._scores),
             "growth": self._growth,
@@ -143,7 +146,7 @@ class GradientDetector:
         self._layers, self._scores = (
             {str(layer): float(value) for layer, value in state[name].items()} for name in ("layers", "scores")
         )
-        self._growth = float(state["growth"])
+        self._step, self._growth = int(state["step"]), float(state["growth"])
         self.track.load_state_dict(state["track"])
 
 
@@ -159,7 +162,7 @@ class _Growth:
         """Take in a reading."""
         self._since = step if self._since is None else self._since
         self._held.append((step, log))
-        while len(self._held) > 2 and self._held[1][0] <= step - 2 * self.steps:
+        while len(self._held) > 1 and self._held[1][0] <= step - self.steps:
             self._held.popleft()
 
     @property

@@ -138,7 +138,6 @@ def test_a_run_that_goes_on_from_its_checkpoint(well: Training) -> None:
     assert AlertLevel.ALARM not in well.states[-100:]
 
 
-@pytest.mark.xfail(reason="their mean is held against the median before the rise, not against the mean")
 def test_losses_with_a_heavy_tail_end_an_alarm_when_they_are_as_before() -> None:
     """Their mean lies far above their median, before a rise as after it."""
     lasted = []

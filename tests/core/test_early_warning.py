@@ -250,11 +250,6 @@ def test_a_resumed_run_has_the_events_of_the_uninterrupted_one(cut: float, seed:
     resumed_run_has_the_same_events(eventful(seed), cut)
 
 
-NAN = pytest.mark.xfail(reason="a state holds NaN for a layer that is missing, which strict JSON has not")
-OVERFLOW = pytest.mark.xfail(reason="losses that differ by more than the largest number, weights by e^709")
-
-
-@NAN
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])
 def test_so_it_has_where_a_layer_has_no_gradient_now_and_then(cut: float) -> None:
     resumed_run_has_the_same_events(eventful(0, missing=True), cut)
@@ -277,7 +272,6 @@ def resumed_run_has_the_same_events(readings: list[Reading], cut: float) -> None
 NUMBERS = st.tuples(st.floats(), st.floats(), st.booleans(), st.floats(), st.floats(), st.floats(), st.floats())
 
 
-@NAN
 @given(st.lists(NUMBERS, max_size=120))
 def test_any_numbers_are_taken(values: list[tuple[float, float, bool, float, float, float, float]]) -> None:
     alarm = EarlyWarning()
@@ -293,7 +287,6 @@ def test_any_numbers_are_taken(values: list[tuple[float, float, bool, float, flo
 EXTREME = st.floats(5e-324, 1.7e308)
 
 
-@OVERFLOW
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-1.7e308, 1.7e308), min_size=60, max_size=60),
@@ -311,8 +304,8 @@ def test_extreme_numbers_are_taken(losses: list[float], numbers: list[tuple[floa
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(-1.7e308, 1.7e308, marks=OVERFLOW),
-        pytest.param(5e-324, 1.7e308, marks=OVERFLOW),
+        (-1.7e308, 1.7e308),
+        (5e-324, 1.7e308),
         (1.7e308, 5e-324),
         (1e-100, 1e100),
     ],
@@ -401,7 +394,7 @@ NUMBER, NAME = ("x", -1.0, math.nan, math.inf, 0.0), ("x", None, 7)
         (("context", "first"), ("x", [1.0])),
         (("context", "best"), ("x", [1.0])),
         (("context", "before"), ([1.0, -1.0, 1.0], [1.0, 1.0, math.nan], [1.0, 1.0], ["x", 1.0, 1.0])),
-        (("context", "usual"), ([1.0, 1.0, -1.0], [1.0], 7)),
+        (("context", "usual"), ([1.0, 1.0, -1.0, 1.0], [1.0], 7)),
         (("context", "new"), ("x", None)),
         (("context", "ratio"), NUMBER),
         (("context", "raised"), NAME),
@@ -418,11 +411,11 @@ NUMBER, NAME = ("x", -1.0, math.nan, math.inf, 0.0), ("x", None, 7)
         (("detectors", "loss", "means"), ([1.0, 1.0], ["x", 0.0, 0.0], None)),
         (("detectors", "gradient", "gradients"), NAME),
         (("detectors", "gradient", "gradients", "rows"), ([[1.0] * 9], [["x"]], [1.0])),
-        (("detectors", "gradient", "weights", "usual"), ({"": [1.0]}, {"": ["x", 1.0]}, 7)),
+        (("detectors", "gradient", "weights", "held"), ([[1.0]], [["x", 1.0]], 7)),
         (("detectors", "gradient", "normalised", "since"), ("x", None)),
         (("detectors", "gradient", "layers"), ({"head": "x"}, 7)),
         (("detectors", "gradient", "growth"), ("x", None)),
-        (("detectors", "gradient", "score"), ("x", None)),
+        (("detectors", "gradient", "scores"), ({"": "x"}, None, 7)),
     ],
     ids=lambda part: ".".join(part) if isinstance(part, tuple) and all(isinstance(p, str) for p in part) else "",
 )

@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import pytest
 
@@ -24,12 +23,7 @@ from tests.core.observed import (
 from tests.core.test_alarm_ends import Training
 
 QUIET, WATCH, ALARM = AlertLevel
-SELDOM = "the growth of the weights is that of so many readings, however many steps these are"
 LAYERS = {"stem": 1.0, "trunk": 0.01, "head": 10.0}
-
-
-def known_fault(reason: str, *values: int) -> list[Any]:
-    return [pytest.param(value, marks=pytest.mark.xfail(reason=reason)) for value in values]
 
 
 def times(factors: Mapping[str, float]) -> dict[str, float]:
@@ -153,7 +147,7 @@ def test_a_larger_gradient_that_lasts_becomes_the_usual_one() -> None:
     assert observe_gradient(alarm, 300, times({"stem": 4.0 * 14})).level is ALARM
 
 
-@pytest.mark.parametrize("layers", [1, 3, *known_fault("the largest of many scores is large by chance", 30, 300)])
+@pytest.mark.parametrize("layers", [1, 3, 30, 300])
 def test_gradients_that_scatter_and_shrink_are_healthy_in_however_many_layers(layers: int) -> None:
     """Half of the scatter is common to all layers, as from the draw of a batch."""
     alarm, rng, events = EarlyWarning(), random.Random(0), []
@@ -172,7 +166,7 @@ def test_weights_that_grow_raise_it() -> None:
     alarm = steady(weights=7.0)
     events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(7)]
     assert levels(events) == [(102, WATCH), (105, ALARM)]
-    assert alarm.reason.endswith("; the weights grew by 20% meanwhile")
+    assert alarm.reason == "the weights grew by 20%"
 
 
 def test_weights_and_gradient_add_up() -> None:
@@ -193,7 +187,6 @@ def test_weights_that_shrink_speak_against_it() -> None:
     assert alarm.level is WATCH
 
 
-@pytest.mark.xfail(reason="layers whose gradients are as usual are named")
 def test_where_only_the_weights_grew_no_layer_is_named() -> None:
     alarm = steady(weights=7.0)
     events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(7)]
@@ -201,7 +194,7 @@ def test_where_only_the_weights_grew_no_layer_is_named() -> None:
     assert alarm.reason == "the weights grew by 20%"
 
 
-@pytest.mark.parametrize("every", [1, *known_fault(SELDOM, 5, 25, 50)])
+@pytest.mark.parametrize("every", [1, 5, 25, 50])
 def test_weights_that_grow_slowly_are_healthy_however_seldom_they_are_read(every: int) -> None:
     """By 0.15 % a step, as in a small classifier while it still learns: 30 % in 200 steps."""
     alarm = EarlyWarning()
@@ -231,7 +224,7 @@ def healthy() -> list[Reading]:
     return recorder.given
 
 
-@pytest.mark.parametrize("every", [1, *known_fault(SELDOM, 5, 10), 25, 50])
+@pytest.mark.parametrize("every", [1, 5, 10, 25, 50])
 def test_a_healthy_training_is_quiet_however_seldom_its_gradients_are_read(healthy: list[Reading], every: int) -> None:
     free = {"grad_norm", "weight_norm", "rms_ratio"}
     seen = [reading for reading in healthy if reading.step % every == 0 or reading.key.name not in free]
@@ -265,7 +258,6 @@ def test_a_layer_that_is_missing_now_and_then_is_judged_by_what_is_known_of_it()
     assert seen(15) == []  # seven readings are not enough
 
 
-@pytest.mark.xfail(reason="layers are kept until a whole gradient comes")
 def test_the_layers_of_a_step_whose_whole_gradient_could_not_be_had_are_not_those_of_the_next() -> None:
     alarm = steady()
     for layer, norm in times({"trunk": 100.0}).items():
@@ -294,7 +286,6 @@ def test_a_gradient_that_is_not_finite_is_an_alarm_while_the_loss_falls_and_at_t
     assert observe_gradient(alarm, 400, math.inf).rule == "not finite"
 
 
-@pytest.mark.xfail(reason="none is named")
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_the_layers_that_are_not_finite_are_named(norm: float) -> None:
     event = observe_gradient(steady(), 100, {**LAYERS, "trunk": norm})

@@ -35,7 +35,7 @@ def half_raised(every: int, growth: float) -> list[Any]:
 
 
 def at_the_edge(outgrown: float = 1.0, loss: float = 0.1) -> list[Any]:
-    """The gradient rises tenfold, and the loss with it, where the ratio is 1 and the rate steady; then both are back."""
+    """The gradient rises tenfold, and the loss with it, where the ratio is 1 and the rate steady; both come back."""
     calls: list[Any] = []
     for k in range(400):
         risen = 200 <= k < 240

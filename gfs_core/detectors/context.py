@@ -12,6 +12,7 @@ from gfs_core.detectors.profile import Profile
 
 _SMALLEST_SPREAD = 1e-12  # keeps a division finite where all losses are 0
 _FARTHEST = 1e300  # keeps distances finite
+_SHORT = 8  # short batches that are remembered: gradients arrive some steps after their losses
 _REFRESH = 5  # losses after which their median is computed anew
 _FIRST, _BEST, _NOW = 5, 10, 3  # losses whose median is that of the start, the least so far, and the present one
 
@@ -49,6 +50,7 @@ class Context:
         rate_is_steady: whether the rate is no higher than it was lately.
         outgrown: whether gradients are large beside the second moments of an adaptive optimizer.
         raised: by the name of a detector of free signals, whether it finds more than is usual.
+        short_steps: the latest steps with a short batch, whose loss and gradient scatter more than others.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -62,6 +64,7 @@ class Context:
         self.rate_is_steady = True
         self.outgrown = False
         self.raised: dict[str, bool] = {}
+        self.short_steps: deque[int] = deque(maxlen=_SHORT)
         self._usual: UsualLoss | None = None
         self._new = 0  # losses since that was computed
 
@@ -94,7 +97,7 @@ class Context:
         if self.first is None:
             return _SMALLEST_SPREAD
         fallen = 0.0 if self.best is None else self.first - self.best
-        return max(fallen, abs(self.first) / 2, _SMALLEST_SPREAD)
+        return min(max(fallen, abs(self.first) / 2, _SMALLEST_SPREAD), _FARTHEST)
 
     @property
     def loss_falls(self) -> bool:
@@ -151,6 +154,7 @@ class Context:
             "rate_is_steady": self.rate_is_steady,
             "outgrown": self.outgrown,
             "raised": dict(self.raised),
+            "short_steps": list(self.short_steps),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,6 +170,7 @@ class Context:
         self.back_for = int(state["back_for"])
         self.ratio = None if state["ratio"] is None else positive(state["ratio"])
         self.rate_is_steady, self.outgrown = bool(state["rate_is_steady"]), bool(state["outgrown"])
+        self.short_steps = deque(map(int, state["short_steps"]), maxlen=_SHORT)
         self.raised = {str(name): bool(raised) for name, raised in state["raised"].items()}
 
 

@@ -48,7 +48,7 @@ class GradientDetector:
     def observe(self, reading: Reading) -> Finding | None:
         """Keep what is of a layer, or of the weights; judge the gradient of the whole model."""
         value, key = reading.value, reading.key.name
-        if value is None:
+        if value is None or (key == GRADIENT and math.isfinite(value) and reading.step in self._context.short_steps):
             return None
         if reading.step != self._step:
             self._step, self._layers = reading.step, {}
@@ -81,7 +81,7 @@ class GradientDetector:
         memory = self._profile.gradient_memory
         known = self._scores | new  # one that has no gradient at this step is nearer to its usual one
         self._scores = {n: memory * self._scores.get(n, 0.0) + (1 - memory) * new.get(n, 0.0) for n in known}
-        growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), _MOST)
+        growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), self._profile.most_growth)
         self._growth = memory * self._growth + (1 - memory) * growth
         worst = max(self._scores.values(), default=0.0)
         level = level_of(worst + self._growth, self._profile.gradient)

@@ -46,6 +46,8 @@ class LossDetector:
             return None
         if reading.key.name == EXAMPLES.name:
             self._short_step = reading.step if self._sizes.short(int(reading.value)) else None
+            if self._short_step is not None:
+                self._context.short_steps.append(reading.step)
             return None
         short, self._short_step = self._short_step == reading.step, None
         if not math.isfinite(reading.value):

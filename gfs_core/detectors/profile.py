@@ -93,6 +93,7 @@ class Profile:
     weight_growth: float = _setting(
         0.05, "growth of the weights' logarithm that counts as one spread of the gradient", _ZOO
     )
+    most_growth: float = _setting(2.2, "that the growth of the weights counts at most: alone it is watched", _ZOO)
     gradient_memory: float = _setting(0.8, "weight of the past in the score of gradient and growth", _ZOO)
     gradient: tuple[float, float] = _threshold((1.7, 2.6), "score of gradient and growth, in spreads", _ZOO)
     outgrown: float = _setting(

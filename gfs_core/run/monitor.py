@@ -144,6 +144,7 @@ class StabilityMonitor:
         self._arrived: list[tuple[Tensor | float, int | None]] = []  # losses of the step that has not ended yet
         self._waiting = Waiting()
         self._alerts: list[Alert] = []  # of steps that were passed on before a measurement
+        self._written: Measurement | None = None  # the latest line of the history
         self._quiet_from = self._quiet_until = -1
         self._looked = self._seen = -1  # the last steps of `_look` and of `update_detectors`
         self._resumed = False
@@ -289,7 +290,8 @@ class StabilityMonitor:
             level = self.watch.level
             done = self._rescue(step, alerts)
             if measurement is None and (alerts or done or self.free.unpublished(step)):
-                measurement = Measurement(step, self._label())
+                again = self._written is not None and self._written.step == step  # a line more would hide that one
+                measurement = self._written if again else Measurement(step, self._label())
             if measurement is None:
                 self.journal.write_due_losses()
             else:
@@ -302,6 +304,7 @@ class StabilityMonitor:
                     .because(reasons)
                 )
                 self.journal.write(measurement)
+                self._written = measurement
             self.recorder.look(step, alerts, self.watch.level)
             self._expect(step)
         self.watch.call()

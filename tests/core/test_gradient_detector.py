@@ -162,10 +162,10 @@ def test_gradients_that_scatter_and_shrink_are_healthy_in_however_many_layers(la
 
 
 def test_weights_that_grow_raise_it() -> None:
-    """A fifth is 3.65 units: 1.78 after three steps, 2.69 after six."""
+    """A fifth is 3.65 units, of which 2.2 count: 1.74 after seven steps, and never an alarm."""
     alarm = steady(weights=7.0)
-    events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(7)]
-    assert levels(events) == [(102, WATCH), (105, ALARM)]
+    events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(20)]
+    assert levels(events) == [(106, WATCH)]
     assert alarm.reason == "the weights grew by 20%"
 
 
@@ -190,7 +190,7 @@ def test_weights_that_shrink_speak_against_it() -> None:
 def test_where_only_the_weights_grew_no_layer_is_named() -> None:
     alarm = steady(weights=7.0)
     events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(7)]
-    assert [e.layers for e in events if e is not None] == [(), ()]
+    assert [e.layers for e in events if e is not None] == [()]
     assert alarm.reason == "the weights grew by 20%"
 
 

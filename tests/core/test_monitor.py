@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import io
+import math
 import re
 import warnings
 from collections import UserDict
@@ -48,6 +49,19 @@ def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
         out += [measurement.having(seconds=None, overhead=None)] if measurement else []
         optimizer.step()
     return out
+
+
+def test_an_alert_at_a_step_that_was_measured_does_not_hide_the_measurement(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    config = gfs.GFSConfig(tier="sharpness", every=1, max_overhead=None, history=str(path))
+    model, optimizer, monitor = setup(config)
+    measured = run(model, optimizer, monitor, batches(2))[-1]
+    monitor.record_loss(math.nan)  # as where a framework tells of the loss once the step was measured
+    told = monitor.update_detectors(measured.step)
+    assert told is not None
+    assert (told.step, told.alarm, told.sharpness) == (1, 2, measured.sharpness)
+    assert told.sharpness is not None
+    assert [(m.step, m.alarm, m.sharpness) for m in gfs.read_history(path)][-1] == (1, 2, told.sharpness)
 
 
 def test_cadence_and_keys() -> None:

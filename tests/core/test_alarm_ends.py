@@ -113,7 +113,8 @@ def test_a_run_that_takes_its_time(well: Training) -> None:
 def test_a_run_that_never_comes_back(well: Training) -> None:
     well.change(kill)
     well.train(HARM, STEPS)
-    assert set(well.states[HARM + 2 :]) == {AlertLevel.ALARM}
+    assert AlertLevel.QUIET not in well.states[HARM:]
+    assert set(well.states[HARM + 5 :]) == {AlertLevel.ALARM}  # losses have a heavy tail here
 
 
 def test_a_run_that_comes_back_in_part(well: Training) -> None:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.data import Batch, digits, fashion_mnist, text
-from benchmarks.lib.models import Characters, Rows, cnn, dense, digits_cnn
+from benchmarks.lib.models import Characters, Rows, cnn, dense, digits_cnn, seeded
+from benchmarks.lib.trainings import entropy
 from benchmarks.zoo.parts import (
     Attention,
     Recurrent,
+    adversaries,
     changing,
     cosine,
     drawn,
-    entropy,
     one_cycle,
-    plain_stack,
     restarts,
-    seeded,
     squares,
+    through_float16,
     triangles,
     warmed,
 )  # fmt: skip
@@ -64,41 +65,43 @@ def adam(model: nn.Module, rate: float, **more: Any) -> torch.optim.Optimizer:
 
 def full_batch(seed: int) -> Training:
     data = tuple(t[:200] for t in _digits())
-    model = seeded(seed, lambda: dense(64, 32, 10))
+    model = seeded(lambda: dense(64, 32, 10), seed)
     return plain(model, sgd(model, 0.2, 0.0), squares(model, 10), drawn(data, None, seed), STEPS)  # type: ignore[arg-type]
 
 
 def full_batch_relu(seed: int) -> Training:
     data = tuple(t[:300] for t in _digits())
-    model = seeded(seed, lambda: dense(64, 64, 64, 10, act=nn.ReLU))
-    return plain(model, sgd(model, 0.1, 0.0), entropy(model), drawn(data, None, seed), STEPS)  # type: ignore[arg-type]
+    model = seeded(lambda: dense(64, 64, 64, 10, act=nn.ReLU), seed)
+    return plain(model, sgd(model, 0.1, 0.0), partial(entropy, model), drawn(data, None, seed), STEPS)  # type: ignore[arg-type]
 
 
 def fitted(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(64, 128, 10, act=nn.ReLU))
-    return plain(model, adamw(model, 3e-3), entropy(model), drawn(_digits(), 64, seed), STEPS)
+    model = seeded(lambda: dense(64, 128, 10, act=nn.ReLU), seed)
+    return plain(model, adamw(model, 3e-3), partial(entropy, model), drawn(_digits(), 64, seed), STEPS)
 
 
 def cyclic(seed: int) -> Training:
-    model = seeded(seed, lambda: nn.Sequential(nn.Flatten(), dense(784, 64, 10, act=nn.ReLU)))
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), dense(784, 64, 10, act=nn.ReLU)), seed)
     batches = drawn(_fashion(), 64, seed)
-    return plain(model, sgd(model, 0.05), entropy(model), batches, STEPS, factor=triangles(600))
+    return plain(model, sgd(model, 0.05), partial(entropy, model), batches, STEPS, factor=triangles(600))
 
 
 def restarted(seed: int) -> Training:
-    model = seeded(seed, lambda: digits_cnn(8, 16))
-    return plain(model, sgd(model, 0.05), entropy(model), drawn(_digits(), 64, seed), STEPS, factor=restarts(700))
+    model = seeded(lambda: digits_cnn(8, 16), seed)
+    return plain(
+        model, sgd(model, 0.05), partial(entropy, model), drawn(_digits(), 64, seed), STEPS, factor=restarts(700)
+    )
 
 
 def tiny_batches(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(64, 64, 10))
-    return plain(model, sgd(model, 0.02), entropy(model), drawn(_digits(), 4, seed), STEPS)
+    model = seeded(lambda: dense(64, 64, 10), seed)
+    return plain(model, sgd(model, 0.02), partial(entropy, model), drawn(_digits(), 4, seed), STEPS)
 
 
 def large_batches(seed: int) -> Training:
-    model = seeded(seed, cnn)
+    model = seeded(cnn, seed)
     batches = drawn(_fashion(), 256, seed)
-    return plain(model, adam(model, 1e-3), entropy(model), batches, 1200, factor=cosine(1200, 60))
+    return plain(model, adam(model, 1e-3), partial(entropy, model), batches, 1200, factor=cosine(1200, 60))
 
 
 def dropped_out(seed: int) -> Training:
@@ -107,53 +110,50 @@ def dropped_out(seed: int) -> Training:
         model.block.dropout.p = model.block.dropout1.p = model.block.dropout2.p = 0.2
         return model
 
-    model = seeded(seed, make)
+    model = seeded(make, seed)
     batches = drawn(_digits(), 64, seed)
-    return plain(model, adamw(model, 1e-3), entropy(model), batches, STEPS, factor=cosine(STEPS, 100))
+    return plain(model, adamw(model, 1e-3), partial(entropy, model), batches, STEPS, factor=cosine(STEPS, 100))
 
 
 def normalised_mlp(seed: int) -> Training:
-    model = seeded(
-        seed,
-        lambda: nn.Sequential(
+    model = seeded(lambda: nn.Sequential(
             nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(),
             nn.Linear(64, 10),
-        ),
-    )  # fmt: skip
-    return plain(model, sgd(model, 0.1, weight_decay=5e-4), entropy(model), drawn(_digits(), 64, seed), STEPS)
+        ), seed)  # fmt: skip
+    return plain(model, sgd(model, 0.1, weight_decay=5e-4), partial(entropy, model), drawn(_digits(), 64, seed), STEPS)
 
 
 def character_model(seed: int) -> Training:
     data, alphabet = _text()
-    model = seeded(seed, lambda: Characters(alphabet, 32, 32))
+    model = seeded(lambda: Characters(alphabet, 32, 32), seed)
     batches = drawn(data, 16, seed)
-    return plain(model, adamw(model, 2e-3), entropy(model), batches, 2000, factor=cosine(2000, 100), clip=1.0)
+    return plain(model, adamw(model, 2e-3), partial(entropy, model), batches, 2000, factor=cosine(2000, 100), clip=1.0)
 
 
 def fine_tuned(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(64, 64, 64, 10, act=nn.ReLU))
+    model = seeded(lambda: dense(64, 64, 64, 10, act=nn.ReLU), seed)
     optimizer = adam(model, 1e-2)
     for _, batch in zip(range(200), drawn(_digits(), 64, 99), strict=False):
         optimizer.zero_grad()
-        entropy(model)(batch).backward()  # type: ignore[no-untyped-call]
+        entropy(model, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model[0].requires_grad_(False)
     inputs, labels = _digits()
     data = (inputs, (labels + 3) % 10)
-    return plain(model, sgd(model, 0.02), entropy(model), drawn(data, 32, seed), STEPS)
+    return plain(model, sgd(model, 0.02), partial(entropy, model), drawn(data, 32, seed), STEPS)
 
 
 def autoencoder(seed: int) -> Training:
     inputs = _digits()[0]
-    model = seeded(seed, lambda: dense(64, 48, 8, 48, 64, act=nn.SiLU))
+    model = seeded(lambda: dense(64, 48, 8, 48, 64, act=nn.SiLU), seed)
     return plain(model, adam(model, 2e-3), squares(model), drawn((inputs, inputs), 64, seed), STEPS)
 
 
 def lstm(seed: int) -> Training:
     data, alphabet = _text()
-    model = seeded(seed, lambda: Recurrent(nn.LSTM, alphabet, 48))
+    model = seeded(lambda: Recurrent(nn.LSTM, alphabet, 48), seed)
     optimizer = torch.optim.RMSprop(model.parameters(), 2e-3)
-    return plain(model, optimizer, entropy(model), drawn(data, 16, seed), 1500, clip=1.0)
+    return plain(model, optimizer, partial(entropy, model), drawn(data, 16, seed), 1500, clip=1.0)
 
 
 def heavy_tails(seed: int) -> Training:
@@ -161,7 +161,7 @@ def heavy_tails(seed: int) -> Training:
     x = torch.randn(2000, 8, generator=draws)
     noise = torch.randn(2000, 1, generator=draws) / torch.randn(2000, 1, generator=draws).abs().clamp_min(0.1)
     y = (x[:, :1] * x[:, 1:2]).sin() + 0.3 * noise
-    model = seeded(seed, lambda: dense(8, 64, 64, 1))
+    model = seeded(lambda: dense(8, 64, 64, 1), seed)
     loss = lambda b: nn.functional.smooth_l1_loss(model(b[0]), b[1])  # noqa: E731
     return plain(model, adam(model, 1e-3), loss, drawn((x, y), 32, seed), STEPS)
 
@@ -171,48 +171,39 @@ def noisy_labels(seed: int) -> Training:
     draws = torch.Generator().manual_seed(5)
     wrong = torch.rand(len(labels), generator=draws) < 0.2
     labels = torch.where(wrong, torch.randint(10, labels.shape, generator=draws), labels)
-    model = seeded(seed, lambda: dense(64, 100, 10, act=nn.ReLU))
+    model = seeded(lambda: dense(64, 100, 10, act=nn.ReLU), seed)
     optimizer = torch.optim.NAdam(model.parameters(), 1e-3)
-    return plain(model, optimizer, entropy(model), drawn((inputs, labels), 32, seed), STEPS)
+    return plain(model, optimizer, partial(entropy, model), drawn((inputs, labels), 32, seed), STEPS)
 
 
-def adversaries(seed: int) -> Training:
+def critic_of_digits(seed: int) -> Training:
     """Two networks that play against each other, of which the critic is watched."""
+    return _forgery(seed, nn.ReLU, 5e-4, STEPS, critic_watched=True)
+
+
+def _forgery(seed: int, act: type[nn.Module], rate: float, steps: int, critic_watched: bool) -> Training:
     data = _digits()[0]
     torch.manual_seed(seed)
-    maker, critic = dense(16, 64, 64, act=nn.ReLU), dense(64, 64, 1, act=nn.LeakyReLU)
-    first = torch.optim.Adam(maker.parameters(), 5e-4, betas=(0.5, 0.999))
-    second = torch.optim.Adam(critic.parameters(), 5e-4, betas=(0.5, 0.999))
+    maker, critic = dense(16, 64, 64, act=act), dense(64, 64, 1, act=nn.LeakyReLU)
+    optimizers = adam(maker, rate, betas=(0.5, 0.999)), adam(critic, rate, betas=(0.5, 0.999))
     draws = torch.Generator().manual_seed(seed)
-    plus = nn.functional.softplus
-
-    def run() -> Iterator[float]:
-        for _ in range(STEPS):
-            real = data[torch.randint(len(data), (64,), generator=draws)]
-            made = maker(torch.randn(64, 16, generator=draws))
-            loss = plus(-critic(real)).mean() + plus(critic(made.detach())).mean()
-            second.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            yield loss.item()
-            second.step()
-            first.zero_grad()
-            plus(-critic(maker(torch.randn(64, 16, generator=draws)))).mean().backward()  # type: ignore[no-untyped-call]
-            first.step()
-
-    return Training(critic, second, run())
+    return adversaries(
+        maker, critic, optimizers, lambda: data[torch.randint(len(data), (64,), generator=draws)],
+        lambda: torch.randn(64, 16, generator=draws), steps, critic if critic_watched else maker,
+    )  # fmt: skip
 
 
 def attention_model(seed: int) -> Training:
     data, alphabet = _text()
-    model = seeded(seed, lambda: Attention(alphabet, 32, 32, 2))
+    model = seeded(lambda: Attention(alphabet, 32, 32, 2), seed)
     batches = drawn(data, 16, seed)
-    return plain(model, adam(model, 1.5e-3), entropy(model), batches, 2000, factor=cosine(2000, 200), clip=1.0)
+    return plain(model, adam(model, 1.5e-3), partial(entropy, model), batches, 2000, factor=cosine(2000, 200), clip=1.0)
 
 
 def one_cycle_mlp(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(64, 96, 96, 10, act=nn.GELU))
+    model = seeded(lambda: dense(64, 96, 96, 10, act=nn.GELU), seed)
     batches = drawn(_digits(), 32, seed)
-    return plain(model, adamw(model, 0.01), entropy(model), batches, STEPS, factor=one_cycle(STEPS))
+    return plain(model, adamw(model, 0.01), partial(entropy, model), batches, STEPS, factor=one_cycle(STEPS))
 
 
 def normalised_cnn(seed: int) -> Training:
@@ -222,9 +213,9 @@ def normalised_cnn(seed: int) -> Training:
             nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10),
         )  # fmt: skip
 
-    model = seeded(seed, make)
+    model = seeded(make, seed)
     optimizer = sgd(model, 0.2, weight_decay=1e-3)
-    return plain(model, optimizer, entropy(model), drawn(_digits(), 64, seed), 2000, factor=cosine(2000, 200))
+    return plain(model, optimizer, partial(entropy, model), drawn(_digits(), 64, seed), 2000, factor=cosine(2000, 200))
 
 
 def skip_gram(seed: int) -> Training:
@@ -243,34 +234,13 @@ def skip_gram(seed: int) -> Training:
             out: Tensor = self.of(x) @ self.by.weight.T
             return out
 
-    model = seeded(seed, Pairs)
-    return plain(model, adam(model, 5e-3), entropy(model), drawn(data, 256, seed), 2000)
+    model = seeded(Pairs, seed)
+    return plain(model, adam(model, 5e-3), partial(entropy, model), drawn(data, 256, seed), 2000)
 
 
 def forger(seed: int) -> Training:
     """Two networks that play against each other, of which the one that forges digits is watched."""
-    data = _digits()[0]
-    torch.manual_seed(seed)
-    maker, critic = dense(16, 64, 64, act=nn.SiLU), dense(64, 64, 1, act=nn.LeakyReLU)
-    first = torch.optim.Adam(maker.parameters(), 1e-3, betas=(0.5, 0.999))
-    second = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.999))
-    draws = torch.Generator().manual_seed(seed)
-    plus = nn.functional.softplus
-
-    def run() -> Iterator[float]:
-        for _ in range(2000):
-            real = data[torch.randint(len(data), (64,), generator=draws)]
-            made = maker(torch.randn(64, 16, generator=draws)).detach()
-            second.zero_grad()
-            (plus(-critic(real)).mean() + plus(critic(made)).mean()).backward()
-            second.step()
-            first.zero_grad()
-            loss = plus(-critic(maker(torch.randn(64, 16, generator=draws)))).mean()
-            loss.backward()
-            yield loss.item()
-            first.step()
-
-    return Training(maker, first, run())
+    return _forgery(seed, nn.SiLU, 1e-3, 2000, critic_watched=False)
 
 
 HEALTHY: dict[str, Make] = {
@@ -278,7 +248,7 @@ HEALTHY: dict[str, Make] = {
     "cyclic rate": cyclic, "warm restarts": restarted, "batch 4": tiny_batches, "CNN, batch 256": large_batches,
     "dropout": dropped_out, "BatchNorm, momentum": normalised_mlp, "characters": character_model,
     "fine-tuning": fine_tuned, "autoencoder": autoencoder, "LSTM": lstm, "heavy tails": heavy_tails,
-    "noisy labels": noisy_labels, "GAN, critic": adversaries, "attention": attention_model,
+    "noisy labels": noisy_labels, "GAN, critic": critic_of_digits, "attention": attention_model,
     "OneCycle, MLP": one_cycle_mlp, "BatchNorm CNN, digits": normalised_cnn, "skip-gram": skip_gram,
     "GAN, forger": forger,
 }  # fmt: skip
@@ -294,7 +264,7 @@ def curve(seed: int, count: int = 64) -> Batch:
 
 def adam_spikes(rate: float) -> Make:
     def make(seed: int) -> Training:
-        model = seeded(seed, lambda: dense(1, 64, 64, 1))
+        model = seeded(lambda: dense(1, 64, 64, 1), seed)
         loss = lambda b: (model(b[0]) - b[1]).square().mean()  # noqa: E731
         return plain(model, adam(model, rate), loss, drawn(curve(seed), None, seed), 2500)
 
@@ -303,10 +273,10 @@ def adam_spikes(rate: float) -> Make:
 
 def ramped(percent: float, optimizer: Callable[[nn.Module], Any], make: Callable[[], nn.Module], data: Any) -> Make:
     def run(seed: int) -> Training:
-        model = seeded(seed, make)
+        model = seeded(make, seed)
         change = lambda k: min((1 + percent / 100) ** (k + 1), 1e6)  # noqa: E731
         at = 400 + seed
-        return plain(model, optimizer(model), entropy(model), drawn(data(), 64, seed), at + 300,
+        return plain(model, optimizer(model), partial(entropy, model), drawn(data(), 64, seed), at + 300,
                      factor=changing(warmed(50), at, change), fault=at)  # fmt: skip
 
     return run
@@ -314,8 +284,8 @@ def ramped(percent: float, optimizer: Callable[[nn.Module], Any], make: Callable
 
 def jumped(times: float, optimizer: Callable[[nn.Module], Any], make: Callable[[], nn.Module], data: Any) -> Make:
     def run(seed: int) -> Training:
-        model, at = seeded(seed, make), 400 + seed
-        return plain(model, optimizer(model), entropy(model), drawn(data(), 64, seed), at + 200,
+        model, at = seeded(make, seed), 400 + seed
+        return plain(model, optimizer(model), partial(entropy, model), drawn(data(), 64, seed), at + 200,
                      factor=changing(warmed(50), at, lambda k: times), fault=at)  # fmt: skip
 
     return run
@@ -325,38 +295,31 @@ def too_high(rate: float, momentum: bool, make: Callable[[], nn.Module], data: A
     """A constant rate that is too high from the start; seeds differ in the rate too."""
 
     def run(seed: int) -> Training:
-        model = seeded(seed, make)
+        model = seeded(make, seed)
         high = rate * 1.15 ** (seed % 5)
         optimizer = sgd(model, high) if momentum else adam(model, high)
-        return plain(model, optimizer, entropy(model), drawn(data(), batch, seed), 1500)
+        return plain(model, optimizer, partial(entropy, model), drawn(data(), batch, seed), 1500)
 
     return run
 
 
 def half_precision(seed: int) -> Training:
     """Gradients go through float16 with a loss scale that grows too large."""
-    model, at = seeded(seed, lambda: digits_cnn(8, 16, nn.Tanh)), 300 + seed
-    count = [0]
-
-    def through_half() -> None:
-        scale = 256.0 * 2.0 ** (max(count[0] - at, 0) / 8)
-        count[0] += 1
-        for p in model.parameters():
-            assert p.grad is not None
-            p.grad = (p.grad * scale).half().float() / scale
-
-    return plain(model, adamw(model, 1e-3), entropy(model), drawn(_digits(), 64, seed), at + 300,
-                 after_backward=through_half, fault=at)  # fmt: skip
+    model, at = seeded(lambda: digits_cnn(8, 16, nn.Tanh), seed), 300 + seed
+    return plain(model, adamw(model, 1e-3), partial(entropy, model), drawn(_digits(), 64, seed), at + 300,
+                 after_backward=through_float16(model, at, 256.0, 8), fault=at)  # fmt: skip
 
 
 def heavy_momentum(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(64, 64, 64, 10))
-    return plain(model, sgd(model, 0.1 * 1.2 ** (seed % 5), 0.99), entropy(model), drawn(_digits(), 64, seed), 1000)
+    model = seeded(lambda: dense(64, 64, 64, 10), seed)
+    return plain(
+        model, sgd(model, 0.1 * 1.2 ** (seed % 5), 0.99), partial(entropy, model), drawn(_digits(), 64, seed), 1000
+    )
 
 
 def growing_weights(seed: int) -> Training:
     """A decay of the wrong sign makes the weights grow."""
-    model, at = seeded(seed, lambda: dense(64, 64, 64, 10, act=nn.ReLU)), 300 + seed
+    model, at = seeded(lambda: dense(64, 64, 64, 10, act=nn.ReLU), seed), 300 + seed
 
     def grow(step: int) -> None:
         if step >= at:
@@ -364,20 +327,22 @@ def growing_weights(seed: int) -> Training:
                 for p in model.parameters():
                     p *= 1.01
 
-    return plain(model, adam(model, 1e-3), entropy(model), drawn(_digits(), 64, seed), at + 400, before=grow, fault=at)
+    return plain(
+        model, adam(model, 1e-3), partial(entropy, model), drawn(_digits(), 64, seed), at + 400, before=grow, fault=at
+    )
 
 
 def exploding_rnn(seed: int) -> Training:
     data, alphabet = _text()
-    model = seeded(seed, lambda: Recurrent(nn.RNN, alphabet, 64, nonlinearity="relu"))
-    return plain(model, sgd(model, 0.8 * 1.1 ** (seed % 5)), entropy(model), drawn(data, 16, seed), 600)
+    model = seeded(lambda: Recurrent(nn.RNN, alphabet, 64, nonlinearity="relu"), seed)
+    return plain(model, sgd(model, 0.8 * 1.1 ** (seed % 5)), partial(entropy, model), drawn(data, 16, seed), 600)
 
 
 def faulty(optimizer: Callable[[nn.Module], Any], make: Callable[[], nn.Module], data: Any, kind: str) -> Make:
     """A fault of the data from a step on: labels shuffled, inputs that grow, a batch of rubbish."""
 
     def run(seed: int) -> Training:
-        model, at = seeded(seed, make), 400 + seed
+        model, at = seeded(make, seed), 400 + seed
         draws = torch.Generator().manual_seed(seed + 1)
 
         def batches() -> Iterator[Batch]:
@@ -391,7 +356,7 @@ def faulty(optimizer: Callable[[nn.Module], Any], make: Callable[[], nn.Module],
                     x = 30 * torch.randn(x.shape, generator=draws)
                 yield x, y
 
-        return plain(model, optimizer(model), entropy(model), batches(), at + 250, factor=warmed(50), fault=at)
+        return plain(model, optimizer(model), partial(entropy, model), batches(), at + 250, factor=warmed(50), fault=at)
 
     return run
 
@@ -401,7 +366,7 @@ def _mlp() -> nn.Module:
 
 
 def _deep() -> nn.Module:
-    return plain_stack(64, 48, 6, 10, nn.Tanh)
+    return dense(64, *[48] * 7, 10)
 
 
 DANGER: dict[str, Make] = {

@@ -5,26 +5,27 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.data import Batch, fashion_mnist, text_bytes
-from benchmarks.lib.models import dense, gpt2
-from benchmarks.zoo.design import Make, adam, adamw, sgd
+from benchmarks.lib.models import dense, gpt2, seeded
+from benchmarks.lib.trainings import entropy
+from benchmarks.zoo.design import Make, adam, adamw, sgd, too_high
 from benchmarks.zoo.parts import (
     Attention,
     LowRank,
     Recurrent,
+    adversaries,
     changing,
     cosine,
     drawn,
-    entropy,
     one_cycle,
-    plain_stack,
     restarts,
-    seeded,
     squares,
+    through_float16,
     warmed,
 )  # fmt: skip
 from benchmarks.zoo.training import Training, plain
@@ -68,58 +69,59 @@ def _small_cnn(norm: bool = False, act: type[nn.Module] = nn.ReLU) -> nn.Module:
 def full_batch(seed: int) -> Training:
     inputs, labels = _flat()
     data = (inputs[:256], labels[:256])
-    model = seeded(seed, lambda: dense(784, 40, 10))
+    model = seeded(lambda: dense(784, 40, 10), seed)
     return plain(model, sgd(model, 0.04, 0.0), squares(model, 10), drawn(data, None, seed), STEPS)
 
 
 def fitted(seed: int) -> Training:
     inputs, labels = _flat()
     data = (inputs[:600], labels[:600])
-    model = seeded(seed, lambda: dense(784, 96, 10, act=nn.GELU))
-    return plain(model, adam(model, 1e-3), entropy(model), drawn(data, 32, seed), STEPS)
+    model = seeded(lambda: dense(784, 96, 10, act=nn.GELU), seed)
+    return plain(model, adam(model, 1e-3), partial(entropy, model), drawn(data, 32, seed), STEPS)
 
 
 def cycle(seed: int) -> Training:
-    model = seeded(seed, _small_cnn)
+    model = seeded(_small_cnn, seed)
     batches = drawn(_pooled(), 64, seed)
-    return plain(model, sgd(model, 0.15), entropy(model), batches, STEPS, factor=one_cycle(STEPS))
+    return plain(model, sgd(model, 0.15), partial(entropy, model), batches, STEPS, factor=one_cycle(STEPS))
 
 
 def warm_restarts(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(784, 64, 64, 10, act=nn.SiLU))
-    return plain(model, adamw(model, 3e-3), entropy(model), drawn(_flat(), 64, seed), STEPS, factor=restarts(500))
+    model = seeded(lambda: dense(784, 64, 64, 10, act=nn.SiLU), seed)
+    return plain(
+        model, adamw(model, 3e-3), partial(entropy, model), drawn(_flat(), 64, seed), STEPS, factor=restarts(500)
+    )
 
 
 def batch_8(seed: int) -> Training:
-    model = seeded(seed, _small_cnn)
-    return plain(model, adamw(model, 1e-3), entropy(model), drawn(_pooled(), 8, seed), STEPS, factor=warmed(100))
+    model = seeded(_small_cnn, seed)
+    return plain(
+        model, adamw(model, 1e-3), partial(entropy, model), drawn(_pooled(), 8, seed), STEPS, factor=warmed(100)
+    )
 
 
 def batch_512(seed: int) -> Training:
-    model = seeded(seed, lambda: dense(784, 64, 10, act=nn.ReLU))
-    return plain(model, sgd(model, 0.1, nesterov=True), entropy(model), drawn(_flat(), 512, seed), STEPS)
+    model = seeded(lambda: dense(784, 64, 10, act=nn.ReLU), seed)
+    return plain(model, sgd(model, 0.1, nesterov=True), partial(entropy, model), drawn(_flat(), 512, seed), STEPS)
 
 
 def dropout(seed: int) -> Training:
-    model = seeded(
-        seed,
-        lambda: nn.Sequential(
+    model = seeded(lambda: nn.Sequential(
             nn.Linear(784, 128), nn.ReLU(), nn.Dropout(0.4), nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.4),
             nn.Linear(64, 10),
-        ),
-    )  # fmt: skip
-    return plain(model, adam(model, 1e-3), entropy(model), drawn(_flat(), 64, seed), STEPS)
+        ), seed)  # fmt: skip
+    return plain(model, adam(model, 1e-3), partial(entropy, model), drawn(_flat(), 64, seed), STEPS)
 
 
 def batch_norm(seed: int) -> Training:
-    model = seeded(seed, lambda: _small_cnn(norm=True))
+    model = seeded(lambda: _small_cnn(norm=True), seed)
     batches = drawn(_pooled(), 64, seed)
     optimizer = sgd(model, 0.1, weight_decay=1e-4)
-    return plain(model, optimizer, entropy(model), batches, STEPS, factor=cosine(STEPS, 100))
+    return plain(model, optimizer, partial(entropy, model), batches, STEPS, factor=cosine(STEPS, 100))
 
 
 def language_model(seed: int) -> Training:
-    model = seeded(seed, lambda: gpt2(48, 2, 40, 256))
+    model = seeded(lambda: gpt2(48, 2, 40, 256), seed)
     loss = lambda b: nn.functional.cross_entropy(model(input_ids=b[0]).logits.flatten(0, 1), b[1].flatten())  # noqa: E731
     optimizer = adamw(model, 2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     return plain(model, optimizer, loss, drawn(_bytes(), 12, seed), STEPS, factor=cosine(STEPS, 150, 0.1), clip=1.0)
@@ -129,18 +131,18 @@ def low_rank(seed: int) -> Training:
     """A network that was trained on six classes learns the other four by updates of low rank."""
     inputs, labels = _flat()
     old, new = labels < 6, labels >= 6
-    model = seeded(7, lambda: dense(784, 96, 96, 10, act=nn.ReLU))
+    model = seeded(lambda: dense(784, 96, 96, 10, act=nn.ReLU), 7)
     optimizer = adam(model, 1e-3)
     for _, batch in zip(range(300), drawn((inputs[old], labels[old]), 64, 1), strict=False):
         optimizer.zero_grad()
-        entropy(model)(batch).backward()  # type: ignore[no-untyped-call]
+        entropy(model, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     torch.manual_seed(seed)
     model = nn.Sequential(*(LowRank(m, 4) if isinstance(m, nn.Linear) else m for m in model))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-3)
     data = (inputs[new], labels[new])
-    return plain(model, optimizer, entropy(model), drawn(data, 32, seed), STEPS, factor=cosine(STEPS, 50))
+    return plain(model, optimizer, partial(entropy, model), drawn(data, 32, seed), STEPS, factor=cosine(STEPS, 50))
 
 
 class Factors(nn.Module):
@@ -163,7 +165,7 @@ def factorisation(seed: int) -> Training:
     pairs = torch.stack([torch.randint(300, (8000,), generator=draws), torch.randint(200, (8000,), generator=draws)], 1)
     ratings = (left[pairs[:, 0]] * right[pairs[:, 1]]).sum(1, keepdim=True)
     ratings += 0.3 * torch.randn(ratings.shape, generator=draws)
-    model = seeded(seed, lambda: Factors(300, 200, 16))
+    model = seeded(lambda: Factors(300, 200, 16), seed)
     return plain(model, adam(model, 1e-2), squares(model), drawn((pairs, ratings), 128, seed), STEPS)
 
 
@@ -171,39 +173,26 @@ def ring(seed: int) -> Training:
     """A generator that learns eight points on a ring, against a critic; the generator is watched."""
     torch.manual_seed(seed)
     maker, critic = dense(8, 64, 64, 2, act=nn.ReLU), dense(2, 64, 64, 1, act=nn.LeakyReLU)
-    first = torch.optim.Adam(maker.parameters(), 1e-3, betas=(0.5, 0.99))
-    second = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.99))
+    optimizers = adam(maker, 1e-3, betas=(0.5, 0.99)), adam(critic, 1e-3, betas=(0.5, 0.99))
     draws = torch.Generator().manual_seed(seed)
-    plus = nn.functional.softplus
 
-    def noise() -> Tensor:
-        return torch.randn(128, 8, generator=draws)
+    def real() -> Tensor:
+        angle = torch.randint(8, (128, 1), generator=draws) * math.pi / 4
+        return torch.cat([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(128, 2, generator=draws)
 
-    def run() -> Iterator[float]:
-        for _ in range(STEPS):
-            angle = torch.randint(8, (128, 1), generator=draws) * math.pi / 4
-            real = torch.cat([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(128, 2, generator=draws)
-            second.zero_grad()
-            (plus(-critic(real)).mean() + plus(critic(maker(noise()).detach())).mean()).backward()
-            second.step()
-            first.zero_grad()
-            loss = plus(-critic(maker(noise()))).mean()
-            loss.backward()
-            yield loss.item()
-            first.step()
-
-    return Training(maker, first, run())
+    noise = lambda: torch.randn(128, 8, generator=draws)  # noqa: E731
+    return adversaries(maker, critic, optimizers, real, noise, STEPS, watched=maker)
 
 
 def gru(seed: int) -> Training:
     data = _bytes()
-    model = seeded(seed, lambda: Recurrent(nn.GRU, 256, 48))
-    return plain(model, adam(model, 3e-3), entropy(model), drawn(data, 16, seed), STEPS, clip=1.0)
+    model = seeded(lambda: Recurrent(nn.GRU, 256, 48), seed)
+    return plain(model, adam(model, 3e-3), partial(entropy, model), drawn(data, 16, seed), STEPS, clip=1.0)
 
 
 def contrastive(seed: int) -> Training:
     """Two noisy views of an image are told from those of others (InfoNCE)."""
-    model = seeded(seed, lambda: dense(196, 96, 32, act=nn.ReLU))
+    model = seeded(lambda: dense(196, 96, 32, act=nn.ReLU), seed)
     draws = torch.Generator().manual_seed(seed + 1)
 
     def view(x: Tensor) -> Tensor:
@@ -232,47 +221,39 @@ def adam_spikes(seed: int) -> Training:
     """Full batch, a surface over the plane; the second moment forgets slowly."""
     x = torch.rand(96, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     y = (4 * x[:, :1]).sin() * (5 * x[:, 1:]).cos()
-    model = seeded(seed, lambda: dense(2, 48, 48, 48, 1))
+    model = seeded(lambda: dense(2, 48, 48, 48, 1), seed)
     loss = lambda b: (model(b[0]) - b[1]).square().mean()  # noqa: E731
     return plain(model, adam(model, 0.01), loss, drawn((x, y), None, seed), 2000)
 
 
 def no_warmup(seed: int) -> Training:
     """A transformer with the norm behind, at a high rate from the first step on."""
-    model = seeded(seed, lambda: Attention(256, 40, 48, 4, norm="post"))
-    return plain(model, adam(model, 0.03 * 1.2 ** (seed % 5)), entropy(model), drawn(_bytes(), 16, seed), 500)
+    model = seeded(lambda: Attention(256, 40, 48, 4, norm="post"), seed)
+    return plain(model, adam(model, 0.03 * 1.2 ** (seed % 5)), partial(entropy, model), drawn(_bytes(), 16, seed), 500)
 
 
 def no_qk_norm(seed: int) -> Training:
     """A transformer whose queries and keys grow, at a high rate."""
-    model = seeded(seed, lambda: Attention(256, 40, 48, 2))
+    model = seeded(lambda: Attention(256, 40, 48, 2), seed)
     optimizer = adamw(model, 0.12 * 1.2 ** (seed % 5), betas=(0.9, 0.98))
-    return plain(model, optimizer, entropy(model), drawn(_bytes(), 16, seed), 600, factor=warmed(100))
+    return plain(model, optimizer, partial(entropy, model), drawn(_bytes(), 16, seed), 600, factor=warmed(100))
 
 
 def deep_plain(seed: int) -> Training:
-    model = seeded(seed, lambda: plain_stack(196, 48, 14, 10, nn.Tanh))
-    return plain(model, sgd(model, 0.04 * 1.25 ** (seed % 5)), entropy(model), drawn(_pooled(), 64, seed), 1200)
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), dense(196, *[48] * 15, 10)), seed)
+    return plain(
+        model, sgd(model, 0.04 * 1.25 ** (seed % 5)), partial(entropy, model), drawn(_pooled(), 64, seed), 1200
+    )
 
 
 def tanh_rnn(seed: int) -> Training:
-    model = seeded(seed, lambda: Recurrent(nn.RNN, 256, 64, nonlinearity="tanh"))
-    return plain(model, sgd(model, 0.5 * 1.25 ** (seed % 5)), entropy(model), drawn(_bytes(), 16, seed), 800)
-
-
-def too_high(make: Callable[[], nn.Module], data: Callable[[], Batch], rate: float, adaptive: bool, batch: int) -> Make:
-    def run(seed: int) -> Training:
-        model = seeded(seed, make)
-        high = rate * 1.15 ** (seed % 5)
-        optimizer = adam(model, high) if adaptive else sgd(model, high)
-        return plain(model, optimizer, entropy(model), drawn(data(), batch, seed), 1500)
-
-    return run
+    model = seeded(lambda: Recurrent(nn.RNN, 256, 64, nonlinearity="tanh"), seed)
+    return plain(model, sgd(model, 0.5 * 1.25 ** (seed % 5)), partial(entropy, model), drawn(_bytes(), 16, seed), 800)
 
 
 def half_throughout(seed: int) -> Training:
     """Weights and all else in bfloat16."""
-    model = seeded(seed, lambda: dense(784, 64, 64, 10, act=nn.ReLU)).bfloat16()
+    model = seeded(lambda: dense(784, 64, 64, 10, act=nn.ReLU), seed).bfloat16()
     images, labels = _flat()
     data = (images.bfloat16(), labels)
     loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731
@@ -286,13 +267,13 @@ def changed_rate(change: Callable[[int], float], adaptive: bool) -> Make:
     def run(seed: int) -> Training:
         at = 600 + 3 * seed
         if adaptive:
-            model = seeded(seed, lambda: Attention(256, 40, 32, 2))
+            model = seeded(lambda: Attention(256, 40, 32, 2), seed)
             optimizer: torch.optim.Optimizer = adamw(model, 1e-3)
             data, batch = _bytes(), 12
         else:
-            model = seeded(seed, _small_cnn)
+            model = seeded(_small_cnn, seed)
             optimizer, data, batch = sgd(model, 0.02), _pooled(), 32
-        return plain(model, optimizer, entropy(model), drawn(data, batch, seed), at + 250,
+        return plain(model, optimizer, partial(entropy, model), drawn(data, batch, seed), at + 250,
                      factor=changing(warmed(50), at, change), fault=at)  # fmt: skip
 
     return run
@@ -301,21 +282,21 @@ def changed_rate(change: Callable[[int], float], adaptive: bool) -> Make:
 def resumed(seed: int) -> Training:
     """The optimizer's state is lost, and the rate is five times as high."""
     at = 600 + 3 * seed
-    model = seeded(seed, lambda: Attention(256, 40, 32, 2))
+    model = seeded(lambda: Attention(256, 40, 32, 2), seed)
     optimizer = adamw(model, 1e-3)
 
     def before(step: int) -> None:
         if step == at:
             optimizer.state.clear()
 
-    return plain(model, optimizer, entropy(model), drawn(_bytes(), 12, seed), at + 250, before=before,
+    return plain(model, optimizer, partial(entropy, model), drawn(_bytes(), 12, seed), at + 250, before=before,
                  factor=changing(warmed(50), at, lambda k: 5.0), fault=at)  # fmt: skip
 
 
 def of_data(kind: str) -> Make:
     def run(seed: int) -> Training:
         at = 600 + 3 * seed
-        model = seeded(seed, lambda: _small_cnn(act=nn.SiLU))
+        model = seeded(lambda: _small_cnn(act=nn.SiLU), seed)
         draws = torch.Generator().manual_seed(seed + 1)
 
         def batches() -> Iterator[Batch]:
@@ -330,7 +311,7 @@ def of_data(kind: str) -> Make:
                 yield x, y
 
         optimizer = adamw(model, 1e-3)
-        return plain(model, optimizer, entropy(model), batches(), at + 250, factor=warmed(50), fault=at)
+        return plain(model, optimizer, partial(entropy, model), batches(), at + 250, factor=warmed(50), fault=at)
 
     return run
 
@@ -338,25 +319,16 @@ def of_data(kind: str) -> Make:
 def float16(seed: int) -> Training:
     """Gradients go through float16, with a loss scale that doubles every ten steps."""
     at = 600 + 3 * seed
-    model = seeded(seed, lambda: dense(784, 64, 10, act=nn.Tanh))
-    count = [0]
-
-    def through_half() -> None:
-        scale = 1024.0 * 2.0 ** (max(count[0] - at, 0) / 10)
-        count[0] += 1
-        for p in model.parameters():
-            assert p.grad is not None
-            p.grad = (p.grad * scale).half().float() / scale
-
-    return plain(model, sgd(model, 0.02), entropy(model), drawn(_flat(), 64, seed), at + 300,
-                 after_backward=through_half, fault=at)  # fmt: skip
+    model = seeded(lambda: dense(784, 64, 10, act=nn.Tanh), seed)
+    return plain(model, sgd(model, 0.02), partial(entropy, model), drawn(_flat(), 64, seed), at + 300,
+                 after_backward=through_float16(model, at, 1024.0, 10), fault=at)  # fmt: skip
 
 
 NATURAL: dict[str, Make] = {
     "Adam's spikes": adam_spikes, "no warm-up": no_warmup, "no norm of queries and keys": no_qk_norm,
     "deep, no residuals": deep_plain, "RNN": tanh_rnn,
-    "rate too high, CNN, momentum": too_high(_small_cnn, _pooled, 0.2, False, 32),
-    "rate too high, MLP, Adam": too_high(lambda: dense(784, 64, 64, 10), _flat, 0.02, True, 64),
+    "rate too high, CNN, momentum": too_high(0.2, True, _small_cnn, _pooled, 32),
+    "rate too high, MLP, Adam": too_high(0.02, False, lambda: dense(784, 64, 64, 10), _flat),
     "bfloat16 throughout": half_throughout,
 }  # fmt: skip
 INJECTED: dict[str, Make] = {

@@ -1,23 +1,21 @@
-"""What trainings of the zoo are made of: batches, schedules and networks."""
+"""What trainings of the zoo are made of: batches, schedules, losses, and networks."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks.lib.data import Batch
+from benchmarks.lib.trainings import squared
+from benchmarks.zoo.training import Training
 
 Schedule = Callable[[int], float]
-
-
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """A network whose weights depend on the seed alone."""
-    torch.manual_seed(seed)
-    return make()
 
 
 def drawn(data: Batch, size: int | None, seed: int) -> Iterator[Batch]:
@@ -75,24 +73,63 @@ def changing(base: Schedule, at: int, change: Callable[[int], float]) -> Schedul
     return lambda step: base(step) * (change(step - at) if step >= at else 1.0)
 
 
-def entropy(model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The mean cross-entropy of a classifier; of each token where the logits have three axes."""
-
-    def loss(batch: Batch) -> Tensor:
-        logits = model(batch[0])
-        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[1].reshape(-1))
-
-    return loss
-
-
 def squares(model: nn.Module, classes: int | None = None) -> Callable[[Batch], Tensor]:
     """Half the mean squared distance; labels are ones among zeros where there are classes."""
 
     def loss(batch: Batch) -> Tensor:
         target = batch[1] if classes is None else nn.functional.one_hot(batch[1], classes).float()
-        return 0.5 * (model(batch[0]) - target).square().sum(1).mean()
+        return squared(model, (batch[0], target))
 
     return loss
+
+
+def adversaries(
+    maker: nn.Module, critic: nn.Module, optimizers: tuple[Optimizer, Optimizer], real: Callable[[], Tensor],
+    noise: Callable[[], Tensor], steps: int, watched: nn.Module,
+) -> Training:  # fmt: skip
+    """Two networks that play against each other: one makes examples from noise, the other tells them from real ones.
+
+    Args:
+        maker: makes examples.
+        critic: gives them a number, larger for what it takes for real.
+        optimizers: of both.
+        real: draws real examples.
+        noise: draws what the maker begins with.
+        steps: of either.
+        watched: the one of the two whose steps the training is.
+    """
+    first, second = optimizers
+    plus = nn.functional.softplus
+
+    def run() -> Iterator[float]:
+        for _ in range(steps):
+            loss = plus(-critic(real())).mean() + plus(critic(maker(noise()).detach())).mean()
+            second.zero_grad()
+            loss.backward()
+            if watched is critic:
+                yield loss.item()
+            second.step()
+            loss = plus(-critic(maker(noise()))).mean()
+            first.zero_grad()
+            loss.backward()
+            if watched is maker:
+                yield loss.item()
+            first.step()
+
+    return Training(watched, second if watched is critic else first, run())
+
+
+def through_float16(model: nn.Module, at: int, scale: float, doubles_in: int) -> Callable[[], None]:
+    """Sends the gradients through float16, with a loss scale that doubles every so many steps from ``at`` on."""
+    count = itertools.count()
+
+    def send() -> None:
+        now = scale * 2.0 ** (max(next(count) - at, 0) / doubles_in)
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad = (p.grad * now).half().float() / now
+
+    return send
 
 
 class Recurrent(nn.Module):
@@ -184,11 +221,3 @@ class LowRank(nn.Module):
         """The layer's output."""
         out: Tensor = self.base(x) + x @ self.a.T @ self.b.T
         return out
-
-
-def plain_stack(inputs: int, width: int, depth: int, outputs: int, act: type[nn.Module], **more: Any) -> nn.Sequential:
-    """Many linear layers without residuals."""
-    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(inputs, width), act()]
-    for _ in range(depth):
-        layers += [nn.Linear(width, width), act()]
-    return nn.Sequential(*layers, nn.Linear(width, outputs))

@@ -8,6 +8,7 @@ from statistics import median, median_low
 from typing import Any, NamedTuple
 
 from gfs_core.detectors.base import positive
+from gfs_core.detectors.past import NORMAL
 from gfs_core.detectors.profile import Profile
 
 _SMALLEST_SPREAD = 1e-12  # keeps a division finite where all losses are 0
@@ -86,7 +87,7 @@ class Context:
             self._new = 0
             ordered = sorted(self.losses)
             middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
-            spread = 1.4826 * median([abs(loss - middle) for loss in ordered])
+            spread = NORMAL * median([abs(loss - middle) for loss in ordered])
             spread, high = min(spread, _FARTHEST), min(high - middle, _FARTHEST)
             self._usual = UsualLoss(middle, spread, high, math.fsum(loss / len(ordered) for loss in ordered))
         return self._usual

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_NORMAL = 1.4826  # times the median distance from the median: the deviation of a normal variable
+NORMAL = 1.4826  # times the median distance from the median: the deviation of a normal variable
 
 
 class Past:
@@ -56,7 +56,7 @@ class Past:
         rows = torch.tensor([row + [math.nan] * (wide - len(row)) for row in self._rows], dtype=torch.float64)
         counts = (~rows.isnan()).sum(0).tolist()
         middle = rows.nanmedian(0).values
-        scatter = ((rows - middle).abs().nanmedian(0).values * _NORMAL).tolist()
+        scatter = ((rows - middle).abs().nanmedian(0).values * NORMAL).tolist()
         for name, place in self._places.items():
             if counts[place] >= self.first:
                 self._usual[name] = (float(middle[place]), scatter[place])

@@ -45,9 +45,8 @@ class FlightRecorder:
         self._held: deque[_Step] = deque(maxlen=STEPS + AFTER + _LATE)
         self._latest = -1
         self._alarmed = False
-        self._open: tuple[int, Alert, Path | None] | None = (
-            None  # an alarm whose later steps are still to come; its file
-        )
+        # An alarm whose later steps are still to come, and its file.
+        self._open: tuple[int, Alert, Path | None] | None = None
 
     def take(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gfs_core.optimizers.closures import closure_of
 from gfs_core.optimizers.grad_scaling import GradScaling
 from gfs_core.optimizers.thresholds import named_in_full, parameters_of, unwrap
 from gfs_core.optimizers.updates import known
@@ -214,9 +215,8 @@ class FreeSignals:
             self._scaling.look()
             if self._scaling.active:  # what was read before is scaled or not: nobody knows
                 self._coming = []
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         # A closure computes them later. Under manual optimization Lightning always passes one, which does nothing.
-        if (closure is None or self.only_in_step) and self.step >= 0:
+        if (closure_of(args, kwargs) is None or self.only_in_step) and self.step >= 0:
             with self.notices.harmless(_FAILED, alone=True):
                 self._read_gradients()
 

@@ -79,7 +79,7 @@ class _Quotients(NamedTuple):
     """
 
     values: list[float]
-    loss: float | None
+    loss: float
     noise: float
     precision_error: float | None = None
 
@@ -304,7 +304,7 @@ class RunningCurvature:
     def _taken_in(self, step: StepContext, new: _Quotients, inner: InnerProduct) -> list[Reading]:
         mean, stability = step.mean_loss, step.stability
         relative = None
-        if new.loss is not None and mean is not None and mean > 0 and new.loss > 0:
+        if mean is not None and mean > 0 and new.loss > 0:
             relative = new.loss / mean
             if not 1 / _LAGGING < relative < _LAGGING:
                 relative = None  # the mean lags behind a loss that falls fast

@@ -10,26 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_gfs
 import lightning_gfs
+from tests.hf.rows import Rows
 
 STEPS, BAD, BREAKS = 70, 30, 60  # the first process has a bad batch at step BAD; the weights break at step BREAKS
-
-
-class Rows(Dataset):
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(16 * STEPS * 2, 8, generator=generator)
-        self.y = (self.x @ torch.randn(8, 3, generator=generator)).argmax(1)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"x": self.x[i], "labels": self.y[i]}
 
 
 class Model(nn.Module):
@@ -73,7 +61,7 @@ class Begins(TrainerCallback):
 
 
 def fit(folder: str, rank: int, options: dict[str, Any]) -> Model:
-    module, rows = Module(), Rows()
+    module, rows = Module(), Rows(16 * STEPS * 2)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -104,7 +92,7 @@ def by_trainer(folder: str, rank: int, options: dict[str, Any]) -> Model:
         disable_tqdm=True,
     )
     model = Model()
-    trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=[Begins()])
+    trainer = Trainer(model, arguments, train_dataset=Rows(16 * STEPS * 2), callbacks=[Begins()])
     hf_gfs.GFSCallback(**options).set_trainer(trainer)
     trainer.train()
     return model

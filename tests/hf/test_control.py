@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.hf.clients import Characters, arguments, gpt2, train
+from tests.rates import tell_rates
 
 
 class Used(TrainerCallback):
@@ -21,15 +22,7 @@ class Used(TrainerCallback):
         self.rates: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"].optimizer
-        step = type(optimizer)._init_group
-
-        def watched(own: Any, group: Any, *rest: Any) -> Any:
-            if group is own.param_groups[0]:
-                self.rates.append(float(group["lr"]))
-            return step(own, group, *rest)
-
-        optimizer._init_group = watched.__get__(optimizer)
+        tell_rates(kwargs["optimizer"].optimizer, self.rates)
 
 
 def language(folder: Path, **options: Any) -> Trainer:

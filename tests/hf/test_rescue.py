@@ -10,27 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gfs_core as gfs
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
+from tests.hf.rows import Rows
+from tests.rates import tell_rates
 
 STEPS, SIZE = 80, 8
-
-
-class Rows(Dataset):
-    def __init__(self, count: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(count, 8, generator=generator)
-        self.y = (self.x @ torch.randn(8, 3, generator=generator)).argmax(1)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"x": self.x[i], "labels": self.y[i]}
 
 
 class Model(nn.Module):
@@ -57,16 +45,8 @@ class Watching(TrainerCallback):
         self.told: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the optimizer's own code tell the rate that it uses."""
-        optimizer = kwargs["optimizer"].optimizer
-        step = type(optimizer)._init_group
-
-        def watched(own: Any, group: Any, *rest: Any) -> Any:
-            if group is own.param_groups[0]:
-                self.used.append(float(group["lr"]))
-            return step(own, group, *rest)
-
-        optimizer._init_group = watched.__get__(optimizer)
+        """Learn the rates that are used."""
+        tell_rates(kwargs["optimizer"].optimizer, self.used)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
 from tests.lightning.trainers import quiet
+from tests.rates import tell_rates
 
 LABELS = torch.randint(4, (256,), generator=torch.Generator().manual_seed(1))
 DATA = TensorDataset(nn.functional.one_hot(LABELS, 8) + 0.5 * torch.randn(256, 8), LABELS)
@@ -38,13 +39,7 @@ class Net(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Have the optimizer's own code tell the rate that it uses."""
-        step = torch.optim.SGD._init_group
-
-        def watched(optimizer: Any, group: Any, *rest: Any) -> Any:
-            self.used.append(float(group["lr"]))
-            return step(optimizer, group, *rest)
-
-        self.trainer.optimizers[0]._init_group = watched.__get__(self.trainer.optimizers[0])
+        tell_rates(self.trainer.optimizers[0], self.used)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)

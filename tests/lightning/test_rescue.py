@@ -18,6 +18,7 @@ import gfs_core as gfs
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.lightning.trainers import quiet
+from tests.rates import tell_rates
 
 BATCHES = 90
 X = torch.randn(BATCHES * 16, 8, generator=torch.Generator().manual_seed(1))
@@ -56,13 +57,7 @@ class Net(L.LightningModule):
     def on_train_start(self) -> None:
         """Have the optimizer's own code tell the rate that it uses."""
         [optimizer] = self.trainer.optimizers
-        step = type(optimizer)._init_group
-
-        def watched(own: Any, group: Any, *rest: Any) -> Any:
-            self.used.append(float(group["lr"]))
-            return step(own, group, *rest)
-
-        optimizer._init_group = watched.__get__(optimizer)
+        tell_rates(optimizer, self.used)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), 0.01)

@@ -15,15 +15,23 @@ import numpy as np
 import torch
 
 from benchmarks.lib.streams import RUNS
-from benchmarks.zoo import design, exam
+from benchmarks.zoo import design, exam_danger, exam_healthy, trial
 from benchmarks.zoo.training import Stream, recorded
 
 SETS = {
     "design, healthy": design.HEALTHY, "design, danger": design.DANGER,
-    "exam, healthy": exam.HEALTHY, "exam, danger": exam.DANGER,
+    "trial, healthy": trial.HEALTHY, "trial, danger": trial.DANGER,
+    "exam, healthy": exam_healthy.HEALTHY, "exam, danger": exam_danger.DANGER,
 }  # fmt: skip
-SEEDS = {"design, healthy": 3, "design, danger": 6, "exam, healthy": 1, "exam, danger": 10}
-FIRST = {"design, healthy": 100, "design, danger": 100, "exam, healthy": 0, "exam, danger": 0}  # no seed is in both
+# Of each training, how many seeds and the first of them; no two sets share one.
+SEEDS = {
+    "design, healthy": 3, "design, danger": 6, "trial, healthy": 2, "trial, danger": 3,
+    "exam, healthy": 1, "exam, danger": 10,
+}  # fmt: skip
+FIRST = {
+    "design, healthy": 100, "design, danger": 100, "trial, healthy": 0, "trial, danger": 0,
+    "exam, healthy": 200, "exam, danger": 200,
+}  # fmt: skip
 
 
 def path_of(kind: str, name: str, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""The trainings that are reported on: no rule and no threshold was chosen on them."""
+"""More trainings to choose rules and thresholds of the early warning on, unlike those of ``design.py``."""
 
 from __future__ import annotations
 

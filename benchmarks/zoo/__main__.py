@@ -25,8 +25,7 @@ HEALTH = """# Healthy trainings
 Trainings that end well, on which no rule and no threshold was chosen: those are in `benchmarks/zoo/design.py` and
 `trial.py`, these in `exam_healthy.py`, with other models, data, optimizers and batch sizes. An alarm is a stretch at
 that level, from the rise until the run is back. The early warning as it comes reads the loss, the rate and the free
-signals of every layer at each step, and no curvature; so the training at the edge is judged without the rule for swings
-there.
+signals of every layer at each step, and the running stability ratio at every tenth.
 """
 DANGER = """# Trainings in danger
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from benchmarks.lib.data import Batch
 from benchmarks.lib.trainings import squared
-from benchmarks.zoo.training import Training
+from benchmarks.zoo.training import Step, Training
 
 Schedule = Callable[[int], float]
 
@@ -101,19 +101,27 @@ def adversaries(
     first, second = optimizers
     plus = nn.functional.softplus
 
-    def run() -> Iterator[float]:
+    def told_apart(examples: tuple[Tensor, Tensor]) -> Tensor:
+        return plus(-critic(examples[0])).mean() + plus(critic(examples[1])).mean()  # type: ignore[no-any-return]
+
+    def taken_for_real(begun: Tensor) -> Tensor:
+        return plus(-critic(maker(begun))).mean()  # type: ignore[no-any-return]
+
+    def run() -> Iterator[Step]:
         for _ in range(steps):
-            loss = plus(-critic(real())).mean() + plus(critic(maker(noise()).detach())).mean()
+            examples = real(), maker(noise()).detach()
+            loss = told_apart(examples)
             second.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if watched is critic:
-                yield loss.item()
+                yield Step(loss.item(), told_apart, examples)
             second.step()
-            loss = plus(-critic(maker(noise()))).mean()
+            begun = noise()
+            loss = taken_for_real(begun)
             first.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if watched is maker:
-                yield loss.item()
+                yield Step(loss.item(), taken_for_real, begun)
             first.step()
 
     return Training(watched, second if watched is critic else first, run())

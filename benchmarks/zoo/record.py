@@ -44,7 +44,7 @@ def saved(stream: Stream, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"whole {k}": v for k, v in stream.whole.items()} | {f"layer {k}": v for k, v in stream.by_layer.items()}
     np.savez_compressed(
-        path, layers=np.array(stream.layers), loss=stream.loss, rate=stream.rate,
+        path, layers=np.array(stream.layers), loss=stream.loss, rate=stream.rate, ratio=stream.ratio,
         fault=-1 if stream.fault is None else stream.fault, **{k: v.astype(np.float32) for k, v in arrays.items()},
     )  # fmt: skip
 
@@ -57,8 +57,9 @@ def loaded(path: Path) -> Stream:
             for start in ("whole ", "layer ")
         )
         fault = int(held["fault"])
+        ratio = held["ratio"] if "ratio" in held else np.full(len(held["loss"]), np.nan)  # earlier files have none
         return Stream(
-            held["layers"].tolist(), held["loss"], held["rate"], whole, layer, None if fault < 0 else fault
+            held["layers"].tolist(), held["loss"], held["rate"], ratio, whole, layer, None if fault < 0 else fault
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.zoo.training import Stream
 from gfs_core import AlertLevel, EarlyWarning, Profile, Reading
+from gfs_core.signals.curvature import RUNNING_STABILITY_RATIO
 from gfs_core.signals.gradients import KEYS
 from gfs_core.signals.training import LOSS, STEP_RATE
 
@@ -25,18 +26,23 @@ class Alarm(NamedTuple):
     rule: str
 
 
-def early_warning(stream: Stream, profile: Profile | None = None, every: int = 1) -> list[Alarm]:
+def early_warning(
+    stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True
+) -> list[Alarm]:
     """The alarms of the early warning.
 
     Args:
-        stream: what it reads; there are no curvature readings.
+        stream: what it reads.
         profile: the thresholds; ``None``: those of the package.
         every: steps between readings of gradients.
+        curvature: whether it reads the stability ratios too.
     """
     warning, found, rule = EarlyWarning(profile), list[Alarm](), ""
     began: int | None = None
     for step in range(len(stream.loss)):
         readings = [Reading(STEP_RATE, step, float(stream.rate[step])), Reading(LOSS, step, float(stream.loss[step]))]
+        if curvature:
+            readings.append(Reading(RUNNING_STABILITY_RATIO, step, _value(stream.ratio[step])))
         if step % every == 0:
             for key in KEYS:
                 readings.append(Reading(key, step, _value(stream.whole[key.name][step])))

@@ -1,22 +1,38 @@
-"""A training as a stream: what is known at each of its steps without any computation of its own."""
+"""A training as a stream: what is known at each of its steps, and the stability ratio at some of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gfs_core import GFSConfig, StabilityMonitor
 from gfs_core.optimizers.thresholds import parameters_of
 from gfs_core.signals.gradients import KEYS, GradientSample, Layout, UpdateSample, readings_of
 from gfs_core.signals.layers import layers_of, names_of
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+EVERY = 10  # steps between measurements of the stability ratio
+
+
+class Step(NamedTuple):
+    """A step whose gradient is there, and which is not taken yet.
+
+    Attributes:
+        loss: the mean over the batch.
+        loss_of: gives that loss; what it draws, it draws from torch's own generator, which measuring leaves as it was.
+        batch: what it is the loss of.
+    """
+
+    loss: float
+    loss_of: Callable[[Any], Tensor]
+    batch: Any
 
 
 @dataclass
@@ -26,13 +42,13 @@ class Training:
     Attributes:
         model: its layers are named in the stream.
         optimizer: that is watched.
-        steps: the loss of each step, once its gradient is there; the step is taken when the next loss is asked for.
+        steps: each step, once its gradient is there; it is taken when the next one is asked for.
         fault: step at which something is done to the training; ``None``: nothing ever is.
     """
 
     model: nn.Module
     optimizer: Optimizer
-    steps: Iterator[float]
+    steps: Iterator[Step]
     fault: int | None = None
 
 
@@ -44,6 +60,7 @@ class Stream:
         layers: names of the layers.
         loss: of each step, as training computed it.
         rate: the largest learning rate.
+        ratio: the running stability ratio; NaN at steps without a measurement.
         whole: by the name of a key, its value for the whole model; NaN: there is none.
         by_layer: by the name of a key, its value in each layer.
         fault: as in :class:`Training`.
@@ -52,6 +69,7 @@ class Stream:
     layers: list[str]
     loss: Array
     rate: Array
+    ratio: Array
     whole: dict[str, Array]
     by_layer: dict[str, Array]
     fault: int | None = None
@@ -86,16 +104,17 @@ def plain(
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def run() -> Iterator[float]:
+    def run() -> Iterator[Step]:
         for step in range(steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(step)
             before(step)
-            loss = loss_of(next(batches))
+            batch = next(batches)
+            loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             after_backward()
-            yield loss.item()
+            yield Step(loss.item(), loss_of, batch)
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
@@ -116,8 +135,12 @@ def recorded(training: Training) -> Stream:
     params = parameters_of(training.optimizer)
     layout = Layout.of(params, layers_of(names_of(training.model, params)))
     rows = {key.name: _Rows() for key in KEYS}
+    monitor = StabilityMonitor(
+        training.model, training.optimizer, GFSConfig(tier="running", every=EVERY, max_overhead=None, alarm="off")
+    )
     losses: list[float] = []
     rates: list[float] = []
+    ratios: list[float] = []
     held: dict[tuple[str, str], float] = {}
 
     def take(sample: GradientSample | UpdateSample) -> None:
@@ -130,7 +153,11 @@ def recorded(training: Training) -> Stream:
             take(UpdateSample(len(losses), layout, optimizer))
 
     handle = training.optimizer.register_step_post_hook(after)
-    for loss in training.steps:
+    for loss, loss_of, batch in training.steps:
+        finite = math.isfinite(loss)
+        measurement = monitor.step(loss_of, batch, len(losses), loss=loss) if finite else None
+        ratio = None if measurement is None else measurement.running_stability_ratio
+        ratios.append(math.nan if ratio is None else ratio)
         with torch.no_grad():
             take(GradientSample(len(losses), layout))
         losses.append(loss)
@@ -139,11 +166,12 @@ def recorded(training: Training) -> Stream:
             kept.whole.append(held.get((name, ""), math.nan))
             kept.layers.append([held.get((name, layer), math.nan) for layer in layout.layers])
         held.clear()  # what comes next is of the update of this step, and written with the step after it
-        if not math.isfinite(loss):
+        if not finite:
             break
+    monitor.close()
     handle.remove()
     return Stream(
-        list(layout.layers), np.array(losses), np.array(rates),
+        list(layout.layers), np.array(losses), np.array(rates), np.array(ratios),
         {name: np.array(kept.whole) for name, kept in rows.items()},
         {name: np.array(kept.layers) for name, kept in rows.items()},
         training.fault,

@@ -197,14 +197,18 @@ def contrastive(seed: int) -> Training:
 
     def view(x: Tensor) -> Tensor:
         kept = torch.rand(x.shape, generator=draws) > 0.3
-        return nn.functional.normalize(model(x * kept + 0.2 * torch.randn(x.shape, generator=draws)), dim=1)
+        return x * kept + 0.2 * torch.randn(x.shape, generator=draws)
+
+    def views() -> Iterator[Batch]:
+        for images, _ in drawn(_pooled(), 128, seed):
+            x = images.flatten(1)
+            yield view(x), view(x)
 
     def loss(batch: Batch) -> Tensor:
-        x = batch[0].flatten(1)
-        logits = view(x) @ view(x).T / 0.2
-        return nn.functional.cross_entropy(logits, torch.arange(len(x)))
+        first, second = (nn.functional.normalize(model(x), dim=1) for x in batch)
+        return nn.functional.cross_entropy(first @ second.T / 0.2, torch.arange(len(first)))
 
-    return plain(model, sgd(model, 0.1), loss, drawn(_pooled(), 128, seed), STEPS, factor=cosine(STEPS, 100))
+    return plain(model, sgd(model, 0.1), loss, views(), STEPS, factor=cosine(STEPS, 100))
 
 
 HEALTHY: dict[str, Make] = {

@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import gfs_core as gfs
 from gfs_core.run import history
 from gfs_report.cli import app
+from gfs_report.page import Table
 from gfs_report.plots import thinned
 from gfs_report.report import make_report
-from gfs_report.runs import Curve, Mark, Run
+from gfs_report.runs import Curve, Mark, Run, read_run
 from gfs_report.verdict import judge
 from tests.report.test_runs import written
 
@@ -312,3 +316,79 @@ def test_a_second_data_set_says_nothing_about_the_run(second: bool) -> None:
         assert "measure the data that it trains on" in verdict.do
     run.logged = {}
     assert (run.loss() is None) is second
+
+
+LAYERS = [f"h{i}" for i in range(12)]  # more than the table holds
+
+
+def trained(path: Path, steps: int, **options: Any) -> list[gfs.Measurement]:
+    """What was measured in a training of twelve layers on the digits."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16 - 0.3, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for i, name in enumerate(LAYERS):
+        model.add_module(name, nn.Linear(8 if i else 64, 10 if name == LAYERS[-1] else 8))
+        model.add_module(f"act{i}", nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = gfs.GFSConfig(max_overhead=None, history=str(path), **options)
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x[rows]), y[rows])
+
+    told = []
+    for step in range(steps):
+        rows = torch.randint(1797, (64,))
+        optimizer.zero_grad()
+        loss_of(rows).backward()
+        told.append(monitor.step(loss_of, rows, step))
+        optimizer.step()
+    return [m for m in told if m is not None]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "key"),
+    [
+        ({"tier": "sharpness", "every": 20, "running_every": 3}, 61, "curvature_share"),
+        ({"tier": "sharpness", "every": 20, "running_every": 3}, 25, "running_curvature_share"),
+        ({"tier": "running", "every": 3}, 22, "running_curvature_share"),
+    ],
+    ids=["both at last", "solved for before", "never solved for"],
+)
+def test_where_the_curvature_sits_is_what_was_logged_last(
+    tmp_path: Path, options: dict[str, Any], steps: int, key: str
+) -> None:
+    path = tmp_path / "history.jsonl"
+    told = trained(path, steps, **options)
+    last = next(m for m in reversed(told) if m.layers("curvature_share") or m.layers("running_curvature_share"))
+    shares = last.layers(key)
+    assert last.step == steps - 1
+    assert set(shares) == set(LAYERS)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert key == "curvature_share" or not last.layers("curvature_share")
+    before = next(m for m in told if m.layers(key)).layers(key)
+    assert before is shares or before != shares  # an earlier measurement has others
+
+    largest = sorted(shares, key=lambda layer: -shares[layer])[:10]
+    rows = [[layer, f"{shares[layer]:.1%}"] for layer in largest]
+    [table] = [s for s in make_report(read_run(path)).sections() if s.heading == "Where the curvature sits"]
+    assert isinstance(table, Table)
+    assert table.rows == rows
+    for ending in ("html", "md", "json"):
+        assert invoke(path, "-o", tmp_path / f"r.{ending}").exit_code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["curvature_shares"] == shares
+    markdown, page = ((tmp_path / f"r.{ending}").read_text() for ending in ("md", "html"))
+    shown = markdown.split("Where the curvature sits")[1].split("\n#")[0]
+    assert re.findall(r"^\| (h\d+) \| (\S+%) \|$", shown, re.MULTILINE) == [tuple(row) for row in rows]
+    shown = page.split("Where the curvature sits</")[1].split("</table>")[0]
+    assert re.findall(r"<td>(h\d+)</td>\s*<td>(\S+%)</td>", shown) == [tuple(row) for row in rows]
+
+
+def test_loggers_get_the_three_largest_shares_of_a_run(tmp_path: Path) -> None:
+    told = trained(tmp_path / "history.jsonl", 13, tier="sharpness", every=20, running_every=3)
+    for key in ("curvature_share", "running_curvature_share"):
+        first = next(m for m in told if m.layers(key))
+        largest = sorted(first.layers(key).items(), key=lambda item: -item[1])[:3]
+        logged = {name: value for name, value in first.as_log_dict().items() if name.startswith(f"gfs/{key}/")}
+        assert logged == {f"gfs/{key}/{layer}": share for layer, share in largest}

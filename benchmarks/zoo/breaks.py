@@ -10,6 +10,7 @@ from benchmarks.zoo.rules import Alarm
 from benchmarks.zoo.training import Array, Stream
 
 AHEAD, BEHIND = 200, 3  # steps before a break from which on an alarm is a warning of it; after it, that it is told of
+UNTOLD = -(BEHIND + 1)  # steps, for a break that no alarm told of
 
 
 def breaks(stream: Stream, full_batch: bool = False) -> list[int]:
@@ -63,3 +64,9 @@ def told_of(stream: Stream, broken: Sequence[int], alarms: Sequence[Alarm]) -> l
         found.append(at - min(heard) if heard else None)
         since = at + 10
     return found
+
+
+def mean_lead(told: Sequence[int | None]) -> float:
+    """The mean, over the breaks of :func:`told_of`, of the steps by which a rule was ahead; negative: it was behind."""
+    found = [UNTOLD if steps is None else min(steps, AHEAD) for steps in told]
+    return sum(found) / len(found) if found else UNTOLD

@@ -96,10 +96,71 @@ def running_mean(stream: Stream) -> Array:
     return _finite((x - mean) / np.maximum(np.abs(mean), 1e-12), x)
 
 
+def guard_ratio(stream: Stream) -> Array:
+    """The largest ratio of stabilityguard, as training recorded it (:class:`benchmarks.zoo.hooks.GuardRatio`)."""
+    return _recorded(stream, "guard_ratio")
+
+
+def changepoint(stream: Stream, limit: float = 6.0) -> Array:
+    """The cumulative sum of trainscope 1.8.1 over losses, both ways (``core/detectors/changepoint.py``), its default.
+
+    A loss counts by its distance to the median of the last 200, in robust deviations, less 1; a sum at the limit raises
+    an alarm, and both sums start again.
+    """
+    out, history, high, low = np.full(len(stream.loss), -math.inf), list[float](), 0.0, 0.0
+    for i, loss in enumerate(stream.loss.tolist()):
+        if not math.isfinite(loss):
+            out[i] = math.inf
+            continue
+        if len(history) >= 30:
+            middle, deviation = _robust(np.median, np.array(history[-200:]))
+            high = max(0.0, high + (loss - middle) / deviation - 1)
+            low = min(0.0, low + (loss - middle) / deviation + 1)
+            out[i] = max(high, -low)
+            if out[i] >= limit:
+                high = low = 0.0
+        history.append(loss)
+    return out
+
+
+def crossing(stream: Stream) -> Array:
+    """Kurtosis above that of the first 40 steps, in robust deviations, three steps in a row (trainscope 1.8.1).
+
+    That is ``first_crossing_step`` of its ``analysis.py``, over all modules and not the first alone, and at each step:
+    by default it measures each fifth, counts the others as 0, and so can never find three in a row.
+    """
+    x = _recorded(stream, "kurtosis")
+    out = np.full(len(x), -math.inf)
+    if len(x) < 50 or not np.isfinite(x).any():
+        return out
+    middle, deviation = _robust(lambda values: np.sort(values)[len(values) // 2], x[:40])
+    lowest = sliding_window_view(x[40:], 3).min(-1)  # of the last three, from the third step after the first 40
+    out[42:] = (lowest - middle) / deviation
+    return _finite(out, stream.loss)
+
+
+def _recorded(stream: Stream, key: str) -> Array:
+    return stream.whole.get(key, np.full(len(stream.loss), -math.inf))
+
+
+def _robust(middle_of: Callable[[Array], float], values: Array) -> tuple[float, float]:
+    """The middle of values, and the deviation of a normal distribution whose values lie as far from its own."""
+    middle = float(middle_of(values))
+    return middle, max(1.4826 * float(middle_of(np.abs(values - middle))), 1e-12)
+
+
 RIVALS: dict[str, Callable[[Stream], Array]] = {
     "gradient / median of 50": over_median("grad_norm"), "gradient, z of 128 (OLMo)": spike_score("grad_norm"),
     "gradient, ZClip": zclip, "RMS_t / median of 50": normalised, "loss / median of 50": over_median("loss"),
     "loss, z of 128 (OLMo)": spike_score("loss"), "loss, CUSUM": cusum, "loss, Lightning": running_mean,
+    "stabilityguard": guard_ratio, "stabilityguard, as it comes": guard_ratio,
+    "loss, CUSUM of trainscope, as it comes": changepoint,
+    "kurtosis, trainscope": crossing, "kurtosis, trainscope, as it comes": crossing,
+}  # fmt: skip
+# The thresholds that rules bring with them; those of all others are tuned.
+AS_IT_COMES = {
+    "stabilityguard, as it comes": 10.0, "loss, CUSUM of trainscope, as it comes": 6.0,
+    "kurtosis, trainscope, as it comes": 3.0,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.zoo.hooks import Hooks
 from gfs_core import GFSConfig, StabilityMonitor
 from gfs_core.optimizers.thresholds import parameters_of
 from gfs_core.signals.gradients import KEYS, GradientSample, Layout, UpdateSample, readings_of
@@ -153,7 +154,8 @@ def recorded(training: Training) -> Stream:
             take(UpdateSample(len(losses), layout, optimizer))
 
     handle = training.optimizer.register_step_post_hook(after)
-    for loss, loss_of, batch in training.steps:
+    hooks = Hooks(training.model)
+    for loss, loss_of, batch in hooks.steps(training.steps):
         finite = math.isfinite(loss)
         measurement = monitor.step(loss_of, batch, len(losses), loss=loss) if finite else None
         ratio = None if measurement is None else measurement.running_stability_ratio
@@ -172,7 +174,7 @@ def recorded(training: Training) -> Stream:
     handle.remove()
     return Stream(
         list(layout.layers), np.array(losses), np.array(rates), np.array(ratios),
-        {name: np.array(kept.whole) for name, kept in rows.items()},
+        {name: np.array(kept.whole) for name, kept in rows.items()} | {k: np.array(v) for k, v in hooks.whole.items()},
         {name: np.array(kept.layers) for name, kept in rows.items()},
         training.fault,
     )  # fmt: skip

@@ -51,6 +51,33 @@ def restarts(period: int) -> Schedule:
     return lambda step: 0.5 * (1 + math.cos(math.pi * (step % period) / period))
 
 
+def restarts_that_double(period: int) -> Schedule:
+    """A cosine that begins anew, each time for twice as long (Loshchilov & Hutter 2017)."""
+
+    def factor(step: int) -> float:
+        began, length = 0, period
+        while step >= began + length:
+            began, length = began + length, 2 * length
+        return 0.5 * (1 + math.cos(math.pi * (step - began) / length))
+
+    return factor
+
+
+def linear(steps: int, warmup: int) -> Schedule:
+    """A linear warm-up, and a straight line down to nothing."""
+    return lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
+
+
+def stepped(*at: int) -> Schedule:
+    """A tenth as much from each of these steps on."""
+    return lambda step: 0.1 ** sum(step >= begin for begin in at)
+
+
+def trapezoid(steps: int, warmup: int, decay: int) -> Schedule:
+    """A linear warm-up, constant, and a straight line down to nothing over the last ``decay`` steps."""
+    return lambda step: min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
 def one_cycle(steps: int) -> Schedule:
     """Up from a 25th over three tenths of the steps, and down to nothing (Smith & Topin 2018)."""
     top = int(0.3 * steps)

@@ -19,7 +19,8 @@ class OverheadBudget:
 
     Three kinds of measurement are not charged to the budget:
 
-    - The first measurement of the run: it includes start-up of the libraries.
+    - The first measurement of the run, and what is done around it in the same hook and before it: all of that includes
+      start-up of the libraries, and what is found out once, such as whether a loss is that of training.
     - The first 24 of the running estimate, which are closer together at first.
     - The first 20 measurements that a control of the learning rate goes by, where nothing else is measured with them.
 
@@ -132,10 +133,21 @@ class OverheadBudget:
         for part, cost in costs.items():  # the first, cold measurement of a signal is dearer than the next ones
             self.prices[part] = cost if part in self.prices else _WARM * cost
 
+    def took(self, seconds: float, first: bool) -> None:
+        """Record what a hook took, with the measurements in it.
+
+        Args:
+            seconds: wall time.
+            first: there was no measurement before the hook. If it made one, all that came before is not charged.
+        """
+        self.ours += seconds
+        if first and self.last is not None:
+            self.start = self.ours
+
     def beside(self) -> float:
-        """Fraction of the run's wall time that is ours, but spent on no measurement."""
+        """Fraction of the wall time since the first measurement that is ours, but spent on no measurement."""
         measuring = self.start + sum(self.spent.values())
-        return max(self.ours - measuring, 0.0) / max(self.elapsed(), 1e-9)
+        return max(self.ours - measuring, 0.0) / max(self.elapsed() - self.since, 1e-9)
 
     def overhead(self) -> float:
         """Fraction of the run's wall time that was not the training's, uncharged measurements included."""
@@ -166,30 +178,33 @@ class OverheadBudget:
 class Counting:
     """The context of :meth:`OverheadBudget.counting`. A class is faster than a generator, and every step enters it."""
 
-    __slots__ = ("_began", "_budget")
+    __slots__ = ("_began", "_budget", "_first")
 
     def __init__(self, budget: OverheadBudget) -> None:
-        self._budget, self._began = budget, math.nan
+        self._budget, self._began, self._first = budget, math.nan, False
 
     def __enter__(self) -> None:
         if not self._budget.counts:
+            self._first = self._budget.last is None
             self._budget.counts, self._began = True, self._budget.clock()
 
     def __exit__(self, *error: object) -> None:
         if not math.isnan(self._began):  # else it is inside of another
             self._budget.counts = False
-            self._budget.ours += self._budget.clock() - self._began
+            self._budget.took(self._budget.clock() - self._began, self._first)
 
 
 class Charged:
     """Context whose wall time is charged to budgets in equal parts, but for what they count themselves."""
 
-    __slots__ = ("_before", "_began", "_budgets")
+    __slots__ = ("_before", "_began", "_budgets", "_first")
 
     def __init__(self, budgets: Sequence[OverheadBudget]) -> None:
         self._budgets, self._began, self._before = budgets, 0.0, 0.0
+        self._first: list[bool] = []
 
     def __enter__(self) -> None:
+        self._first = [budget.last is None for budget in self._budgets]
         for budget in self._budgets:
             self._before += budget.ours
             self._began = budget.clock()
@@ -197,5 +212,5 @@ class Charged:
     def __exit__(self, *error: object) -> None:
         for budget in self._budgets:
             self._before -= budget.ours
-        for budget in self._budgets:
-            budget.ours += max(budget.clock() - self._began + self._before, 0.0) / len(self._budgets)
+        for budget, first in zip(self._budgets, self._first, strict=True):
+            budget.took(max(budget.clock() - self._began + self._before, 0.0) / len(self._budgets), first)

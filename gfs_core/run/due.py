@@ -92,7 +92,8 @@ class DueMeasurements:
         measuring.notices.reasons(measurement.reasons)
         measurement = measurement.because(self.schedule.left_out(step, names))
         measurement = measurement.having(seconds=budget.last, overhead=budget.overhead())
-        if (over := self._over_budget(names)) and not self._told:
+        started = not (free or eager)  # until then measurements are close together, and so is what comes with them
+        if started and not self._told and (over := self._over_budget(names)):
             self._told = True
             measurement = measurement.because([over])
         return self.rates.take_in(measurement, scale, along_the_step=self.schedule.leading == "directional")
@@ -102,9 +103,10 @@ class DueMeasurements:
         budget, most = self.schedule.budget, self.schedule.config.max_overhead
         if most is None or budget.beside() <= (1 - LEAST) * most:
             return ""
+        beside, price = f"{budget.beside():.1%}", f"{budget.price(names) * 1e3:.3g} ms"
         return (
-            f"steps are too short for max_overhead={most:g}: the hooks alone take {budget.beside():.1%} of the wall "
-            f"time, and a measurement takes {budget.price(names) * 1e3:.3g} ms; measurements keep to {LEAST * most:.1%}"
+            f"more than max_overhead={most:g} may be taken: the hooks take {beside} of the wall time without the "
+            f"measurements, which may take {LEAST * most:.1%} all the same; one takes {price}"
         )
 
     def _waits_for_state(self) -> bool:

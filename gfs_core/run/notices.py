@@ -14,6 +14,7 @@ _PASSING = (
     "the learning rate is 0",
     "the weights have not moved, or by less",
     "no eigenvalue of a curvature that is not symmetric",
+    "the running estimate of the curvature is not positive",
 )
 
 

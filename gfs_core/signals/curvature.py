@@ -56,6 +56,7 @@ MEAN_SQUARE_BOUND = Key(
     scales_with_rate=1,
     logged=False,
 )
+NOT_POSITIVE = "running sharpness left out: the running estimate of the curvature is not positive"
 # Parts are measured only where a gradient of the whole step takes so many times as long as one of a part. That leaves
 # room for all that a product on a part costs beside its gradient; how much room it needs was not measured.
 _PART_IN_GRADIENTS = 50.0
@@ -320,6 +321,8 @@ class RunningCurvature:
                 MEAN_SQUARE_BOUND: _ratio(self.estimate.bound(new.noise), stability.threshold),
             }
         readings = [Reading(key, step.step, value) for key, value in found.items()]  # settling takes its time too
+        if value is None and (present := self.estimate.value) is not None and self.estimate.settled and present <= 0:
+            readings.append(Reading(RUNNING_SHARPNESS, step.step, None, reason=NOT_POSITIVE))
         vector = self.estimate.vector
         if value is not None and vector is not None:
             readings += self.shares.readings(step.step, vector, step.layers, inner)

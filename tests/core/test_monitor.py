@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import UserDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gfs_core as gfs
 from gfs_core.config import GONE
 from gfs_core.run import measuring
+from gfs_core.run.budget import Charged, OverheadBudget
 from gfs_core.run.history import append
 from gfs_core.signals.measuring import Measured, measure
 from tests.core.options import tuned
@@ -200,6 +202,61 @@ def test_cheap_and_dear_tiers_share_the_budget(monkeypatch: pytest.MonkeyPatch, 
     assert fractions["gfs"] > 0.05 * budget
     assert fractions["running"] > 0.5 * budget
     assert monitor.schedule.budget.overhead() == pytest.approx(sum(fractions.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_the_first_hook_does_once_is_not_charged(plain: bool) -> None:
+    """A second before the first measurement, as to compare losses, then hooks of 1 ms in steps of 100 ms."""
+    now = [0.0]
+    budget = OverheadBudget({}, lambda: now[0])
+
+    def hook(seconds: float, measured: float = 0.0) -> None:
+        with nullcontext() if plain else Charged([budget]):
+            now[0] += 0.0 if plain else seconds
+            with budget.counting():
+                now[0] += seconds if plain else 0.0
+                if measured:
+                    began = now[0]
+                    now[0] += measured
+                    budget.measured(began, now[0], ["running"], {})
+
+    hook(0.25)
+    hook(1.0, measured=0.5)
+    assert (budget.ours, budget.start, budget.since) == (1.75, 1.75, 1.75)
+    assert budget.beside() == 0.0
+    for _ in range(10):
+        now[0] += 0.1
+        hook(0.001)
+    assert budget.start == 1.75
+    assert budget.beside() == pytest.approx(0.01 / 1.01)
+    assert budget.overhead() == pytest.approx(1.76 / 2.76)
+    hook(0.001, measured=0.02)
+    assert budget.start == 1.75  # the second measurement is charged
+
+
+@pytest.mark.parametrize(("step_ms", "told"), [(10.0, True), (100.0, False)])
+def test_that_the_budget_cannot_be_held_is_told_once_measurements_are_charged(
+    tmp_path: Path, step_ms: float, told: bool
+) -> None:
+    """Hooks take about 0.5 ms of every step by this clock; the first one takes half a second."""
+    now = [0.0]
+    model = nn.Linear(6, 3)
+    config = gfs.GFSConfig(tier="running", history=str(tmp_path / "history.jsonl"))
+    monitor = gfs.StabilityMonitor(model, torch.optim.SGD(model.parameters(), 0.1), config)
+    told_the_time(monitor, lambda: now[0])
+    found = []
+    for step, x in enumerate(batches(1) * 300):
+        with Charged([monitor.schedule.budget]):
+            now[0] += 0.0005 if step else 0.5
+            found.append(monitor.step(lambda b: model(b).square().mean(), x))
+        now[0] += 1e-3 * step_ms
+    notes = [(m.step, r) for m in found if m is not None for r in m.reasons if "max_overhead" in r]
+    assert len(notes) == told
+    if told:
+        step, text = notes[0]
+        assert step == 20  # the first that is charged
+        assert text.startswith("more than max_overhead=0.05 may be taken: the hooks take 4.5% of the wall time without")
+        assert "which may take 2.5% all the same" in text
 
 
 def test_failures_are_told_once_and_training_goes_on() -> None:

@@ -476,3 +476,37 @@ def test_which_way_an_eigenvector_points_does_not_matter_to_what_is_mixed_in() -
     WHOLE.mix_in([torch.zeros(2).double()], 0.2, ahead)
     WHOLE.mix_in(None, 0.2, ahead)
     assert torch.equal(ahead[0], -back[0])
+
+
+def test_a_running_estimate_that_is_not_positive_is_left_out_with_the_reason() -> None:
+    """First a loss that bends down in every direction, then one that bends up."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    config = gfs.GFSConfig(tier="running", running_every=5, max_overhead=None, every=5)
+    monitor = gfs.StabilityMonitor(model, optimizer, config)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(121):
+            x, sign = torch.randn(16, 4), -1.0 if step < 60 else 4.0
+
+            def loss_of(batch, sign=sign):
+                return 10 + sign * model(batch).square().mean()
+
+            optimizer.zero_grad()
+            loss = loss_of(x)
+            loss.backward()
+            found += [monitor.step(loss_of, x, step, loss=loss)]
+            optimizer.step()
+    told = {m.step: m for m in found if m is not None and m.threshold is not None}
+    missing = [s for s, m in told.items() if m.running_sharpness is None]
+    reasons = [
+        s for s, m in told.items() if any("running estimate of the curvature is not positive" in r for r in m.reasons)
+    ]
+    settling = [s for s in missing if s < 12]
+    assert missing == settling + reasons  # while it settles there is nothing to say
+    assert 15 in reasons
+    assert 55 in reasons
+    assert told[120].running_stability_ratio > 0
+    assert told[120].reasons == ()

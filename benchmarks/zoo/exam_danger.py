@@ -174,8 +174,10 @@ def too_high_adam(seed: int) -> Training:
 def bfloat16(seed: int) -> Training:
     """Weights, optimizer and all else in bfloat16."""
     model = seeded(lambda: _small(nn.SiLU), seed).bfloat16()
-    loss = lambda b: nn.functional.cross_entropy(model(b[0].bfloat16()).float(), b[1])  # noqa: E731
-    return plain(model, sgd(model, _high(0.05, seed), 0.95), loss, drawn(_clothes(14), 32, seed), 1000)
+    images, labels = _clothes(14)
+    loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731
+    batches = drawn((images.bfloat16(), labels), 32, seed)
+    return plain(model, sgd(model, _high(0.05, seed), 0.95), loss, batches, 1000)
 
 
 def _small(act: type[nn.Module]) -> nn.Module:
@@ -187,8 +189,9 @@ def _small(act: type[nn.Module]) -> nn.Module:
 def half(seed: int) -> Training:
     """Weights, optimizer and all else in float16, without a loss scale."""
     model = seeded(lambda: nn.Sequential(nn.Flatten(), dense(49, 48, 48, 48, 10, act=nn.ReLU)), seed).half()
-    loss = lambda b: nn.functional.cross_entropy(model(b[0].half()).float(), b[1])  # noqa: E731
-    return plain(model, sgd(model, _high(0.14, seed)), loss, drawn(_clothes(), 32, seed), 1000)
+    images, labels = _clothes()
+    loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731
+    return plain(model, sgd(model, _high(0.14, seed)), loss, drawn((images.half(), labels), 32, seed), 1000)
 
 
 # --- by a fault -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from benchmarks.lib.store import Store
 # What makes each page. Those without a line here are written by a benchmark that keeps no results.
 PAGES = {
     "accelerator": "benchmarks.accelerator",
+    "advice": "benchmarks.advice.page",
     "control": "benchmarks.control.page",
     "defaults": "benchmarks.defaults",
     "edge": "benchmarks.edge",

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfs_core import AlarmRecord, ConfigError, Measurement, history_parts, log_keys, read_alarm
+from gfs_core.detectors.advice import WHAT_TO_DO
 from gfs_core.detectors.base import AlertLevel
 from gfs_core.run.flight_recorder import FOLDER
 from gfs_core.run.record import KEYS
@@ -280,7 +281,8 @@ def _add_record(run: Run, folder: Path, alarm: Measurement) -> None:
         except (OSError, ConfigError) as error:
             run.notes.append(f"{path.name} was left out: {error}")
             continue
-        if record.optimizer_name == alarm.optimizer_name and record.alert.reason in alarm.reasons:
+        told = [reason.partition(WHAT_TO_DO)[0] for reason in alarm.reasons]
+        if record.optimizer_name == alarm.optimizer_name and record.alert.reason in told:
             run.records.append(record)
             run.sources.append(path)
             return

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gfs_core.detectors.advice import WHAT_TO_DO
 from gfs_report.losses import SMALL, Course, Fate, course_of
 from gfs_report.ratios import PAST, has_room, lower_rate, main_ratio, past, past_in_mean_square
 from gfs_report.runs import Mark, Run
@@ -281,4 +282,4 @@ def _percent(fraction: float) -> str:
 
 
 def _phrase(reason: str) -> str:
-    return reason.rstrip(".") or "the reason was not kept"
+    return reason.partition(WHAT_TO_DO)[0].rstrip(".") or "the reason was not kept"

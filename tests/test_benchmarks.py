@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.advice.remedies import REMEDIES
 from benchmarks.lib.store import FOLDER, Store, dumped, rounded
 from benchmarks.lib.tables import table
 from benchmarks.render import PAGES, page
+from gfs_core.detectors.advice import ADVICE
 
 # Of benchmarks/requirements.txt, which the tests do not need.
 OTHERS = ("curvlinops", "hessian_eigenthings", "torchdiffeq", "schedulefree")
@@ -75,3 +77,12 @@ def test_numbers_that_are_no_json_are_left_out() -> None:
 
 def test_a_table() -> None:
     assert table(["a", "b"], [[1, "x"], [2, ""]]) == ["| a | b |", "|---|---|", "| 1 | x |", "| 2 |  |"]
+
+
+@pytest.mark.parametrize("rule", ADVICE)
+def test_no_remedy_helped_more_often_than_the_advice_where_that_was_chosen(rule: str) -> None:
+    runs = Store("advice").results["design"].values()
+    cases = [case["helped"] for run in runs for case in run["cases"] if case["rule"] == rule]
+    helped = {remedy: sum(remedy in case for case in cases) for remedy in REMEDIES}
+    assert cases
+    assert helped[ADVICE[rule].remedy] == max(helped.values())

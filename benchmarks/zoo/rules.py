@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.zoo.training import Stream
-from gfs_core import AlertLevel, EarlyWarning, Profile, Reading
+from gfs_core import Alert, AlertLevel, EarlyWarning, Profile, Reading
 from gfs_core.signals.curvature import RUNNING_STABILITY_RATIO
 from gfs_core.signals.gradients import KEYS
 from gfs_core.signals.training import LOSS, STEP_RATE
@@ -26,10 +27,8 @@ class Alarm(NamedTuple):
     rule: str
 
 
-def early_warning(
-    stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True
-) -> list[Alarm]:
-    """The alarms of the early warning.
+def alerts(stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True) -> Iterator[Alert]:
+    """What the early warning says of a stream.
 
     Args:
         stream: what it reads.
@@ -37,8 +36,7 @@ def early_warning(
         every: steps between readings of gradients.
         curvature: whether it reads the stability ratios too.
     """
-    warning, found, rule = EarlyWarning(profile), list[Alarm](), ""
-    began: int | None = None
+    warning = EarlyWarning(profile)
     for step in range(len(stream.loss)):
         readings = [Reading(STEP_RATE, step, float(stream.rate[step])), Reading(LOSS, step, float(stream.loss[step]))]
         if curvature:
@@ -49,12 +47,22 @@ def early_warning(
                 rows = stream.by_layer[key.name][step]
                 readings += [Reading(key, step, _value(v), layer) for v, layer in zip(rows, stream.layers, strict=True)]
         for reading in warning.in_order(readings):
-            alert = warning.observe(reading)
-            if alert is not None and alert.level is AlertLevel.ALARM and began is None:
-                began, rule = step, alert.rule
-            if alert is not None and alert.level is not AlertLevel.ALARM and began is not None:
-                found.append(Alarm(began, step, rule))
-                began = None
+            if (alert := warning.observe(reading)) is not None:
+                yield alert
+
+
+def early_warning(
+    stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True
+) -> list[Alarm]:
+    """The alarms of the early warning; the arguments are those of :func:`alerts`."""
+    found, rule = list[Alarm](), ""
+    began: int | None = None
+    for alert in alerts(stream, profile, every, curvature):
+        if alert.level is AlertLevel.ALARM and began is None:
+            began, rule = alert.step, alert.rule
+        if alert.level is not AlertLevel.ALARM and began is not None:
+            found.append(Alarm(began, alert.step, rule))
+            began = None
     return found if began is None else [*found, Alarm(began, len(stream.loss), rule)]
 
 

@@ -21,4 +21,4 @@ class Warn:
     def act(self, alert: Alert, trainer: TrainerHandle) -> None:
         """Show the alert, if its level is above quiet."""
         if alert.level > AlertLevel.QUIET:
-            self.warn(f"{alert.level.name.lower()} at step {alert.step}: {alert.reason}")
+            self.warn(f"{alert.level.name.lower()} at step {alert.step}: {alert.text}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
+from gfs_core.detectors.advice import WHAT_TO_DO, advice
 from gfs_core.signals.base import Reading
 
 
@@ -37,6 +38,16 @@ class Alert:
     reason: str
     rule: str
     layers: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """What to do, in a few words; empty below an alarm, and where nothing is known to help."""
+        return advice(self.rule, self.step) if self.level is AlertLevel.ALARM else ""
+
+    @property
+    def text(self) -> str:
+        """The reason, and what to do."""
+        return self.reason + (f"{WHAT_TO_DO}{self.advice}" if self.advice else "")
 
 
 @dataclass(frozen=True)

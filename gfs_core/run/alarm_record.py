@@ -47,7 +47,8 @@ def write(path: Path, record: AlarmRecord) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    about = {"step": record.step, "optimizer_name": record.optimizer_name, "alert": asdict(record.alert)}
+    told = {**asdict(record.alert), "advice": record.alert.advice}
+    about = {"step": record.step, "optimizer_name": record.optimizer_name, "alert": told}
     lines = [{"run": record.run, "alarm": about}, *(_written(history.as_line(m)) for m in record.measurements)]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

@@ -295,7 +295,7 @@ class StabilityMonitor:
             if measurement is None:
                 self.journal.write_due_losses()
             else:
-                reasons = [*done, *(a.reason for a in alerts)]  # the last one of a rise is what the report says of it
+                reasons = [*done, *(a.text for a in alerts)]  # the last one of a rise is what the report says of it
                 measurement = (
                     measurement.also(*self.free.publish(step))
                     .finite()

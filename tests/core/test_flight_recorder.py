@@ -79,7 +79,7 @@ def test_an_alarm_leaves_what_was_read_in_the_last_steps_and_what_came_of_it(tmp
     assert record.step == alarm.step
     assert FAULT <= record.step <= FAULT + 2
     assert record.alert.level is AlertLevel.ALARM
-    assert record.alert.reason in alarm.reasons
+    assert record.alert.text in alarm.reasons
     assert (record.run, record.optimizer_name) == (gfs.history_parts(path)[-1].run, "SGD")
     assert file.name == f"step-{record.step:08d}-{record.run}.jsonl"
     held = {m.step: m for m in record.measurements}

@@ -37,7 +37,8 @@ def test_an_action_that_fails_keeps_no_other_from_acting(monkeypatch: pytest.Mon
     assert monitor.wants_checkpoint
     assert [str(w.message) for w in told] == [
         "gfs: stability measurement: Fails did not act on an alert: OSError: no such pager",
-        "gfs: stability measurement: alarm at step 0: the loss is inf",
+        "gfs: stability measurement: alarm at step 0: the loss is inf; what to do: start again, and leave out the "
+        "batches so far; if it comes again, look at the data",
     ]
     with pytest.raises(OSError, match="no such pager"):
         diverged(alarm="stop", strict=True)

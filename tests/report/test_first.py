@@ -191,7 +191,7 @@ def test_an_alarm_at_which_a_step_is_skipped_is_shown_with_its_own_reason_and_re
     run = read_run(path)
     [alarm] = [mark for mark in run.marks if mark.state == 2]
     [held] = run.records
-    assert (held.step, held.alert.reason) == (alarm.step, alarm.reason)
+    assert (held.step, held.alert.text) == (alarm.step, alarm.reason)
     assert any("the step was skipped" in reason for m in gfs.read_history(path) for reason in m.reasons)
 
 

@@ -1,0 +1,1 @@
+"""What helps at an alarm: remedies tried out in danger."""

@@ -146,8 +146,8 @@ def exploding_rnn(seed: int) -> Training:
     x = torch.randn(3000, 40, 1, generator=draws) / 2
     model = seeded(lambda: _Adder(32), seed)
     loss = lambda b: (model(b[0]) - b[1]).square().mean()  # noqa: E731
-    batches = drawn((x, x.cumsum(1)), 128, seed)
-    return plain(model, sgd(model, _high(5e-4, seed)), loss, batches, 600, factor=warmed(400))
+    batches = drawn((x, x.cumsum(1)), 48, seed)
+    return plain(model, sgd(model, _high(6e-4, seed)), loss, batches, 600, factor=warmed(400))
 
 
 def too_high_momentum(seed: int) -> Training:
@@ -221,9 +221,9 @@ def momentum_changed(change: Schedule) -> Make:
     def run(seed: int) -> Training:
         at = _at(seed, 500)
         model = seeded(lambda: dense(12, 64, 64, 2, act=nn.SiLU), seed)
-        optimizer = sgd(model, _high(0.085, seed, 1.05), 0.95)
-        return plain(model, optimizer, squares(model), drawn(_taught(seed), 48, seed), at + 300,
-                     factor=changing(warmed(150), at, change), fault=at)  # fmt: skip
+        optimizer = sgd(model, _high(0.055, seed, 1.05), 0.95)
+        return plain(model, optimizer, squares(model), drawn(_taught(seed), 24, seed), at + 400,
+                     factor=changing(warmed(50), at, change), fault=at)  # fmt: skip
 
     return run
 
@@ -273,7 +273,7 @@ def labels_shuffled(seed: int) -> Training:
         wrong = torch.rand(len(y), generator=draws) < since / 200
         return x, torch.where(wrong, y[torch.randperm(len(y), generator=draws)], y)
 
-    batches = _disturbed(drawn(_cells(), 64, seed), at, disturb)
+    batches = _disturbed(drawn(_cells(), 32, seed), at, disturb)
     return plain(model, optimizer, partial(entropy, model), batches, at + 300, fault=at)
 
 

@@ -28,8 +28,8 @@ class Alert:
         step: the training step at which it was seen.
         level: the level from now on.
         reason: why, in a sentence.
-        rule: which rule spoke: ``gradient``, ``rise``, ``growth``, ``rate``, ``spike``, ``loss``, ``not finite``, or
-            ``calm`` on the way down.
+        rule: which rule spoke: ``gradient``, ``second moment``, ``rise``, ``growth``, ``rate``, ``spike``, ``loss``,
+            ``not finite``, or ``calm`` on the way down.
         layers: in which it began, the worst first, as far as the rule knows.
     """
 

@@ -37,7 +37,7 @@ class UsualLoss(NamedTuple):
 class Context:
     """What the losses tell the other rules. An early warning has one, which all its detectors share.
 
-    The loss detector fills in the losses, the ratio detectors the ratio, the rate detector whether the rate is steady.
+    The loss detector fills in the losses, the ratio detectors the ratio, the rate detector how the rate stands.
     Tracks and the early warning say when a rise begins and when all is quiet again.
 
     Attributes:
@@ -49,6 +49,7 @@ class Context:
         back_for: losses in a row that are back at that.
         ratio: the latest stability ratio; ``None``: none is known of these weights.
         rate_is_steady: whether the rate is no higher than it was lately.
+        rate_returns: whether it rose lately, to no more than what the run has stood before.
         outgrown: whether gradients are large beside the second moments of an adaptive optimizer.
         raised: by the name of a detector of free signals, whether it finds more than is usual.
         short_steps: the latest steps with a short batch, whose loss and gradient scatter more than others.
@@ -63,9 +64,11 @@ class Context:
         self.back_for = 0
         self.ratio: float | None = None
         self.rate_is_steady = True
+        self.rate_returns = False
         self.outgrown = False
         self.raised: dict[str, bool] = {}
         self.short_steps: deque[int] = deque(maxlen=_SHORT)
+        self._now: float | None = None  # the latest of these medians
         self._usual: UsualLoss | None = None
         self._new = 0  # losses since that was computed
 
@@ -77,7 +80,7 @@ class Context:
             self.first = median(self.losses)
         if len(self.losses) >= _BEST:
             now = median_low([self.losses[-i] for i in range(1, _BEST + 1)])  # the mean of two might overflow
-            self.best = now if self.best is None else min(self.best, now)
+            self.best, self._now = now if self.best is None else min(self.best, now), now
 
     def usual_loss(self) -> UsualLoss | None:
         """What the losses are like lately; ``None``: there are too few of them."""
@@ -99,6 +102,22 @@ class Context:
             return _SMALLEST_SPREAD
         fallen = 0.0 if self.best is None else self.first - self.best
         return min(max(fallen, abs(self.first) / 2, _SMALLEST_SPREAD), _FARTHEST)
+
+    @property
+    def harmed(self) -> bool:
+        """Whether the latest losses lie so far above the best ones that the run has lost something."""
+        above = 0.0 if self._now is None or self.best is None else self._now - self.best
+        return above > self._profile.harm * self.progress
+
+    @property
+    def strictness(self) -> float:
+        """What the thresholds of gradients are multiplied by, ≥ 1.
+
+        More than 1 where the loss is small beside what it has lost already, and where the rate comes back to what the
+        run has stood, as in schedules with restarts: gradients rise there far above their median, and nothing follows.
+        """
+        small = self._now is not None and self._now < self._profile.fitted * self.progress
+        return self._profile.stricter if small or self.rate_returns else 1.0
 
     @property
     def loss_falls(self) -> bool:
@@ -152,7 +171,9 @@ class Context:
             "new": self._new,
             "back_for": self.back_for,
             "ratio": self.ratio,
+            "now": self._now,
             "rate_is_steady": self.rate_is_steady,
+            "rate_returns": self.rate_returns,
             "outgrown": self.outgrown,
             "raised": dict(self.raised),
             "short_steps": list(self.short_steps),
@@ -165,12 +186,15 @@ class Context:
             ValueError: a number is none that this can have saved.
         """
         self.losses = deque(map(float, state["losses"]), maxlen=self._profile.loss_window)
-        self.first, self.best = (None if state[n] is None else float(state[n]) for n in ("first", "best"))
+        self.first, self.best, self._now = (
+            None if state[n] is None else float(state[n]) for n in ("first", "best", "now")
+        )
         self.before, self._usual = (_usual_from(state[name]) for name in ("before", "usual"))
         self._new = int(state["new"])
         self.back_for = int(state["back_for"])
         self.ratio = None if state["ratio"] is None else positive(state["ratio"])
         self.rate_is_steady, self.outgrown = bool(state["rate_is_steady"]), bool(state["outgrown"])
+        self.rate_returns = bool(state["rate_returns"])
         self.short_steps = deque(map(int, state["short_steps"]), maxlen=_SHORT)
         self.raised = {str(name): bool(raised) for name, raised in state["raised"].items()}
 

@@ -16,6 +16,7 @@ from gfs_core.detectors.gradient import GradientDetector
 from gfs_core.detectors.loss import LossDetector
 from gfs_core.detectors.profile import Profile
 from gfs_core.detectors.rate import RateDetector
+from gfs_core.detectors.second_moment import SecondMomentDetector
 from gfs_core.signals.base import Reading
 
 MakeDetector = Callable[[Profile, Context], Detector]
@@ -25,6 +26,7 @@ DETECTORS: list[MakeDetector] = [
     LossDetector,
     running_ratio,
     solved_ratio,
+    SecondMomentDetector,
     GradientDetector,
 ]
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from gfs_core.detectors.base import QUIET, AlertLevel, Finding, Track
 from gfs_core.detectors.context import Context
-from gfs_core.detectors.past import Past
+from gfs_core.detectors.past import OVERFLOW, Past
 from gfs_core.detectors.profile import Profile, level_of
+from gfs_core.detectors.stood import Stood
 from gfs_core.signals.base import Reading
 
-GRADIENT, WEIGHTS, NORMALISED = "grad_norm", "weight_norm", "rms_ratio"
+GRADIENT, WEIGHTS = "grad_norm", "weight_norm"
 _WHOLE = ""
 _LEAST, _MOST = -5.0, 15.0  # spreads that a score counts: one reading does not decide for ten others
 _NAMED = 3  # layers that are named, at most …
 _OF_THE_WORST = 0.5  # … whose score is at least this part of the worst one's, and one spread
-_OVERFLOW = 700.0  # exponents that a number can hold
 
 
 class GradientDetector:
@@ -31,14 +31,14 @@ class GradientDetector:
     """
 
     name = "gradient"
-    reads: tuple[str, ...] = (NORMALISED, WEIGHTS, GRADIENT)
+    reads: tuple[str, ...] = (WEIGHTS, GRADIENT)
     by_layer = True
 
     def __init__(self, profile: Profile, context: Context) -> None:
         self.track = Track("gradients", profile.gradient_patience, context.rise_began)
         self._profile, self._context = profile, context
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
-        self._normalised = Past(profile.gradient_window, profile.gradient_first, refresh=5)
+        self._stood = Stood(profile.gradient[1], profile, context)
         self._weights = _Growth(profile.weight_steps)
         self._step = -1  # that is arriving
         self._layers: dict[str, float] = {}  # the gradient of each, of that step
@@ -60,16 +60,8 @@ class GradientDetector:
         if key == GRADIENT:
             self._layers[reading.layer] = value
         elif not reading.layer and 0 < value < math.inf:
-            self._observe_whole(key, reading.step, math.log(value))
+            self._weights.add(reading.step, math.log(value))
         return None
-
-    def _observe_whole(self, key: str, step: int, log: float) -> None:
-        if key == WEIGHTS:
-            self._weights.add(step, log)
-            return
-        usual = self._normalised.usual(_WHOLE)
-        self._context.outgrown = usual is not None and log - usual[0] > math.log(self._profile.outgrown)
-        self._normalised.add({_WHOLE: log})
 
     def _judge(self, norm: float, layers: dict[str, float]) -> Finding:
         if not math.isfinite(norm):
@@ -83,9 +75,10 @@ class GradientDetector:
         self._scores = {n: memory * self._scores.get(n, 0.0) + (1 - memory) * new.get(n, 0.0) for n in known}
         growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), self._profile.most_growth)
         self._growth = memory * self._growth + (1 - memory) * growth
-        worst = max(self._scores.values(), default=0.0)
-        level = level_of(worst + self._growth, self._profile.gradient)
-        if level is AlertLevel.QUIET or self._context.loss_falls:
+        score, falls = max(self._scores.values(), default=0.0) + self._growth, self._context.loss_falls
+        self._stood.add(0.0 if falls else score)
+        level = level_of(score / (self._stood.strictness * self._context.strictness), self._profile.gradient)
+        if level is AlertLevel.QUIET or falls:
             return QUIET
         swings = self._context.swings_at_edge
         if swings:
@@ -108,9 +101,9 @@ class GradientDetector:
         return scores, medians
 
     def _reason(self, risen: dict[str, float]) -> str:
-        parts = [f"{layer} {math.exp(min(log, _OVERFLOW)):.2g} times" for layer, log in risen.items()]
+        parts = [f"{layer} {math.exp(min(log, OVERFLOW)):.2g} times" for layer, log in risen.items()]
         grown = self._growth > 1
-        weights = f"the weights grew by {math.expm1(min(self._weights.growth, _OVERFLOW)):.0%}" if grown else ""
+        weights = f"the weights grew by {math.expm1(min(self._weights.growth, OVERFLOW)):.0%}" if grown else ""
         if not parts and weights:
             return weights
         reason = "the gradient rose above its usual size" + (f": {', '.join(parts)}" if parts else "")
@@ -119,7 +112,7 @@ class GradientDetector:
     def forget(self) -> None:
         """Drop all: it is of other weights."""
         self._gradients.clear()
-        self._normalised.clear()
+        self._stood.clear()
         self._weights = _Growth(self._profile.weight_steps)
         self._step, self._layers, self._scores, self._growth = -1, {}, {}, 0.0
         self._context.raised.pop(self.name, None)
@@ -129,7 +122,7 @@ class GradientDetector:
         """The values held, the scores and the level."""
         return {
             "gradients": self._gradients.state_dict(),
-            "normalised": self._normalised.state_dict(),
+            "stood": self._stood.state(),
             "weights": self._weights.state(),
             "step": self._step,
             "layers": dict(self._layers),
@@ -141,7 +134,7 @@ class GradientDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self._gradients.load_state_dict(state["gradients"])
-        self._normalised.load_state_dict(state["normalised"])
+        self._stood.load(state["stood"])
         self._weights.load(state["weights"])
         self._layers, self._scores = (
             {str(layer): float(value) for layer, value in state[name].items()} for name in ("layers", "scores")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 NORMAL = 1.4826  # times the median distance from the median: the deviation of a normal variable
+OVERFLOW = 700.0  # exponents that a number can hold
 
 
 class Past:

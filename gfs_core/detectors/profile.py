@@ -34,9 +34,9 @@ def _setting(default: Any, text: str, source: str) -> Any:
 class Profile:
     """The numbers of all rules. The metadata of each field say what it is, and the page that shows what it does.
 
-    Those of the gradient and the loss were chosen on the trainings of ``benchmarks/zoo/design.py``, and are reported on
-    others in ``benchmarks/health.md`` and ``benchmarks/danger.md``. A number that is in no table names the tests that
-    hold it.
+    Those of the gradient and the loss were chosen on the trainings of ``design.py`` and ``trial.py`` in
+    ``benchmarks/zoo``, and are reported on others in ``benchmarks/health.md`` and ``benchmarks/danger.md``. A number
+    that is in no table names the tests that hold it.
 
     Example:
         >>> Profile().scaled(2.0).rise
@@ -91,15 +91,30 @@ class Profile:
     gradient_first: int = _setting(8, "readings of a stream before it is judged", _ZOO)
     gradient_spread: float = _setting(0.2, "least spread of the logarithm of a layer's gradient", _ZOO)
     weight_growth: float = _setting(
-        0.05, "growth of the weights' logarithm that counts as one spread of the gradient", _ZOO
+        0.08, "growth of the weights' logarithm that counts as one spread of the gradient", _ZOO
     )
     most_growth: float = _setting(2.2, "that the growth of the weights counts at most: alone it is watched", _ZOO)
     gradient_memory: float = _setting(0.8, "weight of the past in the score of gradient and growth", _ZOO)
     gradient: tuple[float, float] = _threshold((1.7, 2.6), "score of gradient and growth, in spreads", _ZOO)
-    outgrown: float = _setting(
-        1.5, "times the usual normalised gradient of an adaptive optimizer, from which its second moments lag", _ZOO
-    )
     gradient_patience: int = _setting(20, "quiet gradients that take the level down by one", _ENDS)
+
+    # Gradients beside the second moments of an adaptive optimizer.
+    normalised_window: int = _setting(50, "latest normalised gradients that make up the usual one", _ZOO)
+    normalised_first: int = _setting(20, "normalised gradients before they are judged", _ZOO)
+    normalised: tuple[float, float] = _threshold((0.45, 0.7), "logarithm of how far they are above the usual", _ZOO)
+    outgrown: float = _setting(
+        1.5, "times the usual normalised gradient, from which on no swing at the edge is taken for granted", _ZOO
+    )
+
+    # What a run came through before, and where it has little to lose.
+    stood_steps: int = _setting(100, "steps without harm after which a rise counts as stood", _ZOO)
+    harm: float = _setting(
+        0.2, "of what the loss has fallen so far, by which the latest losses are above the best", _ZOO
+    )
+    above_stood: float = _setting(1.25, "times the highest rise that was stood, which a rise has to pass", _ZOO)
+    most_strict: float = _setting(4.0, "times its thresholds that this makes a rule stricter at most", _ZOO)
+    fitted: float = _setting(0.05, "of what the loss has fallen: below it a training has little to lose …", _ZOO)
+    stricter: float = _setting(1.5, "… and gradients have to rise so much farther; as where a rate comes back", _ZOO)
 
     # The loss.
     loss_window: int = _setting(100, "latest losses that make up the usual one", _ZOO)

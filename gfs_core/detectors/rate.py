@@ -44,6 +44,7 @@ class RateDetector:
         self._last_step = reading.step
         finding = self._judge(value)
         self._context.rate_is_steady = not self._rates or value <= _STEADY * self._rates[0]
+        self._context.rate_returns = not self._context.rate_is_steady and value <= _STEADY * self.track.stood
         self._rates.append(value)
         found = self.track.take(finding, is_back(value, self.track, profile.rate_rise, self._context))
         if len(self._rates) >= profile.rate_first:

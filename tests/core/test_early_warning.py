@@ -412,7 +412,7 @@ NUMBER, NAME = ("x", -1.0, math.nan, math.inf, 0.0), ("x", None, 7)
         (("detectors", "gradient", "gradients"), NAME),
         (("detectors", "gradient", "gradients", "rows"), ([[1.0] * 9], [["x"]], [1.0])),
         (("detectors", "gradient", "weights", "held"), ([[1.0]], [["x", 1.0]], 7)),
-        (("detectors", "gradient", "normalised", "since"), ("x", None)),
+        (("detectors", "second moment", "past", "since"), ("x", None)),
         (("detectors", "gradient", "layers"), ({"head": "x"}, 7)),
         (("detectors", "gradient", "growth"), ("x", None)),
         (("detectors", "gradient", "scores"), ({"": "x"}, None, 7)),

@@ -144,7 +144,8 @@ def test_a_larger_gradient_that_lasts_becomes_the_usual_one() -> None:
     alarm = steady()
     events = [observe_gradient(alarm, 100 + k, times({"stem": 4.0})) for k in range(200)]
     assert [level for _, level in levels(events)] == [WATCH, ALARM, WATCH, QUIET]
-    assert observe_gradient(alarm, 300, times({"stem": 4.0 * 14})).level is ALARM
+    events = [observe_gradient(alarm, 300 + k, times({"stem": 4.0 * 20})) for k in range(10)]
+    assert levels(events) == [(302, WATCH), (303, ALARM)]  # the run has stood such a rise: see test_stood.py
 
 
 @pytest.mark.parametrize("layers", [1, 3, 30, 300])
@@ -162,7 +163,7 @@ def test_gradients_that_scatter_and_shrink_are_healthy_in_however_many_layers(la
 
 
 def test_weights_that_grow_raise_it() -> None:
-    """A fifth is 3.65 units, of which 2.2 count: 1.74 after seven steps, and never an alarm."""
+    """A fifth is 2.28 units, of which 2.2 count: 1.74 after seven steps, and never an alarm."""
     alarm = steady(weights=7.0)
     events = [observe_gradient(alarm, 100 + k, LAYERS, 1.2 * 7.0) for k in range(20)]
     assert levels(events) == [(106, WATCH)]
@@ -171,7 +172,7 @@ def test_weights_that_grow_raise_it() -> None:
 
 def test_weights_and_gradient_add_up() -> None:
     """Neither is an alarm alone: 1.97 of the worst gradient's spreads, and 1.82 of growth."""
-    for gradient, weights, level in ((1.48, 1.0, WATCH), (1.0, 1.095, WATCH), (1.48, 1.095, ALARM)):
+    for gradient, weights, level in ((1.48, 1.0, WATCH), (1.0, 1.157, WATCH), (1.48, 1.157, ALARM)):
         alarm = steady(weights=1.0)
         for step in range(100, 120):
             observe_gradient(alarm, step, times({"stem": gradient}), weights)
@@ -181,7 +182,7 @@ def test_weights_and_gradient_add_up() -> None:
 def test_weights_that_shrink_speak_against_it() -> None:
     alarm = steady(weights=1.0)
     for step in range(100, 120):
-        observe_gradient(alarm, step, times({"stem": 2.5}), 0.8)  # 4.6 - 4.5
+        observe_gradient(alarm, step, times({"stem": 2.0}), 0.75)  # 3.5 - 3.6
     assert alarm.level is QUIET
     observe_gradient(alarm, 120, times({"stem": 1e9}), 1e-9)  # they count five spreads at most
     assert alarm.level is WATCH

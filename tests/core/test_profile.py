@@ -49,6 +49,17 @@ def at_the_edge(outgrown: float = 1.0, loss: float = 0.1) -> list[Any]:
     return calls
 
 
+def again_and_again() -> list[Any]:
+    """The gradient rises every 150 steps for a while, each time farther; at the third time the loss rises as well."""
+    calls: list[Any] = []
+    for k in range(1000):
+        time, within = divmod(k, 150)
+        risen = time > 0 and within < 10
+        calls.append(("loss", k, max(1.0 - 0.01 * k, 0.2) + (0.15 if risen and time == 3 else 0.0)))
+        calls.append(("gradient", k, 1.6**time if risen else 1.0))
+    return calls
+
+
 def falling() -> list[Any]:
     """Gradients rise while the loss falls, slower and slower."""
     return [
@@ -77,6 +88,7 @@ def streams() -> list[tuple[list[Any], list[Any]]]:
         at_the_edge(outgrown=1.9),
         at_the_edge(loss=0.4),
         falling(),
+        again_and_again(),
     ]
     for kind in ("running", "rate"):  # stays high while the losses are well
         made.append([(name, k, v) for k in range(400) for name, v in ((kind, 0.2 if k < 100 else 0.6), ("loss", 1.0))])
@@ -101,7 +113,17 @@ def test_each_number_makes_a_difference(name: str) -> None:
 def test_a_strictness_multiplies_thresholds_and_leaves_windows() -> None:
     once, twice = Profile(), Profile().scaled(2.0)
     changed = {spec.name for spec in FIELDS if getattr(once, spec.name) != getattr(twice, spec.name)}
-    assert changed == {"rise", "jump", "closeness", "grown", "rate_rise", "gradient", "spike", "mean_rise"}
+    assert changed == {
+        "rise",
+        "jump",
+        "closeness",
+        "grown",
+        "rate_rise",
+        "gradient",
+        "normalised",
+        "spike",
+        "mean_rise",
+    }
     assert (twice.rise, twice.jump, twice.spike) == ((1.5, 2.5), 5.0, (8.0, 12.0))
     assert once.scaled(1.0) == once
 

@@ -15,7 +15,7 @@ from tests.core.observed import observe_loss, observe_rate, observe_ratio
 
 FILE = Path(__file__).parents[1] / "golden" / "alarms.json"
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
-RULES = {"gradient", "rise", "growth", "rate", "spike", "loss", "not finite", "calm"}
+RULES = {"gradient", "rise", "growth", "rate", "spike", "loss", "not finite", "calm", "second moment"}
 FREE = {"gradient": GRAD_NORM, "weights": WEIGHT_NORM, "normalised": RMS_RATIO}
 
 Call = Sequence[Any]  # kind, step, value; of a loss how many examples it is of, of a gradient the layer, if known

@@ -236,7 +236,7 @@ def adamw(params):
 @pytest.mark.parametrize("optimizer_of", [sgd, adamw])
 def test_the_running_ratio_comes_near_the_solved_one(optimizer_of, parts: int | None) -> None:
     config = gfs.GFSConfig(tier="running", every=2, max_overhead=None)
-    found, model, optimizer, _ = train(config, optimizer_of, 240, parts=parts)
+    found, model, optimizer, _ = train(config, optimizer_of, 240, parts=parts, whole=parts is None)
     exact = gfs.stability(model, lambda m, x: m.loss(x), DATA, optimizer, tier="sharpness", tol=1e-4)
     assert found[-1].running_stability_ratio == pytest.approx(exact.stability_ratio, rel=0.2)
     assert found[-1].running_sharpness == pytest.approx(found[-1].running_stability_ratio * found[-1].threshold)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 import gfs_core as gfs
 from hf_gfs import GFSCallback
+from tests.core.options import tuned_callback
 from tests.hf.clients import Characters, arguments, gpt2, train
 from tests.rates import tell_rates
 
@@ -30,7 +31,9 @@ def language(folder: Path, **options: Any) -> Trainer:
 
 
 def control(policy: str = "cap", **options: Any) -> GFSCallback:
-    return GFSCallback(tier="running", every=5, max_overhead=None, control=policy, **options)
+    """One whose products are on whole steps in every run: two that time them may choose differently."""
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, control=policy, **options)
+    return tuned_callback(callback, whole=True)
 
 
 def logged(trainer: Trainer, key: str) -> list[float]:

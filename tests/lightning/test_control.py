@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
 from lightning_gfs import GFSCallback
+from tests.core.options import tuned_callback
 from tests.lightning.trainers import quiet
 from tests.rates import tell_rates
 
@@ -64,7 +65,9 @@ def cosine(step: int) -> float:
 
 
 def control(policy: str = "cap", **options: Any) -> GFSCallback:
-    return GFSCallback(tier="running", every=5, max_overhead=None, control=policy, **options)
+    """One whose products are on whole steps in every run: two that time them may choose differently."""
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, control=policy, **options)
+    return tuned_callback(callback, whole=True)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,7 +1,7 @@
 """What to do at an alarm: each remedy tried out in a fresh run of the same training, from the step of the alarm on.
 
 Writes advice.json and advice.md; cases that are there are not made again. The advice of the package was chosen on the
-trainings of `benchmarks/zoo/design.py`, and is reported on those of `benchmarks/zoo/trial.py`.
+trainings of `benchmarks/zoo/design.py`, and is reported on those of `trial.py` and `exam_danger.py` there.
 Run (twenty minutes): OMP_NUM_THREADS=1 python -m benchmarks.advice
 """
 
@@ -24,7 +24,7 @@ from benchmarks.lib.data import Batch
 from benchmarks.lib.models import digits_cnn, seeded
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.trainings import entropy
-from benchmarks.zoo import design, trial
+from benchmarks.zoo import design, exam_danger, trial
 from benchmarks.zoo.breaks import AHEAD, BEHIND, breaks
 from benchmarks.zoo.design import Make, adam, sgd
 from benchmarks.zoo.parts import drawn, warmed
@@ -33,7 +33,7 @@ from benchmarks.zoo.training import Array, Stream, Training, plain, recorded
 from gfs_core import Alert, AlertLevel
 
 LEAST, LAST = 100, 20  # steps that there have to be after an alarm, and the last of them, which have to be good
-SEEDS = {"design": (20, 3), "trial": (20, 3)}  # the first, and how many
+SEEDS = {"design": (20, 3), "trial": (20, 3), "exam": (300, 1)}  # the first, and how many
 
 
 def spoilt(
@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Make]] = {
     },
     "trial": {name: make for name, make in trial.DANGER.items() if name not in SELDOM}
     | {"a batch with NaN": spoilt(math.nan, 1, trial._small_cnn, partial(sgd, rate=0.02), trial._pooled, 500)},
+    "exam": exam_danger.DANGER,
 }
 
 

@@ -41,6 +41,7 @@ was no case of a rule that is not here. *Nothing did*: the cases that came back 
 NAMES = {
     "design": "Trainings on which the advice was chosen (`benchmarks/zoo/design.py`)",
     "trial": "Other trainings (`benchmarks/zoo/trial.py`)",
+    "exam": "More of them (`benchmarks/zoo/exam_danger.py`)",
 }
 
 
@@ -64,11 +65,13 @@ def _cases(runs: dict[str, Row]) -> Iterable[Row]:
 
 def _advice(held: dict[str, list[Row]]) -> list[str]:
     remedies = {rule: found.remedy for rule, found in ADVICE.items()}
+    chosen_on, *others = held.values()
+    sets = [chosen_on, [case for cases in others for case in cases]]
     rows = []
     for rule in remedies:
-        own = [[case for case in cases if case["rule"] == rule] for cases in held.values()]
+        own = [[case for case in cases if case["rule"] == rule] for cases in sets]
         rows.append([rule, remedies[rule], *_counts(own, remedies), advice(rule, 1000)])
-    rows.append(["**all**", "", *_counts([*held.values()], remedies), ""])
+    rows.append(["**all**", "", *_counts(sets, remedies), ""])
     head = ["rule", "remedy", "helped where it was chosen", "nothing did", "helped on others", "nothing did"]
     return table([*head, "said at step 1000"], rows)
 

@@ -27,11 +27,11 @@ class DueMeasurements:
 
     def __init__(self, schedule: Schedule, measuring: Measuring, rates: Rates, label: Callable[[], str]) -> None:
         self.schedule, self.measuring, self.rates, self.label = schedule, measuring, rates, label
-        self._has_state = self._told = False
+        self._may_be_known = self._told = False
 
     def names(self, step: int) -> list[str]:
-        """The signals that are due at ``step``, cheapest first; under a budget none before the optimizer has state."""
-        if self._waits_for_state():
+        """The signals that are due at ``step``, cheapest first; under a budget none before there can be a ratio."""
+        if self._waits_for_ratio():
             return []
         return self.measuring.answered(lambda: self.schedule.due(step, self.measuring.iterates.back_from(step)), [])
 
@@ -109,15 +109,18 @@ class DueMeasurements:
             f"measurements, which may take {LEAST * most:.1%} all the same; one takes {price}"
         )
 
-    def _waits_for_state(self) -> bool:
-        """Whether an adaptive optimizer has no second moments yet: under a budget, nothing is spent without a ratio."""
-        if self._has_state or self.schedule.config.max_overhead is None:
+    def _waits_for_ratio(self) -> bool:
+        """Whether no ratio can be had yet: the rate is still 0, or an adaptive optimizer has no second moments.
+
+        Under a budget nothing is spent before. What the threshold is not known of for good is not waited for.
+        """
+        if self._may_be_known or self.schedule.config.max_overhead is None:
             return False
         optimizer = self.measuring.optimizer
         stability = stability_of(optimizer, parameters_of(optimizer))
-        known = stability.threshold is not None or stability.learning_rate == 0
-        self._has_state = not stability.adaptive or known
-        return not self._has_state
+        waits = stability.adaptive or stability.learning_rate == 0
+        self._may_be_known = stability.known or not waits
+        return not self._may_be_known
 
 
 def synchronize(optimizer: Any) -> None:

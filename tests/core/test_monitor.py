@@ -148,6 +148,24 @@ def told_the_time(monitor: gfs.StabilityMonitor, clock: Callable[[], float]) -> 
     monitor.schedule.budget.clock, monitor.schedule.budget.began = clock, clock()
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.SGD])
+@pytest.mark.parametrize("still", [1, 3])
+def test_nothing_is_measured_of_a_warm_up_before_its_rate_has_risen_from_zero(
+    kind: type[torch.optim.Optimizer], still: int
+) -> None:
+    model, _, _ = setup(gfs.GFSConfig())
+    optimizer = kind(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: max(0, s + 1 - still) / 5)
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig())
+    found = []
+    for x in batches(2 * still + 2):
+        found += run(model, optimizer, monitor, [x])
+        schedule.step()
+    assert [m.step for m in found][:1] == [still + still % 2]  # the running estimate settles at every second step
+    assert all(m.threshold is not None for m in found)
+    assert [r for m in found for r in m.reasons if "second moments" in r or "rate is 0" in r] == []
+
+
 @pytest.mark.parametrize("price", [0.01, 0.5])
 def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
     now = [0.0]

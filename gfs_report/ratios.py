@@ -56,17 +56,31 @@ def main_ratio(run: Run) -> Ratio | None:
     return Ratio(name, curve, False)
 
 
+def at_its_end(curve: Curve) -> tuple[float, int]:
+    """The median of the last tenth of the steps that were measured, and of how many measurements it is."""
+    values = curve.tail(_END)
+    return float(np.median(values)), len(values)
+
+
 def past(run: Run) -> bool:
-    """Whether the steps were past the edge when that was last measured, be it long ago."""
+    """Whether the steps were past the edge when that was last measured, be it long ago.
+
+    The ratio in the mean square makes no such verdict: late in a run it does not tell damaged runs from healthy ones
+    (benchmarks/control.md).
+    """
     found = main_ratio(run)
-    plain = found is not None and float(np.median(found.curve.tail(_END))) > PAST
-    return plain or past_in_mean_square(run)
+    return found is not None and at_its_end(found.curve)[0] > PAST
 
 
-def past_in_mean_square(run: Run) -> bool:
-    """Whether noisy steps were past the edge at the end of the run: the median of what was measured lately."""
-    noisy = run.gfs.get(_NOISY)
-    return noisy is not None and _lately(run, noisy) and float(np.median(noisy.tail(1 - _LATELY))) > 1
+def in_mean_square(run: Run) -> tuple[float, int] | None:
+    """The median of the ratio in the mean square in the settled state, and of how many measurements it is.
+
+    ``None`` where it was not measured lately, or too few times: it swings by factors from one batch to the next.
+    """
+    noisy = run.of_training(_NOISY)
+    if noisy is None or not _lately(run, noisy) or len(held := settled(run, noisy).values) < _ENOUGH:
+        return None
+    return float(np.median(held)), len(held)
 
 
 def _lately(run: Run, curve: Curve) -> bool:
@@ -94,10 +108,14 @@ def lower_rate(run: Run) -> LowerRate:
     if rates is None or not ratios:
         return LowerRate(None, why_not="the rate was not logged")
     wanted = {name: _allowed(settled(run, curve), rates) for name, curve in ratios}
-    name = min(wanted, key=lambda n: float(np.median(wanted[n])) if len(wanted[n]) else np.inf)
+    enough = [name for name, allowed in wanted.items() if len(allowed) >= _ENOUGH]
+    if not enough:
+        name = ratios[0][0]
+        measured = "1 measurement" if len(wanted[name]) == 1 else f"{len(wanted[name])} measurements"
+        are = "is" if len(wanted[name]) == 1 else "are"
+        return LowerRate(None, why_not=f"there {are} {measured} of the {name} in the last half, too few")
+    name = min(enough, key=lambda n: float(np.median(wanted[n])))
     allowed = wanted[name]
-    if len(allowed) < _ENOUGH:
-        return LowerRate(None, why_not=f"there are {len(allowed)} measurements of the {name} in the last half, too few")
     low, first, middle, third, high = np.quantile(allowed, (0.05, 0.25, 0.5, 0.75, 0.95))
     if third > _ALIKE * first:
         return LowerRate(None, why_not=f"half of the {len(allowed)} measurements of the {name} lie further apart than "

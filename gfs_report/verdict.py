@@ -6,18 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from gfs_core.detectors.advice import WHAT_TO_DO
 from gfs_report.losses import SMALL, Course, Fate, course_of
-from gfs_report.ratios import PAST, has_room, lower_rate, main_ratio, past, past_in_mean_square
+from gfs_report.ratios import PAST, at_its_end, has_room, in_mean_square, lower_rate, main_ratio, past
 from gfs_report.runs import Mark, Run
 from gfs_report.units import in_digits
 
 Standing = Literal["unknown", "far", "near", "edge", "past"]
 _EDGE = (0.85, PAST)
 _FAR = 0.3
-_END = 0.1  # the last part of the steps, which counts as now
+_NOW = "the steps are past their edge"
+_THEN = "the steps were past their edge when that was last measured"
 _ALARM = 2
 
 
@@ -120,7 +119,7 @@ def _summary(run: Run, c: Course, losses: int, standing: Standing) -> str:
     if _ringing(run):
         return f"The loss of this run went {ends}, but its early warning is still on."
     if past(run):
-        are = "are" if standing == "past" or past_in_mean_square(run) else "were, when last measured,"
+        are = "are" if _is_past_now(run, standing) else "were, when last measured,"
         return f"The loss of this run went {ends}, but its steps {are} past the edge."
     if c.fate == "shaken":
         return f"The loss of this run went {ends}, but it blew up first, about step {c.since}."
@@ -157,7 +156,7 @@ def _where(run: Run) -> tuple[Standing, str]:
             f"Where the run stood at its end is not known: its {found.name} was last measured at step "
             f"{ratio.steps[-1]} of {run.steps[1]}, and was {in_digits(ratio.last)} then, where 1 is the edge."
         )
-    now = float(np.median(ratio.tail(_END)))
+    now, count = at_its_end(ratio)
     standing: Standing = "far" if now < _FAR else "near" if now < _EDGE[0] else "edge" if now <= _EDGE[1] else "past"
     place = {
         "far": "far below the edge of stability",
@@ -165,8 +164,20 @@ def _where(run: Run) -> tuple[Standing, str]:
         "edge": "at the edge of stability",
         "past": "past the edge of stability",
     }[standing]
-    now_at = f"its {found.name} was {in_digits(now)} over the last steps, where 1 is the edge"
-    return standing, f"The run ended {place}: {now_at}; {whole}."
+    when = "over the last steps" if count > 1 else f"when last measured, at step {ratio.steps[-1]}"
+    now_at = f"its {found.name} was {in_digits(now)} {when}, where 1 is the edge"
+    return standing, f"The run ended {place}: {now_at}; {whole}.{_noise(run, standing)}"
+
+
+def _noise(run: Run, standing: Standing) -> str:
+    """What is said of the ratio in the mean square, where it and the plain one lie on two sides of the edge."""
+    noisy = in_mean_square(run) if standing in ("far", "near") else None
+    if noisy is None or noisy[0] <= 1:
+        return ""
+    return (
+        f" With the noise of the batches counted (in the mean square) it was {in_digits(noisy[0])}, by {noisy[1]} "
+        "measurements; that is above 1 in healthy runs too, so no verdict rests on it."
+    )
 
 
 def _what(run: Run) -> str:
@@ -216,7 +227,8 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
         else:
             by = f"by {found.measurements} measurements of the {found.name}"
             less = f", to about {found.rate:.2g} ({found.low:.2g} to {found.high:.2g}, {by})"
-        return f'Lower the learning rate{less}, or let control="cap" do it: the steps are past their edge.{unknown}'
+        why = _NOW if _is_past_now(run, standing) else _THEN
+        return f'Lower the learning rate{less}, or let control="cap" do it: {why}.{unknown}'
     if ringing:
         return (
             'Do not raise the learning rate, for the alarm is still on: watch the next steps, or let control="cap" '
@@ -251,20 +263,26 @@ def _do(run: Run, c: Course, standing: Standing) -> str:
             "Nothing follows from what was measured: a larger `max_overhead`, or a smaller `every`, would tell where "
             "the run stands at its end."
         )
+    if c.fate == "unknown":
+        return "Log the training loss, or name its key with --loss: the ratio alone does not tell how a run went."
     came = "the run came back from its alarms by itself, and " if _alarms(run) else ""
     if standing == "edge":
         return (
             f"Nothing has to be done: {came}training at the edge is how gradient descent works, with a loss that "
             'swings. Do not raise the rate; for a margin below the edge, control="cap".'
         )
-    if c.fate == "unknown":
-        return "Log the training loss, or name its key with --loss: the ratio alone does not tell how a run went."
     if standing == "far" and c.fate == "fell" and not _alarms(run) and has_room(run):
         return (
             "Nothing has to be done for stability. The learning rate may be lower than it need be: whether a higher "
             "one trains better a pilot run can show (`gfs pilot`)."
         )
     return "Nothing has to be done; keep the early warning on."
+
+
+def _is_past_now(run: Run, standing: Standing) -> bool:
+    """Whether several measurements at the end of the run say that it is past the edge."""
+    found = main_ratio(run)
+    return standing == "past" and found is not None and at_its_end(found.curve)[1] > 1
 
 
 def _alarms(run: Run) -> list[Mark]:

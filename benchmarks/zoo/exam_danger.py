@@ -172,7 +172,7 @@ def too_high_adam(seed: int) -> Training:
 
 
 def bfloat16(seed: int) -> Training:
-    """Weights, optimizer and all else in bfloat16."""
+    """Weights, optimizer and all else in bfloat16, at a rate at which float32 breaks too."""
     model = seeded(lambda: _small(nn.SiLU), seed).bfloat16()
     images, labels = _clothes(14)
     loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731
@@ -187,7 +187,7 @@ def _small(act: type[nn.Module]) -> nn.Module:
 
 
 def half(seed: int) -> Training:
-    """Weights, optimizer and all else in float16, without a loss scale."""
+    """Weights, optimizer and all else in float16 without a loss scale, at a rate at which float32 breaks too."""
     model = seeded(lambda: nn.Sequential(nn.Flatten(), dense(49, 48, 48, 48, 10, act=nn.ReLU)), seed).half()
     images, labels = _clothes()
     loss = lambda b: nn.functional.cross_entropy(model(b[0]).float(), b[1])  # noqa: E731

@@ -111,19 +111,22 @@ class Detector(Protocol):
         """Go on where ``state_dict`` left off. A damaged state raises an exception of any type."""
 
 
+_AT_LEAST = 5  # readings that take a level down, however many steps lie between them
+
+
 class Ladder:
-    """A level that goes up at once, and down by one after ``patience`` readings in a row that are below it."""
+    """A level that goes up at once, and down by one after ``patience`` steps whose readings are all below it."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self.level, self.calm = AlertLevel.QUIET, 0
 
-    def take(self, found: AlertLevel) -> None:
-        """Take in the level of one reading."""
+    def take(self, found: AlertLevel, steps: int = 1) -> None:
+        """Take in the level of one reading, so many steps after the one before."""
         if found >= self.level:
             self.level, self.calm = found, 0
         else:
-            self.calm += 1
+            self.calm += min(steps, max(self.patience // _AT_LEAST, 1))
             if self.calm >= self.patience:
                 self.level, self.calm = AlertLevel(self.level - 1), 0
 
@@ -137,7 +140,7 @@ class Track:
 
     Args:
         readings: what the detector reads, in the plural, for messages.
-        patience: readings in a row that take a ladder down one level.
+        patience: readings in a row that take a ladder down one level; fewer where steps lie between them.
         rise_began: called where ``lately`` rises from quiet.
 
     Attributes:
@@ -162,12 +165,13 @@ class Track:
         """The level until the run is back."""
         return self.shown.level
 
-    def take(self, finding: Finding, back: bool = True) -> Finding | None:
+    def take(self, finding: Finding, back: bool = True, steps: int = 1) -> Finding | None:
         """Take in what a reading says.
 
         Args:
             finding: what it says beside the latest readings.
             back: whether it is near what the run did before the rise as well.
+            steps: since the reading before.
 
         Returns:
             The finding; ``None`` where all was quiet and stays so.
@@ -175,12 +179,12 @@ class Track:
         if finding.level is self.level is AlertLevel.QUIET:
             return None
         was_quiet = self.lately.level is AlertLevel.QUIET
-        self.lately.take(finding.level)
+        self.lately.take(finding.level, steps)
         if was_quiet and self.lately.level is not AlertLevel.QUIET:
             if finding.usual is not None:
                 self.usual = finding.usual if self.usual is None else min(self.usual, finding.usual)
             self._rise_began()
-        self.shown.take(finding.level if back else max(finding.level, self.level))
+        self.shown.take(finding.level if back else max(finding.level, self.level), steps)
         if self.level is AlertLevel.QUIET:
             self.usual = None
         return finding

@@ -40,7 +40,7 @@ class GradientDetector:
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
         self._stood = Stood(profile.gradient[1], profile, context)
         self._weights = _Growth(profile.weight_steps)
-        self._step = -1  # that is arriving
+        self._step = self._judged = -1  # that is arriving, and the last that was judged
         self._layers: dict[str, float] = {}  # the gradient of each, of that step
         self._scores: dict[str, float] = {}  # of each layer, smoothed
         self._growth = 0.0  # of the weights, in units of the profile's, smoothed
@@ -54,9 +54,10 @@ class GradientDetector:
             self._step, self._layers = reading.step, {}
         if key == GRADIENT and not reading.layer:
             layers, self._layers = self._layers, {}
-            finding = self._judge(value, layers)
+            finding, steps = self._judge(value, layers), max(reading.step - self._judged, 1)
+            self._judged = reading.step
             self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
-            return self.track.take(finding)
+            return self.track.take(finding, steps=steps)
         if key == GRADIENT:
             self._layers[reading.layer] = value
         elif not reading.layer and 0 < value < math.inf:
@@ -76,7 +77,7 @@ class GradientDetector:
         growth = min(max(self._weights.growth / self._profile.weight_growth, _LEAST), self._profile.most_growth)
         self._growth = memory * self._growth + (1 - memory) * growth
         score, falls = max(self._scores.values(), default=0.0) + self._growth, self._context.loss_falls
-        self._stood.add(0.0 if falls else score)
+        self._stood.add(self._step, 0.0 if falls else score)
         level = level_of(score / (self._stood.strictness * self._context.strictness), self._profile.gradient)
         if level is AlertLevel.QUIET or falls:
             return QUIET
@@ -114,7 +115,7 @@ class GradientDetector:
         self._gradients.clear()
         self._stood.clear()
         self._weights = _Growth(self._profile.weight_steps)
-        self._step, self._layers, self._scores, self._growth = -1, {}, {}, 0.0
+        self._step, self._judged, self._layers, self._scores, self._growth = -1, -1, {}, {}, 0.0
         self._context.raised.pop(self.name, None)
         self.track.reset()
 
@@ -124,7 +125,7 @@ class GradientDetector:
             "gradients": self._gradients.state_dict(),
             "stood": self._stood.state(),
             "weights": self._weights.state(),
-            "step": self._step,
+            "steps": [self._step, self._judged],
             "layers": dict(self._layers),
             "scores": dict(self._scores),
             "growth": self._growth,
@@ -139,7 +140,8 @@ class GradientDetector:
         self._layers, self._scores = (
             {str(layer): float(value) for layer, value in state[name].items()} for name in ("layers", "scores")
         )
-        self._step, self._growth = int(state["step"]), float(state["growth"])
+        self._step, self._judged = map(int, state["steps"])
+        self._growth = float(state["growth"])
         self.track.load_state_dict(state["track"])
 
 

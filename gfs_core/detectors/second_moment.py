@@ -39,6 +39,7 @@ class SecondMomentDetector:
         self._stood = Stood(profile.normalised[1], profile, context)
         self._latest: deque[float] = deque(maxlen=_LATEST)  # logarithms of the whole model's
         self._layers: dict[str, float] = {}  # of the step that is arriving
+        self._judged = -1  # the last step that was
 
     def observe(self, reading: Reading) -> Finding | None:
         """Keep what is of a layer; judge the whole model's."""
@@ -49,16 +50,17 @@ class SecondMomentDetector:
             return None
         layers, self._layers = self._layers, {}
         self._latest.append(math.log(reading.value))
-        finding = self._judge(layers)
+        finding, steps = self._judge(reading.step, layers), max(reading.step - self._judged, 1)
+        self._judged = reading.step
         self._past.add({_WHOLE: self._latest[-1], **layers})
         self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
-        return self.track.take(finding)
+        return self.track.take(finding, steps=steps)
 
-    def _judge(self, layers: dict[str, float]) -> Finding:
+    def _judge(self, step: int, layers: dict[str, float]) -> Finding:
         usual = self._past.usual(_WHOLE)
         rise = 0.0 if usual is None else median(self._latest) - usual[0]
         self._context.outgrown = usual is not None and self._latest[-1] - usual[0] > math.log(self._profile.outgrown)
-        self._stood.add(rise)
+        self._stood.add(step, rise)
         level = level_of(rise / (self._stood.strictness * self._context.strictness), self._profile.normalised)
         if level is AlertLevel.QUIET:
             return QUIET
@@ -73,7 +75,7 @@ class SecondMomentDetector:
         self._past.clear()
         self._stood.clear()
         self._latest.clear()
-        self._layers = {}
+        self._layers, self._judged = {}, -1
         self._context.raised.pop(self.name, None)
         self.track.reset()
 
@@ -84,6 +86,7 @@ class SecondMomentDetector:
             "stood": self._stood.state(),
             "latest": list(self._latest),
             "layers": dict(self._layers),
+            "judged": self._judged,
             "track": self.track.state_dict(),
         }
 
@@ -93,4 +96,5 @@ class SecondMomentDetector:
         self._stood.load(state["stood"])
         self._latest = deque(map(float, state["latest"]), maxlen=_LATEST)
         self._layers = {str(layer): float(value) for layer, value in state["layers"].items()}
+        self._judged = int(state["judged"])
         self.track.load_state_dict(state["track"])

@@ -27,15 +27,15 @@ class Stood:
     def clear(self) -> None:
         """Begin anew."""
         self.highest = 0.0
-        self._waiting: deque[float] = deque()
+        self._waiting: deque[tuple[int, float]] = deque()
 
-    def add(self, score: float) -> None:
+    def add(self, step: int, score: float) -> None:
         """Take in the score of a step; 0 while nothing is judged."""
-        self._waiting.append(score)
+        self._waiting.append((step, score))
         if self._context.harmed:
             self._waiting.clear()
-        if len(self._waiting) > self._profile.stood_steps:
-            self.highest = max(self.highest, self._waiting.popleft())
+        while self._waiting and self._waiting[0][0] <= step - self._profile.stood_steps:
+            self.highest = max(self.highest, self._waiting.popleft()[1])
 
     @property
     def strictness(self) -> float:
@@ -45,8 +45,9 @@ class Stood:
 
     def state(self) -> dict[str, Any]:
         """The highest score, and those that wait."""
-        return {"highest": self.highest, "waiting": list(self._waiting)}
+        return {"highest": self.highest, "waiting": [list(held) for held in self._waiting]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state` left off."""
-        self.highest, self._waiting = float(state["highest"]), deque(map(float, state["waiting"]))
+        self.highest = float(state["highest"])
+        self._waiting = deque((int(step), float(score)) for step, score in state["waiting"])

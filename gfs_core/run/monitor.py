@@ -354,7 +354,9 @@ class StabilityMonitor:
                 judged = own if self.measuring.probe.second is None else None  # training's own curvature alone
                 own_free = free if seen is held[-1] else [r for r in free if r.step <= seen.step]
                 free = free[len(own_free) :]
-                known = rate if seen.rate == first else None
+                known = rate
+                if rate is not None and seen.rate != first:  # a schedule moves all groups alike
+                    known = rate * seen.rate / first if seen.rate is not None and first else None
                 if self.watch.warning is not None:
                     self.recorder.take(seen.step, losses, known, own, own_free)
                 self._alerts += self.watch.observe(seen.step, losses, known, judged, own_free)

@@ -140,6 +140,14 @@ def test_the_way_down_takes_twenty_quiet_gradients_for_each_level() -> None:
     assert alarm.reason == "the last 20 gradients were nearer to their usual values"
 
 
+@pytest.mark.parametrize(("every", "steps"), [(1, 20), (2, 20), (4, 20), (10, 50), (25, 125)])
+def test_five_quiet_readings_are_enough_where_they_are_far_apart(every: int, steps: int) -> None:
+    alarm = steady(range(0, 100 * every, every))
+    events = [observe_gradient(alarm, (100 + k) * every, times({"stem": 14.0 if k == 0 else 1.0})) for k in range(60)]
+    first = 100 * every
+    assert levels(events) == [(first, ALARM), (first + steps, WATCH), (first + 2 * steps, QUIET)]
+
+
 def test_a_larger_gradient_that_lasts_becomes_the_usual_one() -> None:
     alarm = steady()
     events = [observe_gradient(alarm, 100 + k, times({"stem": 4.0})) for k in range(200)]

@@ -53,6 +53,21 @@ def run(model, optimizer, monitor, data) -> list[gfs.Measurement]:
     return out
 
 
+@pytest.mark.parametrize("pace", [1.01, 0.99, 1.0, 1.5])
+def test_the_early_warning_knows_the_rate_of_each_step_of_a_schedule(pace: float) -> None:
+    """Steps that wait together, too."""
+    model, optimizer, monitor = setup(gfs.GFSConfig(max_overhead=0.01))
+    used = []
+    for step, x in enumerate(batches(60)):
+        optimizer.param_groups[0]["lr"] = 0.001 * pace ** (step % 40)
+        used.append(optimizer.param_groups[0]["lr"])
+        run(model, optimizer, monitor, [x])
+    monitor.state_dict()  # passes on what waits
+    assert monitor.watch.warning is not None
+    rates = monitor.watch.warning.state_dict()["detectors"]["rate"]["rates"]
+    assert rates == pytest.approx(used[-50:])
+
+
 def test_an_alert_at_a_step_that_was_measured_does_not_hide_the_measurement(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     config = gfs.GFSConfig(tier="sharpness", every=1, max_overhead=None, history=str(path))

@@ -60,6 +60,14 @@ def again_and_again() -> list[Any]:
     return calls
 
 
+def little_to_lose() -> list[Any]:
+    """The gradient rises once the loss has nearly been fitted."""
+    calls: list[Any] = []
+    for k in range(300):
+        calls += [("loss", k, max(1.0 - 0.01 * k, 0.04)), ("gradient", k, 20.0 if k == 299 else 1.0)]
+    return calls
+
+
 def falling() -> list[Any]:
     """Gradients rise while the loss falls, slower and slower."""
     return [
@@ -89,6 +97,7 @@ def streams() -> list[tuple[list[Any], list[Any]]]:
         at_the_edge(loss=0.4),
         falling(),
         again_and_again(),
+        little_to_lose(),
     ]
     for kind in ("running", "rate"):  # stays high while the losses are well
         made.append([(name, k, v) for k in range(400) for name, v in ((kind, 0.2 if k < 100 else 0.6), ("loss", 1.0))])

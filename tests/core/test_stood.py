@@ -18,9 +18,9 @@ def stood(scores: list[float], losses: list[float]) -> Stood:
     for loss in [1.0] * 5 + [0.0] * 10:
         context.add_loss(loss)
     found = Stood(2.6, Profile(), context)
-    for score, loss in zip(scores, losses, strict=True):
+    for step, (score, loss) in enumerate(zip(scores, losses, strict=True)):
         context.add_loss(loss)
-        found.add(score)
+        found.add(step, score)
     return found
 
 

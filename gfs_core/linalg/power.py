@@ -96,7 +96,7 @@ class RunningSharpness:
         self._moments: list[float] = []  # means of ‖p − q‖²/2 and (vᵀp)(vᵀq) over the pairs
         self._pairs = 0  # pairs so far
         self._since = 0  # products since the last pair
-        self._along = 0.0  # mean of half the squared differences of a quotient and the one before
+        self._along: list[float] = []  # means of half the squared difference of two quotients in a row, and product
         self._last: float | None = None  # the latest quotient
         self._taken = 0  # quotients taken into the value
         self._lagging: list[float] = []  # means of |vᵀH_B·v| and ‖H_B·v‖² over the parts
@@ -111,15 +111,15 @@ class RunningSharpness:
             weight: of the variance σ² of H_B·v over the parts, ≥ 0.
 
         Returns:
-            The value, ≥ the present estimate: σ²/λ² is that of the latest pairs; where there are none, σ² is that of
-            the quotients. ``None`` before it is known, and where the estimate is not positive.
+            The value, ≥ the present estimate: σ²/λ² is that of the latest pairs; where there are none, that of the
+            latest quotients. ``None`` before it is known, and where the estimate is not positive.
         """
         if self.value is None or self.value <= 0:
             return None
-        if not self._moments:
-            return None if self._taken < _FIRST_PAIRS else self.value + weight * self._along / self.value
-        # (vᵀp)(vᵀq) of few pairs may be near 0 by chance; the value, an average of many, is then the better known.
-        spread, square = self._moments
+        if not self._moments and self._taken < _FIRST_PAIRS:
+            return None
+        # The product of few pairs may be near 0 by chance; the value, an average of many, is then the better known.
+        spread, square = self._moments or self._along
         return self.value * (1 + weight * spread / max(square, self.value**2))
 
     def bound(self, weight: float) -> float | None:
@@ -242,8 +242,9 @@ class RunningSharpness:
     def _take(self, quotient: float, keep: float) -> None:
         self._taken += 1
         if self._last is not None:
+            new = [(quotient - self._last) ** 2 / 2, quotient * self._last]
             known = min(_SPREAD_MEMORY, 1 - 1 / max(self._taken - 1, 1))
-            self._along = known * self._along + (1 - known) * (quotient - self._last) ** 2 / 2
+            self._along = [known * m + (1 - known) * n for m, n in zip(self._along or new, new, strict=True)]
         self._last = quotient
         if self.value is None:
             self.value = quotient
@@ -265,7 +266,7 @@ class RunningSharpness:
             "products": self._products,
             "moments": list(self._moments),
             "pairs": [self._pairs, self._since],
-            "along": [self._along, self._last, self._taken],
+            "along": [list(self._along), self._last, self._taken],
             "lagging": list(self._lagging),
             "seen": self._seen,
             "turns": self._turns,
@@ -278,10 +279,11 @@ class RunningSharpness:
         self._squares, self._products = float(state["squares"]), float(state["products"])
         self._moments, self._lagging = ([float(m) for m in state[n]] for n in ("moments", "lagging"))
         along, last, taken = state["along"]
-        self._along, self._last, self._taken = float(along), None if last is None else float(last), int(taken)
+        self._along = [float(m) for m in along]
+        self._last, self._taken = None if last is None else float(last), int(taken)
         self._pairs, self._since = (int(n) for n in state["pairs"])
         self._seen = int(state["seen"])
-        if {len(self._moments), len(self._lagging)} - {0, 2} or min(self._pairs, self._seen) < 0:
+        if {len(self._moments), len(self._lagging), len(self._along)} - {0, 2} or min(self._pairs, self._seen) < 0:
             raise ValueError("it holds no spread and square")
         self._turns, self._above = int(state["turns"]), [float(q) for q in state["above"]]
 

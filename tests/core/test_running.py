@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,6 +187,19 @@ def test_one_pair_without_curvature_of_its_own_does_not_make_the_noise_infinite(
     estimate.average(estimate.update(Sample(lambda v: [other * v[0]], like, lambda v: [third * v[0]])))
     assert estimate.value == pytest.approx((4 + 0.015) / 2, rel=1e-3)
     assert estimate.value <= estimate.noisy(1.0) < 1.01 * estimate.value
+
+
+def test_the_spread_along_the_direction_is_relative_to_the_curvature_of_its_time() -> None:
+    """Without pairs: the curvature falls to a tenth, and how far one quotient is from the next falls with it."""
+    estimate = RunningSharpness()
+    for size in [4.0] * 40 + list(np.geomspace(4.0, 0.4, 20)) + [0.4] * 10:
+        estimate.average(
+            size * (1.2 if estimate._taken % 2 else 0.8), stands_for=8
+        )  # far apart: the value follows fast
+        if estimate._taken > 2:
+            spread = estimate.noisy(1.0) / estimate.value - 1
+            assert 0 < spread < 1.5 * 0.08 / 0.96  # half the square of 1.2 − 0.8, over 1.2 · 0.8
+    assert spread == pytest.approx(0.08 / 0.96, rel=0.1)
 
 
 class Net(nn.Module):

@@ -203,7 +203,50 @@ def render(results: dict[str, Any]) -> str:
         "the monitors measure too, and the machine was busy:", "",
         *table(["", "median"], times),
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *in_danger(results.get("danger", {}))]) + "\n"
+
+
+IN_DANGER = """
+## Trainings in danger
+
+    OMP_NUM_THREADS=1 python -m benchmarks.zoo.live danger && python -m benchmarks.rescue
+
+The trainings of [danger.md](danger.md), {seeds} seeds of each, on which nothing was chosen. A run *ends well* where the
+median of its last 50 losses is at most a fifth of the progress above the best that the run had when it was left alone;
+so it does not end in what counts as a break there. Where data stays bad nothing here can help. "skip: gradient" and
+"skip: loss" leave out a step whose value is not finite or more than six deviations above the mean of the last 128, as
+OLMo-core's `SkipStepOptimizer` does.
+"""
+
+
+def in_danger(rows: dict[str, Row]) -> list[str]:
+    """The share of runs in danger that end well, by kind and way."""
+    if not rows:
+        return []
+    keys = [key.split(" | ") for key in rows]
+    kinds, ways, seeds = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
+
+    def well(kind: str, way: str) -> list[bool]:
+        found = []
+        for seed in seeds:
+            row, alone = (rows.get(f"{kind} | {w} | {seed}") for w in (way, "nothing"))
+            if row is not None and alone is not None:
+                limit = alone["best"] + 0.2 * (alone["first"] - alone["best"])
+                found.append(row["end"] is not None and row["end"] <= limit)
+        return found
+
+    done = [kind for kind in kinds if all(len(well(kind, way)) == len(seeds) for way in ways)]
+    cells = [[kind, *(percent(fmean(well(kind, way))) for way in ways)] for kind in done]
+    cells.append(["**mean**", *(percent(fmean(fmean(well(kind, way)) for kind in done)) for way in ways)])
+    times = [rows[f"{k} | {w} | {s}"]["seconds"] / rows[f"{k} | {w} | {s}"]["steps"] for k in done for s in seeds
+             for w in ways[-1:]]  # fmt: skip
+    alone = [rows[f"{k} | {ways[0]} | {s}"]["seconds"] / rows[f"{k} | {ways[0]} | {s}"]["steps"]
+             for k in done for s in seeds]  # fmt: skip
+    ratio = median(a / b for a, b in zip(times, alone, strict=True))
+    after = (
+        f'A step with `alarm="rescue"` took {ratio:.1f} times as long as one without, in the median, of milliseconds.'
+    )
+    return [IN_DANGER.format(seeds=len(seeds)), *table(["kind", *ways], cells), "", after, ""]
 
 
 def main() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.__main__ import OURS, compared, danger
+from benchmarks.rescue import in_danger
 from benchmarks.zoo.breaks import mean_lead
+from benchmarks.zoo.danger import OURS, compared, render
 from benchmarks.zoo.hooks import GuardRatio, Hooks, kurtosis
+from benchmarks.zoo.live import compact, left_alone, watched
 from benchmarks.zoo.rivals import AS_IT_COMES, RIVALS, alarms_of, changepoint, crossing, guard_ratio
 from benchmarks.zoo.training import Array, Stream, Training, plain, recorded
 
@@ -130,7 +134,7 @@ def test_the_page_counts_leads_and_says_what_was_not_recorded() -> None:
     false = {rule: {"alarms": 1.0, "under": 0.25} for rule in [OURS, *RIVALS]}
     rows = [{"kind": "some", "seed": 0, "breaks": 1, "told": told},
             {"kind": "none", "seed": 0, "breaks": 0, "told": {rule: [] for rule in told}}]  # fmt: skip
-    lines = danger({"danger": rows, "false": false}).splitlines()
+    lines = render({"danger": rows, "false": false}).splitlines()
     cells = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines if line.startswith("| ")}
     place = 3 + list(RIVALS).index("kurtosis, trainscope")
     assert cells["| some"][2:4] == ["1.00 · 1.00 · 10", "0.00 · 0.00 · –"]
@@ -142,3 +146,46 @@ def test_the_page_counts_leads_and_says_what_was_not_recorded() -> None:
     assert of_ours.startswith("| **kinds where ours leads every rule** |  | 0 | 1 |")
     assert "early warning, as it comes 1.0, 0.250; " in "\n".join(lines)
     assert set(AS_IT_COMES) < set(RIVALS)
+
+
+def one_step_at_a_time(steps: int) -> Training:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    data = itertools.repeat((x, x[:, :3]))
+    loss = lambda b: (model(b[0]) - b[1]).square().mean()  # noqa: E731
+    return plain(model, torch.optim.SGD(model.parameters(), 0.1), loss, data, steps)
+
+
+def test_a_monitor_leaves_a_healthy_training_as_it_is_and_counts_what_it_did() -> None:
+    alone = left_alone(one_step_at_a_time(150), "")
+    seen = watched(one_step_at_a_time(150), "rescue")
+    assert seen["losses"] == alone["losses"]
+    assert (seen["alarms"], seen["skipped"], seen["rollbacks"]) == ([], 0, 0)
+    assert seen["ratios"] > 0
+    row = compact(seen)
+    assert (row["steps"], row["end"]) == (150, pytest.approx(alone["losses"][-25], rel=0.1))
+
+
+@pytest.mark.parametrize(("rule", "skipped"), [("skip: loss", 1), ("skip: gradient", 1), ("", 0)])
+def test_a_rule_of_others_leaves_out_a_step_that_is_far_from_usual(rule: str, skipped: int) -> None:
+    training = one_step_at_a_time(120)
+
+    def spoilt() -> Iterator[Any]:
+        for k, step in enumerate(training.steps):
+            if k == 100:
+                for p in training.model.parameters():
+                    assert p.grad is not None
+                    p.grad *= 1e6
+            yield step._replace(loss=step.loss * (1e6 if k == 100 else 1.0))
+
+    assert left_alone(dataclasses.replace(training, steps=spoilt()), rule)["skipped"] == skipped
+
+
+def test_runs_that_end_well_are_told_from_those_that_do_not() -> None:
+    def row(end: float | None, seconds: float = 1.0) -> dict[str, Any]:
+        return {"first": 1.0, "best": 0.0, "end": end, "steps": 10, "seconds": seconds}
+
+    ends = {"nothing": [None, 0.3], "alarm=rescue": [0.1, 0.3]}
+    rows = {f"kind | {way} | {seed}": row(end) for way, own in ends.items() for seed, end in enumerate(own)}
+    assert "| kind | 0% | 50% |" in in_danger(rows)

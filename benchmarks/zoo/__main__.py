@@ -1,58 +1,24 @@
 """Compares the early warning with rules that others use, on trainings that no rule was chosen on.
 
-Writes zoo.json, and the pages health.md and danger.md. Run, after benchmarks.zoo.record (two minutes):
+Writes health.json and danger.json, and their pages. Run, after benchmarks.zoo.record (five minutes):
 OMP_NUM_THREADS=1 python -m benchmarks.zoo
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import median
-from typing import Any
 
-from benchmarks.lib.store import FOLDER, Row, Store
-from benchmarks.lib.tables import table
-from benchmarks.zoo.breaks import AHEAD, UNTOLD, breaks, mean_lead, told_of
+from benchmarks.lib.store import Row, Store
+from benchmarks.zoo import danger, health
+from benchmarks.zoo.breaks import breaks, told_of
+from benchmarks.zoo.danger import ALLOWED, OURS
 from benchmarks.zoo.record import streams
 from benchmarks.zoo.rivals import AS_IT_COMES, RIVALS, alarms_of, tuned
 from benchmarks.zoo.rules import Alarm, early_warning
 
-ALLOWED = 2e-4  # false alarms per healthy step, to which the rules of others are tuned
-OURS = "early warning, as it comes"
-HEALTH = """# Healthy trainings
 
-    OMP_NUM_THREADS=1 python -m benchmarks.zoo.record && python -m benchmarks.zoo
-
-Trainings that end well, on which no rule and no threshold was chosen: those are in `benchmarks/zoo/design.py` and
-`trial.py`, these in `exam_healthy.py`, with other models, data, optimizers and batch sizes. An alarm is a stretch at
-that level, from the rise until the run is back. The early warning as it comes reads the loss, the rate and the free
-signals of every layer at each step, and the running stability ratio at every tenth.
-"""
-DANGER = """# Trainings in danger
-
-    OMP_NUM_THREADS=1 python -m benchmarks.zoo.record && python -m benchmarks.zoo
-
-A training *breaks* where the median of the next ten losses is above the best so far by a fifth of the progress (or by a
-tenth of the first loss), or is not finite; with full batches also where a loss is five times the median of the last
-hundred. *Warned*: breaks before which an alarm stood, up to 200 steps ahead but after the fault, if there is one;
-*lead*: the median of the steps that were left. *Told*: breaks of which an alarm told at the latest three steps after.
-The rules of others have the lowest threshold with at most 2 false alarms in 10,000 steps of the trainings of
-[health.md](health.md), unless they are as they come, with the threshold that they bring with them. A cell: warned ·
-told · lead; –: no break, or the rule has nothing to read there, as without a second moment.
-
-A rule *leads* another on a kind by the difference of their means, over its breaks, of the steps by which they warned,
-at most {ahead}; 0 at the break, negative behind it, {untold} for a break that they did not tell of. In the column of a
-rule: kinds on which it leads ours by more than a step, and kinds on which ours leads it. In our column: kinds on which
-any rule leads ours by more than a step, and on which ours leads every rule; there only rules count that keep to those 2
-false alarms.
-
-False alarms in 10,000 healthy steps, and the share of these steps that is under alarm: {false}.
-"""
-
-
-def measured() -> dict[str, Any]:
-    """What each rule says of each training."""
+def measured() -> tuple[list[Row], dict[str, dict[str, float]], dict[str, float], list[Row]]:
+    """The alarms in health; the false alarms of each rule, and its threshold; what each says in danger."""
     healthy = list(streams("exam, healthy"))
     steps = sum(len(stream.loss) for _, _, stream in healthy)
     rows: list[Row] = []
@@ -66,7 +32,7 @@ def measured() -> dict[str, Any]:
         scores = [score(stream) for _, _, stream in healthy]
         limits[rule] = AS_IT_COMES[rule] if rule in AS_IT_COMES else tuned(scores, ALLOWED * steps)
         false[rule] = _false([alarms_of(s, limits[rule]) for s in scores], steps)
-    danger: list[Row] = []
+    found_in_danger: list[Row] = []
     for name, seed, stream in streams("exam, danger"):
         broken = breaks(stream, full_batch=name.startswith("Adam"))
         told = {OURS: told_of(stream, broken, early_warning(stream))}
@@ -74,9 +40,9 @@ def measured() -> dict[str, Any]:
             values = score(stream)
             speaks = bool((values > -math.inf).any())
             told[rule] = told_of(stream, broken, alarms_of(values, limits[rule])) if speaks else []
-        danger.append({"kind": name, "seed": seed, "breaks": len(broken), "told": told})
-        print(danger[-1], flush=True)
-    return {"healthy": rows, "limits": limits, "false": false, "danger": danger}
+        found_in_danger.append({"kind": name, "seed": seed, "breaks": len(broken), "told": told})
+        print(found_in_danger[-1], flush=True)
+    return rows, false, limits, found_in_danger
 
 
 def _false(alarms: list[list[Alarm]], steps: int) -> dict[str, float]:
@@ -85,81 +51,16 @@ def _false(alarms: list[list[Alarm]], steps: int) -> dict[str, float]:
     return {"alarms": 1e4 * len(every) / steps, "under": sum(a.end - a.start for a in every) / steps}
 
 
-def health(results: dict[str, Any]) -> str:
-    """The page of healthy trainings."""
-    cells = [
-        [r["training"], r["steps"], len(r["alarms"]), ", ".join(f"{s}–{e} {rule}" for s, e, rule in r["alarms"]) or "–"]
-        for r in results["healthy"]
-    ]
-    total = f"**{results['false'][OURS]['alarms']:.1f} false alarms in 10,000 steps.**"
-    return "\n".join([HEALTH, *table(["training", "steps", "alarms", "steps and rule"], cells), "", total, ""])
-
-
-def danger(results: dict[str, Any]) -> str:
-    """The page of trainings in danger."""
-    rows, false = results["danger"], results["false"]
-    kinds = list(dict.fromkeys(r["kind"] for r in rows))
-    rules = [OURS, *RIVALS]
-    told = {rule: {k: [t for r in rows if r["kind"] == k for t in r["told"][rule]] for k in kinds} for rule in rules}
-    cells = []
-    for kind in kinds:
-        own = [r for r in rows if r["kind"] == kind]
-        broken = sum(r["breaks"] for r in own)
-        cells.append([kind, f"{broken} in {len(own)}", *(_cell(told[rule][kind]) for rule in rules)])
-    broke = [kind for kind in kinds if told[OURS][kind]]
-    cells.append(["**mean share warned**", "", *(_mean([told[rule][kind] for kind in broke]) for rule in rules)])
-    quiet = [rule for rule in RIVALS if false[rule]["alarms"] <= 1e4 * ALLOWED + 1e-9]
-    leads, trails = compared({rule: {k: mean_lead(told[rule][k]) for k in broke} for rule in rules}, quiet)
-    cells.append(["**kinds where a rule leads ours by more than a step**", "", *(len(leads[rule]) for rule in rules)])
-    cells.append(["**kinds where ours leads every rule**", "", *(len(trails[rule]) for rule in rules)])
-    told_false = "; ".join(f"{rule} {false[rule]['alarms']:.1f}, {false[rule]['under']:.3f}" for rule in rules)
-    text = DANGER.format(false=told_false, ahead=AHEAD, untold=f"−{-UNTOLD}")
-    return "\n".join([text, *table(["kind", "breaks in runs", *rules], cells), ""])
-
-
-def compared(
-    leads: dict[str, dict[str, float]], quiet: Sequence[str]
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Kinds on which a rule leads ours by more than a step, and kinds on which ours leads it, by rule.
-
-    Ours has the kinds on which any of the ``quiet`` rules leads it so, and those on which it leads all of these.
-
-    Args:
-        leads: by rule, and by kind of training, as :func:`mean_lead` has them.
-        quiet: the rules that are seldom wrong in health.
-    """
-    ours = leads[OURS]
-    ahead = {rule: [kind for kind in ours if own[kind] > ours[kind] + 1] for rule, own in leads.items()}
-    behind = {rule: [kind for kind in ours if own[kind] < ours[kind]] for rule, own in leads.items()}
-    ahead[OURS] = [kind for kind in ours if any(kind in ahead[rule] for rule in quiet)]
-    behind[OURS] = [kind for kind in ours if all(kind in behind[rule] for rule in quiet)]
-    return ahead, behind
-
-
-def _mean(told: list[list[int | None]]) -> str:
-    """The mean over kinds of the share of breaks that a rule warned of; 0 on a kind where it has nothing to read."""
-    if not any(told):
-        return "–"
-    shares = [sum(t is not None and t > 0 for t in own) / max(len(own), 1) for own in told]
-    return f"{sum(shares) / len(shares):.2f}"
-
-
-def _cell(told: list[int | None]) -> str:
-    if not told:
-        return "–"
-    before = [t for t in told if t is not None and t > 0]
-    heard = sum(t is not None for t in told)
-    lead = f"{median(before):.0f}" if before else "–"
-    return f"{len(before) / len(told):.2f} · {heard / len(told):.2f} · {lead}"
-
-
 def main() -> None:
     """Compare, and write both pages."""
-    store = Store("zoo", fresh=True)
-    for part, value in measured().items():
+    healthy, false, limits, in_danger = measured()
+    store = Store("health")
+    store.put("healthy", healthy)
+    store.write_page(health.render(store.results))
+    store = Store("danger", fresh=True)
+    for part, value in {"false": false, "limits": limits, "danger": in_danger}.items():
         store.put(part, value)
-    (FOLDER / "health.md").write_text(health(store.results))
-    (FOLDER / "danger.md").write_text(danger(store.results))
+    store.write_page(danger.render(store.results))
 
 
 if __name__ == "__main__":

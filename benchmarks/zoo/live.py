@@ -1,7 +1,8 @@
 """The monitor itself, with every default: in healthy trainings, and as a rescue in those and in trainings in danger.
 
-The trainings are those that no rule was chosen on. Writes zoo_live.json; benchmarks.zoo and benchmarks.rescue put it
-on their pages. Run (an hour): OMP_NUM_THREADS=1 python -m benchmarks.zoo.live [healthy] [danger]
+The trainings are those that no rule was chosen on. Writes part "live" of health.json, and part "danger" of
+rescue.json, and their pages. Runs that are there are not made again.
+Run (forty minutes): OMP_NUM_THREADS=1 python -m benchmarks.zoo.live [healthy] [danger]
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import rescue
 from benchmarks.lib.meters import clock
 from benchmarks.lib.store import Row, Store
-from benchmarks.zoo import exam_danger, exam_healthy
+from benchmarks.zoo import exam_danger, exam_healthy, health
 from benchmarks.zoo.record import FIRST
 from benchmarks.zoo.training import Training
 from gfs_core import Alert, AlertLevel, GFSConfig, StabilityMonitor
@@ -74,7 +76,7 @@ def left_alone(training: Training, rule: str) -> Row:
         value = step.loss if rule == "skip: loss" else _gradient(training) if rule == "skip: gradient" else 0.0
         hook.asked = _unusual(value, held)
         skipped += hook.asked
-        held += [] if hook.asked else [value]
+        held += [value] if math.isfinite(value) else []
     seconds = clock() - began
     hook.close()
     return {"losses": losses, "skipped": skipped, "seconds": seconds}
@@ -118,18 +120,22 @@ def main() -> None:
     """Run what is not there yet."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    store, wanted = Store("zoo_live"), sys.argv[1:] or ["healthy", "danger"]
+    wanted = sys.argv[1:] or ["healthy", "danger"]
     if "healthy" in wanted:
+        store = Store("health")
         seed = FIRST["exam, healthy"]
         for name, make in exam_healthy.HEALTHY.items():
             for alarm in ("warn", "rescue"):
-                store.add("healthy", (name, alarm), lambda m=make, a=alarm: compact(watched(m(seed), a)))  # type: ignore[misc]
+                store.add("live", (name, alarm), lambda m=make, a=alarm: compact(watched(m(seed), a)))  # type: ignore[misc]
+        store.write_page(health.render(store.results))
     if "danger" in wanted:
+        store = Store("rescue")
         first = FIRST["exam, danger"]
         for name, make in exam_danger.DANGER.items():
             for seed in range(first, first + SEEDS):
                 for way, run in WAYS.items():
                     store.add("danger", (name, way, seed), lambda m=make, r=run, s=seed: compact(r(m(s))))  # type: ignore[misc]
+        store.write_page(rescue.render(store.results))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ class SecondMomentDetector:
         self._judged = -1  # the last step that was
 
     def observe(self, reading: Reading) -> Finding | None:
-        """Keep what is of a layer; judge the whole model's."""
-        if reading.value is None or not 0 < reading.value < math.inf:
+        """Keep what is of a layer; judge the whole model's. A short batch is passed over: it scatters more."""
+        if reading.value is None or not 0 < reading.value < math.inf or reading.step in self._context.short_steps:
             return None
         if reading.layer:
             self._layers[reading.layer] = math.log(reading.value)

@@ -72,6 +72,23 @@ def test_what_is_no_measurement_is_passed_over(value: float) -> None:
     assert alarm.state_dict() == before
 
 
+def test_short_batches_are_passed_over() -> None:
+    """Each eighth, whose gradient is three times as large beside its second moments."""
+
+    def levels(short: int) -> set[AlertLevel]:
+        alarm, found = EarlyWarning(), set()
+        for step in range(400):
+            last = step % 8 == 7
+            observe_loss(alarm, step, 1.0, short if last else 64)
+            told(alarm, readings(step, 3.0 if last and step > 200 else 1.0))
+            told(alarm, readings(step, 3.0 if last and step > 200 else 1.0))  # twice, so that the median of three is 3
+            found.add(alarm.level)
+        return found
+
+    assert levels(64) > {QUIET}
+    assert levels(5) == {QUIET}
+
+
 def test_what_is_known_of_other_weights_is_forgotten() -> None:
     alarm = steady()
     for step in range(100, 103):

@@ -23,6 +23,8 @@ from gfs_core.run.history import read as read_history
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.run.record import Measurement, log_keys
 from gfs_core.run.scheduler import EdgeOfStabilityLR
+from gfs_core.search.found import FoundRate
+from gfs_core.search.loop import find_rate
 from gfs_core.signals.base import Cost, Key, Reading, Signal
 from gfs_core.signals.flowing import FlowResult
 
@@ -37,6 +39,7 @@ __all__ = [
     "EigenResult",
     "Flow",
     "FlowResult",
+    "FoundRate",
     "GFSConfig",
     "GFSError",
     "GFSWarning",
@@ -53,6 +56,7 @@ __all__ = [
     "Stability",
     "StabilityMonitor",
     "StateSnapshot",
+    "find_rate",
     "gfs_sharpness",
     "history_parts",
     "largest_eigenvalues",

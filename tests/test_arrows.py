@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "signals": GROUND | {"linalg", "loss", "optimizers"},
     "detectors": GROUND | {"signals.base", "signals.training"},  # readings, and those of a loss and a rate
     "actions": GROUND | {"detectors.base"},  # alerts
+    "search": GROUND | {"linalg", "loss", "optimizers", "run"},
     "run": GROUND | {"linalg", "loss", "optimizers", "signals", "detectors", "actions"},
 }
 PUBLIC = {"__init__", "metrics", "help", "charts", "api"}  # at the top, for users: they may import everything

@@ -1,0 +1,1 @@
+"""What is tried out before a training, so that its learning rate can be chosen."""

@@ -1,0 +1,187 @@
+"""Short runs of the whole schedule at rates half a decade apart, and the rate that they point to.
+
+The first pilot is where the ramp points. Others follow, up and down, until the best one has a worse or a lost one on
+either side. A parabola through the logarithms of their losses has its lowest point at the rate wanted. Where the next
+rate up was lost there is a cliff and no parabola: the best rate is then lowered by a margin. While the losses are alike
+the pilots are run again, twice as long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+APART = math.sqrt(10)  # from one rate to the next
+MARGIN = 0.7  # on the best rate, below one that was lost
+_SHARE = 5  # a pilot has this part of the training's steps …
+_SHORTEST, _LONGEST = 100, 300  # … and so many at least and at most
+_AT_MOST = 8  # rates
+_FLAT = 0.02  # relative difference of losses, below which they are alike
+_LIKE = 0.05  # the same, of a rate within the range of the recommended one
+_BEHIND = 0.5  # of what the best pilot gained; who gained less counts as lost
+_HALF = 10**0.125  # a range is at least this factor to either side: no finer than the pilots tell
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A short run.
+
+    Attributes:
+        rate: the largest learning rate of its schedule.
+        steps: that it was to have.
+        taken: that it had; fewer where it was lost.
+        first: loss at its start.
+        losses: of each batch on which it was judged; the same ones in all pilots of a search. Empty: it was lost.
+    """
+
+    rate: float
+    steps: int
+    taken: int
+    first: float
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss on which it was judged; infinite where it was lost."""
+        return fmean(self.losses) if self.losses and all(map(math.isfinite, self.losses)) else math.inf
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What pilots of one length point to.
+
+    Attributes:
+        rate: recommended.
+        low: of the range of rates that are about as good by the same pilots …
+        high: … and its upper end.
+        cliff: the lowest rate above that was lost; ``None``: none was.
+        flat: whether the losses at the best rates are too alike to tell which is best.
+        parabola: its curvature, the logarithm of the rate at its lowest point, and the value there; ``None``: the
+            pilots hold none.
+    """
+
+    rate: float
+    low: float
+    high: float
+    cliff: float | None
+    flat: bool
+    parabola: tuple[float, float, float] | None
+
+
+def first_steps(steps: int) -> int:
+    """Steps of the first pilots, of a training of so many."""
+    return min(max(steps // _SHARE, _SHORTEST), _LONGEST, steps)
+
+
+def search(run: Callable[[float, int], Pilot], start: float, steps: int, afford: Callable[[int], bool]) -> list[Pilot]:
+    """Run pilots until the best is between two worse ones, and again twice as long while they are alike.
+
+    Args:
+        run: runs a pilot at a rate, for so many steps.
+        start: rate of the first.
+        steps: of the training.
+        afford: whether so many steps more may be spent; asked before pilots are lengthened.
+
+    Returns:
+        All pilots, in the order in which they were run.
+    """
+    length = first_steps(steps)
+    pilots = [run(start, length)]
+    _enclose(run, pilots, length)
+    while True:
+        latest = [p for p in pilots if p.steps == length]
+        choice = choose(latest)
+        if choice is None or not choice.flat:
+            return pilots
+        good = [p for p in held(latest) if p.loss < math.inf]
+        best = min(good, key=lambda p: p.loss)
+        again = [p.rate for p in good if p is best or _alike(p, best)]
+        if len(again) < 2 or 2 * length > steps or not afford(2 * length * len(again)):
+            return pilots
+        length *= 2
+        pilots += [run(rate, length) for rate in again]
+        _enclose(run, pilots, length)
+
+
+def _enclose(run: Callable[[float, int], Pilot], pilots: list[Pilot], length: int) -> None:
+    """Add pilots of one length until the best has one on either side."""
+    lost = [p.rate for p in pilots if p.loss == math.inf]  # a rate that was lost once is not tried again
+    while len(own := held([p for p in pilots if p.steps == length])) < _AT_MOST:
+        best = min(own, key=lambda p: p.loss)
+        tried = [p.rate for p in own] + lost
+        down, up = best.rate / APART, best.rate * APART
+        wanted = [down] if best.loss == math.inf else [up, down]
+        missing = [r for r in wanted if not any(math.isclose(r, t, rel_tol=0.1) for t in tried)]
+        if best.loss == math.inf and not missing:
+            missing = [min(tried) / APART]
+        if not missing:
+            return
+        pilots.append(run(missing[0], length))
+
+
+def held(pilots: Sequence[Pilot]) -> list[Pilot]:
+    """The pilots by their rates; those that gained less than half of what the best one did count as lost."""
+    best = max((p.first - p.loss for p in pilots), default=0.0)
+    fell = [p.first - p.loss < _BEHIND * best for p in pilots]
+    lowest = min((p.rate for p in pilots if p.loss == min(q.loss for q in pilots)), default=0.0)
+    # Below the best rate a pilot has learnt little because it was slow.
+    out = [
+        Pilot(p.rate, p.steps, p.taken, p.first, ()) if behind and p.rate > lowest else p
+        for p, behind in zip(pilots, fell, strict=True)
+    ]
+    return sorted(out, key=lambda p: p.rate)
+
+
+def choose(pilots: Sequence[Pilot]) -> Choice | None:
+    """The rate that these pilots, of one length, point to; ``None``: all of them were lost."""
+    ordered = held(pilots)
+    good = [p for p in ordered if p.loss < math.inf]
+    if not good:
+        return None
+    best = min(good, key=lambda p: p.loss)
+    cliff = min((p.rate for p in ordered if p.loss == math.inf and p.rate > best.rate), default=None)
+    near = [p for p in good if p is not best and max(p.rate, best.rate) / min(p.rate, best.rate) < 1.1 * APART]
+    flat = any(_alike(p, best) for p in near)
+    above = [p for p in near if p.rate > best.rate]
+    below = [p for p in near if p.rate < best.rate]
+    if not above or not below:
+        rate = MARGIN * best.rate if cliff is not None and cliff < 1.1 * APART * best.rate else best.rate
+        low = min([rate / _HALF, *(p.rate for p in below if _worse(p, best) < _LIKE)])
+        return Choice(rate, low, best.rate if rate < best.rate else rate * _HALF, cliff, flat, None)
+    parabola = _parabola([below[-1], best, above[0]])
+    curvature, at, _ = parabola
+    reach = max(math.sqrt(_LIKE / curvature), math.log(_HALF)) if curvature > 0 else math.log(APART)
+    low, high = max(at - reach, math.log(below[-1].rate)), min(at + reach, math.log(above[0].rate))
+    return Choice(math.exp(at), math.exp(low), math.exp(high), cliff, flat, parabola)
+
+
+def _parabola(three: Sequence[Pilot]) -> tuple[float, float, float]:
+    """Curvature, place and value of the lowest point of the parabola through three pilots, the middle one the best."""
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(p.rate), _scaled(p.loss, three)) for p in three)
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (right - left) / (x2 - x0)
+    at = x1 if curvature <= 0 else (x0 + x1) / 2 - left / (2 * curvature)
+    return curvature, at, y1 - curvature * (x1 - at) ** 2
+
+
+def _scaled(loss: float, among: Sequence[Pilot]) -> float:
+    """The logarithm of a loss; its distance to the best in units of what was gained, where not all are positive."""
+    best = min(p.loss for p in among)
+    if best > 0:
+        return math.log(loss)
+    return (loss - best) / max(max(p.first for p in among) - best, 1e-30)
+
+
+def _worse(pilot: Pilot, best: Pilot) -> float:
+    """By how much the loss of a pilot lies above that of the best, relative to it."""
+    return _scaled(pilot.loss, [pilot, best]) - _scaled(best.loss, [pilot, best])
+
+
+def _alike(pilot: Pilot, best: Pilot) -> bool:
+    """Whether the difference of two pilots is small, or is within twice its error over the batches they share."""
+    if _worse(pilot, best) < _FLAT:
+        return True
+    apart = [a - b for a, b in zip(pilot.losses, best.losses, strict=False)]
+    return len(apart) > 2 and fmean(apart) < 2 * stdev(apart) / math.sqrt(len(apart))

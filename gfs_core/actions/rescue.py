@@ -1,8 +1,9 @@
 """When a step is skipped, and when the run goes back to a snapshot.
 
 A step is skipped where an alarm is raised at it, or where an alarm lasts and the loss of the step is *bad*: not finite,
-or above every loss of the last 50 quiet steps and back by a quarter of the way that it has fallen since the start. So a
-small loss may rise, as after a restart of the rate. A batch that is bad by itself has no effect then.
+or above every loss of the last 50 quiet steps and back by a quarter of the way that it has fallen since the start (of
+half the first loss at least, as that of a game of two networks never falls). So a small loss may rise, as after a
+restart of the rate. A batch that is bad by itself has no effect then.
 
 Where losses go on being bad although steps are skipped, the weights are to blame, and the run goes back. Only the loss
 can call for that. An alarm of which the loss shows nothing is a forecast, and going back pays only where the run is
@@ -90,7 +91,7 @@ class Rescue:
         if self._first is None or not self._quiet:
             return math.inf
         usual = median(self._quiet)
-        return max(*self._quiet, usual + SHARE * (self._first - usual))
+        return max(*self._quiet, usual + SHARE * max(self._first - usual, abs(self._first) / 2))
 
     def may_go_back(self, step: int) -> bool:
         """Whether there were not too many rollbacks in a row already."""

@@ -9,6 +9,7 @@ the norm), and are given back after the step.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,15 +26,19 @@ class SkipHook:
 
     Args:
         optimizer: a torch optimizer or a wrapper of one.
+        finite_only: a step whose gradient is not finite is skipped too, though nobody asked. Reading it waits for an
+            accelerator. Several processes would have to agree, so it is for one.
 
     Attributes:
         asked: whether the coming step is to be skipped. Whoever sets it sets it anew before each step.
         seen: whether a step of the optimizer has come here yet.
+        not_finite: whether the last step was skipped because its gradient was not finite.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, finite_only: bool = False) -> None:
         self.optimizer = unwrap(optimizer)
-        self.asked = self.seen = False
+        self.asked = self.seen = self.not_finite = False
+        self._finite_only = finite_only
         self._taken: list[tuple[Tensor, Tensor]] = []  # weights and their gradients while a step is skipped
         self._counters: list[tuple[dict[str, Any], dict[str, Any]]] = []  # groups and their values
         # A compiled step would treat the decision of its first call as a constant.
@@ -69,7 +74,8 @@ class SkipHook:
 
     def _take_away(self) -> None:
         self.seen = True
-        if not self.asked:
+        self.not_finite = not self.asked and self._finite_only and not self._is_finite()
+        if not (self.asked or self.not_finite):
             return
         self.asked = False
         for group in self.optimizer.param_groups:
@@ -80,9 +86,26 @@ class SkipHook:
                     self._taken.append((p, p.grad))
                     p.grad = None
 
+    def _is_finite(self) -> bool:
+        held: dict[torch.device, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.numel():
+                    values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                    held.setdefault(values.device, []).append(values)
+        return all(_are_finite(grads) for grads in held.values())
+
     def _give_back(self) -> None:
         for p, grad in self._taken:
             p.grad = grad
         for group, values in self._counters:
             group.update(values)
         self._taken, self._counters = [], []
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    """Whether all entries are. Euclidean norms are cheap and may overflow; then the largest entries decide."""
+    for order in (2.0, math.inf):
+        if bool(torch.stack([norm.isfinite() for norm in torch._foreach_norm(tensors, order)]).all()):
+            return True
+    return False

@@ -22,6 +22,7 @@ from gfs_core.run.watch import Watch
 
 EVERY = 50  # steps between snapshots: at most a fiftieth of what a snapshot takes is added to a step
 MARGIN = 5  # steps before an alarm in which the trouble may have begun already: a snapshot of them is not gone back to
+_NOT_FINITE = "the step before was skipped: its gradient was not finite"
 
 
 class Rescuing:
@@ -54,7 +55,7 @@ class Rescuing:
         self.rescue = Rescue(lowered is not None)
         self.snapshots = Snapshots(model, optimizer)
         self._buffers = Buffers(model)
-        self._hook: SkipHook | None = SkipHook(optimizer)
+        self._hook: SkipHook | None = SkipHook(optimizer, finite_only=ranks is None)
         self._losses: list[float] = []  # since the last decision
         self._asked = self._told = False
         if why := unrescuable(optimizer):
@@ -104,20 +105,20 @@ class Rescuing:
         if hook is None or level is None:
             return []
         self._look(hook)
+        done = [_NOT_FINITE] if hook.not_finite else list[str]()
         decision = self.rescue.decide(step, level, alerts, losses)
         if given_up := not self.rescue.may_go_back(step):
             decision = Decision.TAKE
         self._asked = hook.asked = decision is not Decision.TAKE
-        done: list[str] = []
         if given_up:
-            done = self._only_save(step, alerts)
+            done += self._only_save(step, alerts)
         elif decision is Decision.SKIP:
             self._buffers.put_back()
-            done = ["the step was skipped: nothing is updated by it"]
+            done.append("the step was skipped: nothing is updated by it")
         elif decision is Decision.GO_BACK:
-            done = self._go_back(step, hook)
+            done += self._go_back(step, hook)
         elif self.lowered is not None and level != AlertLevel.ALARM and (step % EVERY == 0 or not len(self.snapshots)):
-            done = self._keep(step)
+            done += self._keep(step)
         self._buffers.note()
         return done
 

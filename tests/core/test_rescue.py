@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gfs_core as gfs
 from gfs_core.actions.rescue import ROLLBACKS, SKIPS, Decision, Rescue
+from gfs_core.optimizers.skipping import SkipHook
 from gfs_core.run.rescuing import EVERY
 from gfs_core.run.rollback import Snapshots
 from tests.bitwise import assert_same
@@ -353,6 +354,46 @@ def test_an_alarm_of_which_the_loss_shows_nothing_costs_one_step() -> None:
     assert rescue.decide(60, ALARM, alert(60), [1.0]) is Decision.SKIP
     for step in range(61, 200):  # it lasts
         assert rescue.decide(step, ALARM, [], [1.0]) is Decision.TAKE
+
+
+def test_a_loss_that_has_not_fallen_is_bad_an_eighth_of_the_first_one_above_it() -> None:
+    """As in a game of two networks."""
+    for loss, going_back in ((1.2, False), (1.26, True)):
+        rescue = quiet()  # begins at 1, and lies at 1, 1.1 and 1.2
+        found = [rescue.decide(60 + k, ALARM, alert(60) if k == 0 else [], [loss]) for k in range(8)]
+        assert (Decision.GO_BACK in found) is going_back
+
+
+@pytest.mark.parametrize("alarm", ["skip", "rescue"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_gradient_that_is_not_finite_never_updates_anything(alarm: str, value: float, closure: bool) -> None:
+    """Thirty in a row, at a loss that is well; more than an alarm skips."""
+    training = Training(alarm, closure=closure).steps(60)
+    spoil = training.model[3].bias.register_hook(lambda grad: grad * value)
+    weights, state = copy.deepcopy(training.model[0].weight), copy.deepcopy(training.optimizer.state_dict()["state"])
+    made = [training.step() for _ in range(30)]
+    assert torch.equal(training.model[0].weight, weights)
+    assert_same(training.optimizer.state_dict()["state"], state)
+    assert sum("the step before was skipped: its gradient was not finite" in reasons(m) for m in made) > 5
+    spoil.remove()
+    training.steps(5)
+    assert not torch.equal(training.model[0].weight, weights)
+    assert all(p.isfinite().all() for p in training.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_whose_squares_overflow_is_finite(dtype: torch.dtype) -> None:
+    weights, large = torch.zeros(100, dtype=dtype, requires_grad=True), torch.finfo(dtype).max
+    optimizer = torch.optim.SGD([weights, empty := torch.zeros(0, requires_grad=True)], 1e-3)
+    hook = SkipHook(optimizer, finite_only=True)
+    moved = []
+    for value in (large, math.inf):
+        weights.grad, empty.grad = torch.full_like(weights, value), torch.zeros(0)
+        before = weights.detach().clone()
+        optimizer.step()
+        moved.append((not torch.equal(weights, before), hook.not_finite))
+    assert moved == [(True, False), (False, True)]
 
 
 def test_so_many_steps_of_an_alarm_are_skipped_and_then_training_goes_on() -> None:

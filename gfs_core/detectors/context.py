@@ -116,7 +116,7 @@ class Context:
         More than 1 where the loss is small beside what it has lost already, and where the rate comes back to what the
         run has stood, as in schedules with restarts: gradients rise there far above their median, and nothing follows.
         """
-        small = self._now is not None and self._now < self._profile.fitted * self.progress
+        small = self._now is not None and abs(self._now) < self._profile.fitted * self.progress
         return self._profile.stricter if small or self.rate_returns else 1.0
 
     @property

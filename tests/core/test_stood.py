@@ -50,7 +50,7 @@ def test_a_rise_that_comes_again_is_no_alarm_and_a_larger_one_is() -> None:
 
 
 def test_a_gradient_has_to_rise_half_as_far_again_where_there_is_little_to_lose() -> None:
-    """A twentieth of what the loss has fallen."""
+    """A twentieth of what the loss has fallen; a loss that is far below zero is not small."""
 
     def level(loss: float) -> AlertLevel:
         alarm = EarlyWarning()
@@ -59,7 +59,7 @@ def test_a_gradient_has_to_rise_half_as_far_again_where_there_is_little_to_lose(
             observe_gradient(alarm, step, 20.0 if step == 299 else 1.0)
         return alarm.level
 
-    assert (level(0.06), level(0.04)) == (ALARM, WATCH)
+    assert (level(0.06), level(0.04), level(-0.04), level(-0.06)) == (ALARM, WATCH, WATCH, ALARM)
 
 
 def test_so_it_has_where_the_rate_comes_back_to_what_the_run_has_stood() -> None:

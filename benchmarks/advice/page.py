@@ -34,9 +34,9 @@ help. All are taken at once, as `alarm="rescue"` would. Whoever comes later can 
 CHOSEN = """
 ## The advice
 
-For each rule a remedy that helped most often on the design trainings, and how often it helped on the others. Of those
-that helped as often it is going back, which can be done later too, and with the highest rate. There
-was no case of a rule that is not here. *Nothing did*: the cases that came back by themselves.
+For each rule a remedy that helped most often on the design trainings, or in one case fewer, and how often it helped on
+the others. Of those that helped as often it is going back, which can be done later too, and with the highest rate.
+There was no case of a rule that is not here. *Nothing did*: the cases that came back by themselves.
 """
 NAMES = {
     "design": "Trainings on which the advice was chosen (`benchmarks/zoo/design.py`)",

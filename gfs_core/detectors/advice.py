@@ -38,6 +38,7 @@ _LEAVE_OUT = _Advice(
 )
 ADVICE = {
     "gradient": _LOWER,
+    "second moment": _LOWER,
     "rise": _LOWER,
     "loss": _LOWER,
     "rate": _Advice(

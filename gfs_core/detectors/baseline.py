@@ -19,6 +19,8 @@ from gfs_core.detectors.trend import steps_to_edge
 from gfs_core.signals.base import Reading
 
 RUNNING_RATIO, SOLVED_RATIO = "running_stability_ratio", "stability_ratio"
+_NAMED = 3  # layers that are named, at most …
+_LARGE = 0.1  # … that hold this share of the curvature
 
 
 class RatioDetector:
@@ -26,36 +28,43 @@ class RatioDetector:
 
     Args:
         key: name of the ratio.
+        share: name of the key for the share of the same curvature in each layer.
         readings: what these are, in the plural, for messages.
         agree: latest ratios that have to agree.
         profile: the thresholds.
         context: what the losses say.
     """
 
-    by_layer = False
+    by_layer = True
 
-    def __init__(self, key: str, readings: str, agree: int, profile: Profile, context: Context) -> None:
+    def __init__(self, key: str, share: str, readings: str, agree: int, profile: Profile, context: Context) -> None:
         self.name = key
-        self.reads: tuple[str, ...] = (key,)
+        self.reads: tuple[str, ...] = (share, key)
         self.track = Track(readings, profile.ratio_patience, context.rise_began)
         self._agree, self._profile, self._context = agree, profile, context
+        self._shares: dict[str, float] = {}  # of the step that is arriving, by layer
         # The judged ratio, those that make up the usual one, and as many before: has it long been rising?
         self._held: deque[tuple[int, float]] = deque(maxlen=2 * profile.ratio_window + 1)
 
     def observe(self, reading: Reading) -> Finding | None:
         """Judge a ratio; one that is not finite and > 0 is no measurement, and passed over."""
         ratio, window = reading.value, self._profile.ratio_window
-        if ratio is None or not is_positive(ratio):
+        if reading.key.name != self.name or reading.layer or ratio is None:
+            if reading.layer and reading.key.name != self.name and ratio is not None:
+                self._shares[reading.layer] = ratio
+            return None
+        shares, self._shares = self._shares, {}
+        if not is_positive(ratio):
             return None
         self._held.append((reading.step, ratio))
         near = ratio < self._profile.negligible_ratio or is_back(ratio, self.track, self._profile.rise, self._context)
         self._context.ratio = ratio
-        found = self.track.take(self._judge(), near)
+        found = self.track.take(self._judge(shares), near)
         if len(self._held) >= window:
             self.track.stands(median(r for _, r in itertools.islice(reversed(self._held), window)))
         return found
 
-    def _judge(self) -> Finding:
+    def _judge(self, shares: dict[str, float]) -> Finding:
         profile, held = self._profile, [*self._held]
         window = profile.ratio_window
         step, ratio = held[-1][0], min(r for _, r in held[-self._agree :])
@@ -73,33 +82,47 @@ class RatioDetector:
         found, rule = max(by_rise, by_growth), "growth" if by_growth > by_rise else "rise"
         if (usual > profile.long_rise * before and rise - 1 < profile.jump) or not any(self._context.raised.values()):
             found = min(found, AlertLevel.WATCH)  # the second stage: no alarm while all that is free is quiet
-        return Finding(found, reason, rule, usual)
+        large = sorted((layer for layer in shares if shares[layer] >= _LARGE), key=lambda layer: -shares[layer])
+        named = large[:_NAMED]
+        if named:
+            reason += "; the curvature sits in " + ", ".join(f"{layer} ({shares[layer]:.0%})" for layer in named)
+        return Finding(found, reason, rule, usual, layers=tuple(named))
 
     def forget(self) -> None:
         """Drop all ratios, and what they said: they are of other weights."""
         self._context.forget()
         self._held.clear()
+        self._shares = {}
         self.track.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """The ratios held, and the level."""
-        return {"held": [list(point) for point in self._held], "track": self.track.state_dict()}
+        return {
+            "held": [list(point) for point in self._held],
+            "shares": dict(self._shares),
+            "track": self.track.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self._held.clear()
         self._held.extend((int(step), positive(ratio)) for step, ratio in state["held"])
+        self._shares = {str(layer): float(share) for layer, share in state["shares"].items()}
         self.track.load_state_dict(state["track"])
 
 
 def running_ratio(profile: Profile, context: Context) -> RatioDetector:
     """The detector of the running estimate."""
-    return RatioDetector(RUNNING_RATIO, "running stability ratios", profile.running_agree, profile, context)
+    return RatioDetector(
+        RUNNING_RATIO, "running_curvature_share", "running stability ratios", profile.running_agree, profile, context
+    )
 
 
 def solved_ratio(profile: Profile, context: Context) -> RatioDetector:
     """The detector of solved eigenvalues, which have a usual value of their own."""
-    return RatioDetector(SOLVED_RATIO, "solved stability ratios", profile.solved_agree, profile, context)
+    return RatioDetector(
+        SOLVED_RATIO, "curvature_share", "solved stability ratios", profile.solved_agree, profile, context
+    )
 
 
 def is_back(value: float, track: Track, rise: tuple[float, float], context: Context) -> bool:

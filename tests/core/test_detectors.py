@@ -10,6 +10,7 @@ import pytest
 
 from gfs_core import Alert, AlertLevel, EarlyWarning, Key, Profile, Reading
 from gfs_core.detectors.trend import steps_to_edge
+from gfs_core.signals.shares import CURVATURE_SHARE, RUNNING_CURVATURE_SHARE
 from tests.core.observed import (
     alarms,
     half_raised,
@@ -32,6 +33,25 @@ def test_a_jump_of_the_ratio_is_an_alarm_at_once_where_the_loss_is_half_raised()
     assert event == Alert(300, AlertLevel.ALARM, reason, "rise")
     assert (alarm.level, alarm.reason) == (AlertLevel.ALARM, reason)
     assert observe_ratio(alarm, 305, 0.6, solved=False) is None  # no change, no event
+
+
+@pytest.mark.parametrize(("key", "solved"), [(RUNNING_CURVATURE_SHARE, False), (CURVATURE_SHARE, True)])
+def test_a_rise_names_the_layers_in_which_the_curvature_sits(key: Key, solved: bool) -> None:
+    """Those of the same measurement, three at most, with a tenth of it each."""
+    alarm = EarlyWarning()
+    play(stream(300, lambda step: 0.2), alarm, solved)
+    events = []
+    for step in (300, 305):  # of solved ones two have to agree
+        for layer, share in {"a": 0.09, "b": 0.2, "c": 0.4, "d": 0.11, "e": 0.2}.items():
+            assert alarm.observe(Reading(key, step, share, layer)) is None
+        events.append(observe_ratio(alarm, step, 0.6, solved))
+    [event] = [event for event in events if event is not None]
+    assert event.layers == ("c", "b", "e")
+    assert event.reason.endswith("the curvature sits in c (40%), b (20%), e (20%)")
+    for layer, share in {"a": 0.95, "b": 0.05}.items():
+        alarm.observe(Reading(key, 310, share, layer))
+    state = alarm.state_dict()["detectors"]["stability_ratio" if solved else "running_stability_ratio"]
+    assert state["shares"] == {"a": 0.95, "b": 0.05}
 
 
 @pytest.mark.parametrize("ratio", [0.6, 20.0])

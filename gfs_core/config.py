@@ -9,7 +9,7 @@ from gfs_core.errors import ConfigError
 
 Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "midpoint", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
-Policy: TypeAlias = Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"]
+Policy: TypeAlias = Literal["observe", "cap", "follow", "warmup", "cdat"]  # by measurements
 _SHORT_BESIDE_FULL = 10  # steps between short-horizon GFS sharpnesses at tier gfs_full; the full one is much dearer
 _LARGEST_FACTOR = 1e300  # upper limit of an option, so that products with it do not overflow
 # The words that turn an option off. Parsers of type hints need them listed. YAML reads a bare `off` as false.
@@ -96,10 +96,11 @@ class GFSConfig:
         "checked now and then, everything else in float32, and all of it instead of float16; training: everything as "
         "training computes it; float32: everything in float32.",
     )
-    control: Literal["observe", "cap", "follow", "step_down", "warmup", "cdat"] = _option(
+    control: Literal["observe", "guard", "cap", "follow", "warmup", "cdat"] = _option(
         "observe",
-        "What is done with the learning rate: observe, nothing; cap, held below the rate at which the stability ratio "
-        "would be `margin`; follow, put there, in the shape of the schedule; step_down, halved by an alarm; warmup, "
+        "What is done with the learning rate: observe, nothing; guard, nothing while the run is healthy, and a third "
+        "where an alarm shows in the loss, with a way back to a snapshot, as with alarm rescue; cap, held below the "
+        "rate at which the stability ratio would be `margin`; follow, put there, in the shape of the schedule; warmup, "
         "cap until nothing is held back any more; cdat, put at `margin` of the critical rate along the steps. The "
         "user's scheduler and logged rate stay as they are.",
     )
@@ -112,8 +113,8 @@ class GFSConfig:
         "log",
         "What an early warning does: off, there is none; log, it is logged and kept in the history; warn, it is also "
         "shown; checkpoint, an alarm also saves a checkpoint; stop, it also ends the training. Or, so that the run "
-        "survives, beside log and warn: skip, a step with an alarm updates nothing; rescue, and where that does not "
-        "help, the run goes back to a snapshot, at half the rate for a while.",
+        "survives, beside log and warn: skip, a step with an alarm updates nothing; rescue, and what control guard "
+        "does, which may be had so beside another control.",
     )
     history: str | None = _option(
         None, "Path of the JSON-lines history; null: beside the framework's own logs, where there are any."
@@ -156,13 +157,18 @@ class GFSConfig:
                 f"control={self.control!r} needs a stability ratio, and there is none with tier={self.tier!r}; "
                 "use tier='running' or a dearer one"
             )
-        if self.control == "step_down" and self.alarm == "off":
-            raise ConfigError("control='step_down' goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'")
+        if self.control == "guard" and self.alarm == "off":
+            raise ConfigError("control='guard' goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'")
         default = GFSConfig.__dataclass_fields__["running_every"].default
         if TIERS.index(self.tier) <= TIERS.index("running") and self.running_every not in (None, default):
             raise ConfigError(
                 f"`running_every` is for tiers dearer than 'running', and `tier` is {self.tier!r}; use `every`"
             )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether trouble lowers the rate, and the run may go back to a snapshot."""
+        return self.control == "guard" or self.alarm == "rescue"
 
     def intervals(self) -> dict[str, int]:
         """Optimizer steps between measurements of each tier that is on, cheapest first."""

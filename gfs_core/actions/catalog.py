@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from gfs_core.actions.base import Action
 from gfs_core.actions.checkpoint import Checkpoint
-from gfs_core.actions.rate import Control, StepDown
 from gfs_core.actions.report import Warn
 from gfs_core.actions.stop import Stop
 
@@ -24,25 +23,23 @@ INCLUDES: dict[str, tuple[str, ...]] = {
 What ``skip`` and ``rescue`` do is decided at every step, not at alerts alone: :mod:`gfs_core.actions.rescue`.
 """
 
-# For each action: the value of the option that it belongs to, and a function that makes it from the control and
-# from a function that shows a warning. A new action is one more line here.
-ACTIONS: list[tuple[str, Callable[[Control, Callable[[str], None]], Action]]] = [
-    ("log", lambda control, warn: StepDown(control)),
-    ("warn", lambda control, warn: Warn(warn)),
-    ("checkpoint", lambda control, warn: Checkpoint()),
-    ("stop", lambda control, warn: Stop()),
+# For each action: the value of the option that it belongs to, and a function that makes it from a function that shows a
+# warning. A new action is one more line here.
+ACTIONS: list[tuple[str, Callable[[Callable[[str], None]], Action]]] = [
+    ("warn", Warn),
+    ("checkpoint", lambda warn: Checkpoint()),
+    ("stop", lambda warn: Stop()),
 ]
 
 
-def actions_for(alarm: str, control: Control, warn: Callable[[str], None]) -> list[Action]:
+def actions_for(alarm: str, warn: Callable[[str], None]) -> list[Action]:
     """The actions that are taken on each alert, in this order.
 
     Args:
         alarm: the value of the option ``alarm``.
-        control: the control of the learning rate.
         warn: shows a text.
 
     Raises:
         KeyError: the option has no such value.
     """
-    return [make(control, warn) for value, make in ACTIONS if value in INCLUDES[alarm]]
+    return [make(warn) for value, make in ACTIONS if value in INCLUDES[alarm]]

@@ -11,7 +11,6 @@ follows that rate down at once, and up by at most 2 % per step (5 % with adaptiv
 ``follow``      rate = limit · (user's rate / its largest so far), with a limit from an exponential mean of the
                 measurements: the schedule keeps its shape, but not its height, and measurements replace its warm-up
 ``warmup``      ``cap``, until it has not lowered the rate for 100 steps
-``step_down``   every alarm halves the scale; after 100 steps without an alarm it grows back, as fast as a limit grows
 ``cdat``        ``follow``, with the critical rate along the last step in place of η/r; margin ½ is σ = 1 of Roulet et
                 al. 2024, arXiv 2407.06183, and margin 1 is the edge
 ==============  ======================================================================================================
@@ -28,9 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gfs_core.actions.base import TrainerHandle
 from gfs_core.config import Policy
-from gfs_core.detectors.base import Alert, AlertLevel
 
 
 def guiding_ratio(values: Mapping[str, float], noisy: bool) -> float | None:
@@ -77,8 +74,6 @@ class ControlProfile:
         patience: steps to wait for the first measurements before the scale becomes 1. A scale so low that the weights
             do not move would otherwise never end. Not varied in a table.
         settled: steps at a scale of 1 after which ``warmup`` ends. Not varied in a table.
-        down: factor of ``step_down`` at an alarm. Not varied in a table.
-        hold: steps for which ``step_down`` keeps a lowered scale. Not varied in a table.
     """
 
     margin: float = 0.5
@@ -94,8 +89,6 @@ class ControlProfile:
     largest: float = 100.0
     patience: int = 50
     settled: int = 100
-    down: float = 0.5
-    hold: int = 100
 
     def margin_of(self, adaptive: bool) -> float:
         """The margin for an optimizer with second moments (``adaptive``), or without."""
@@ -146,8 +139,7 @@ class Control:
         self._limit: float | None = None  # the same, with limited growth
         self._peak = 0.0  # the user's largest rate so far
         self._noisy = False  # whether there has been a ratio in the mean square
-        self._quiet = 0  # warmup: steps at a scale of 1; step_down: steps since the last alarm
-        self._down = 1.0  # step_down: the scale
+        self._quiet = 0  # warmup: steps at a scale of 1
         self._moments = (0.0, 0.0)  # cdat: means of |κ|·(critical rate) and |κ|, κ = uᵀHu/‖u‖² along the last step u
 
     @property
@@ -165,7 +157,7 @@ class Control:
     @property
     def measures(self) -> bool:
         """Whether the policy goes by measurements."""
-        return self.policy not in ("observe", "step_down")
+        return self.policy != "observe"
 
     @property
     def seen(self) -> int:
@@ -219,15 +211,8 @@ class Control:
         self._seen, self._noisy = 0, False
         self._target, self._limit, self._moments = None, None, (0.0, 0.0)
 
-    def alarmed(self) -> None:
-        """Record an alarm."""
-        if self.policy == "step_down":
-            self._down, self._quiet = self._down * self.profile.down, 0
-
     def scale(self, rate: float) -> float:
         """The scale, > 0, for a step at the user's rate ``rate``; the state is not changed."""
-        if self.policy == "step_down":
-            return min(self._down * (self.growth if self._quiet >= self.profile.hold else 1.0), 1.0)
         if not self.holding:
             return 1.0
         limit = self._next_limit()
@@ -248,9 +233,7 @@ class Control:
             return scale
         self._peak = max(self._peak, rate)
         self._limit = self._next_limit()
-        if self.policy == "step_down":
-            self._down, self._quiet = scale, self._quiet + 1
-        elif self.policy == "warmup" and not self._finished():
+        if self.policy == "warmup" and not self._finished():
             self._quiet = self._quiet + 1 if scale == 1.0 and self._seen >= self.profile.first else 0
         if self.waiting:
             self._steps += 1
@@ -309,19 +292,3 @@ class Control:
 def _mean_square(values: Mapping[str, float]) -> float | None:
     bound = values.get("mean_square_bound")
     return values.get("mean_square_stability_ratio") if bound is None else bound
-
-
-class StepDown:
-    """Report every alarm to the control of the learning rate.
-
-    Args:
-        control: the control; only the policy ``step_down`` reacts.
-    """
-
-    def __init__(self, control: Control) -> None:
-        self.control = control
-
-    def act(self, alert: Alert, trainer: TrainerHandle) -> None:
-        """Report the alert, if it is an alarm."""
-        if alert.level is AlertLevel.ALARM:
-            self.control.alarmed()

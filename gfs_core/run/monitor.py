@@ -66,7 +66,8 @@ class StabilityMonitor:
         schedule: when each signal is due, and the budget.
         measuring: the signals with their state.
         watch: the early warning.
-        rescuing: skips steps and goes back, with ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
+        rescuing: skips steps, lowers the rate and goes back, with ``control="guard"``, ``alarm="skip"`` or
+            ``"rescue"``; ``None``: nothing does.
         recorder: holds the latest readings, for the record of an alarm.
         requests: an alarm's requests to a plain loop; see :attr:`should_stop` and :attr:`wants_checkpoint`.
         remarks: texts that are added to the reasons of every measurement.
@@ -126,11 +127,11 @@ class StabilityMonitor:
         self._due = DueMeasurements(self.schedule, self.measuring, self.rates, self._label)
         self.requests = Requests()
         warning = None if self.config.alarm == "off" else EarlyWarning()
-        actions = actions_for(self.config.alarm, self.control, self.notices.warn_always)
+        actions = actions_for(self.config.alarm, self.notices.warn_always)
         self.watch = Watch(warning, actions, trainer or self.requests, self.notices, on_alarm)
         self._losses = RecentLosses(None if warning is None else self.ranks)
         self.rescuing: Rescuing | None = None
-        if self.config.alarm in ("skip", "rescue"):
+        if self.config.guarded or self.config.alarm == "skip":
             forget, lowered = self.measuring.went_back, self.rates.lowered
             self.rescuing = Rescuing(model, optimizer, self.watch, lowered, self.ranks, self.notices, forget)
         self.journal = Journal(self._settings, self._label, self.notices)
@@ -177,8 +178,9 @@ class StabilityMonitor:
     def protect(self, *stateful: Stateful) -> None:
         """Let a rollback put these back too: learning-rate schedulers, a gradient scaler, an average of the weights.
 
-        Call it before the first step. It does nothing unless the config says ``alarm="rescue"``. The model and its
-        optimizer need not be given. Without its scheduler, an optimizer that has one keeps its present rates.
+        Call it before the first step. It does nothing unless the config says ``control="guard"`` or
+        ``alarm="rescue"``. The model and its optimizer need not be given. Without its scheduler, an optimizer that has
+        one keeps its present rates.
 
         Args:
             stateful: have ``state_dict()`` and ``load_state_dict(state)``.
@@ -466,7 +468,7 @@ class StabilityMonitor:
 
     def _look(self, step: int) -> None:
         """Under a control, check once a step whether other weights are trained now, and whether the control acts."""
-        if step == self._looked or self.control.policy == "observe":
+        if step == self._looked or not self.rates.acting:
             return
         self._looked = step
         with self.notices.harmless("it was not looked whether the control acts"):
@@ -522,9 +524,9 @@ def _second_data(probe: Iterable[Any] | SecondData, optimizer: Any, config: GFSC
         raise ConfigError(f"there is a loader for `probe=`, and the config says probe={config.probe!r}; leave one out")
     scheduler = scheduler_of(optimizer)
     policy = config.control if scheduler is None else scheduler.control.policy
-    if policy not in ("observe", "step_down"):
+    if policy not in ("observe", "guard"):
         raise ConfigError(
             f"control={policy!r} goes by the curvature of the loss that is trained, and `probe=` is a loader of other "
-            "data; use control='observe' or 'step_down', or probe='batch'"
+            "data; use control='observe' or 'guard', or probe='batch'"
         )
     return second

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from gfs_core.actions.lowered import Lowered
 from gfs_core.actions.rate import Control
 from gfs_core.config import GFSConfig
 from gfs_core.errors import ConfigError
-from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
+from gfs_core.optimizers.learning_rate import LearningRateHook, RateControl, rate_of
 from gfs_core.optimizers.thresholds import unwrap
 from gfs_core.run.measurable import unrescuable
 from gfs_core.run.notices import Notices
@@ -26,7 +27,7 @@ _SURE = 3  # steps in a row that bypass the control before a warning says so
 class _Together:
     """Several controls of one rate, whose scales are multiplied."""
 
-    def __init__(self, controls: list[Control]) -> None:
+    def __init__(self, controls: list[RateControl]) -> None:
         self.controls = controls
 
     def step(self, rate: float) -> float:
@@ -44,7 +45,7 @@ class Rates:
 
     Attributes:
         control: decides the scale.
-        lowered: lowers the rate for a while after a rollback; ``None``: there are no rollbacks.
+        lowered: the share of the rate after trouble; ``None``: trouble does not lower it.
         why: why the control has no stability ratio yet.
 
     Raises:
@@ -53,25 +54,31 @@ class Rates:
 
     def __init__(self, optimizer: Any, config: GFSConfig, adaptive: bool, notices: Notices) -> None:
         self.optimizer, self.notices = optimizer, notices
-        self.control = Control(config.control, config.margin, adaptive)
-        rollbacks = config.alarm == "rescue" and not unrescuable(optimizer)
-        self.lowered = Control("step_down", adaptive=adaptive) if rollbacks else None
+        policy = "observe" if config.control == "guard" else config.control
+        self.control = Control(policy, config.margin, adaptive)
+        self.lowered = Lowered() if config.guarded and not unrescuable(optimizer) else None
         self.why = "no measurement was made"
+        self._name = f"control={config.control!r}" if config.control != "observe" else f"alarm={config.alarm!r}"
         self._scheduler = scheduler_of(optimizer)
         self._hook: LearningRateHook | None = None
         if self._scheduler is not None:
             self.control = self._scheduler.control
-            if config.control != "observe":
+            if policy != "observe":
                 raise ConfigError(
                     f"control={config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
                 )
-        if self.lowered is not None or config.control != "observe":
+        if self.lowered is not None or policy != "observe":
             self.act(self.control)
 
     @property
     def scheduled(self) -> bool:
         """Whether an :class:`~gfs_core.EdgeOfStabilityLR` controls the rate."""
         return self._scheduler is not None
+
+    @property
+    def acting(self) -> bool:
+        """Whether the rate of a step may be another one than the user's."""
+        return self.lowered is not None or self.control.policy != "observe"
 
     def act(self, control: Control) -> None:
         """Let ``control`` scale each step of the optimizer."""
@@ -93,7 +100,7 @@ class Rates:
         return self.control.scale(self.base_lr()) * self._after_rollback()
 
     def _after_rollback(self) -> float:
-        return 1.0 if self.lowered is None else self.lowered.scale(self.base_lr())
+        return 1.0 if self.lowered is None else self.lowered.share
 
     def scaled(self, scale: float) -> AbstractContextManager[None]:
         """A context in which the optimizer holds the rates that the coming step uses, at this scale."""
@@ -134,7 +141,7 @@ class Rates:
             self._hook.look(anywhere)
             if self._hook.passed_by >= _SURE:
                 self.notices.complain(
-                    f"control={policy!r} does not act: the weights move without `optimizer.step()`, by other methods "
+                    f"{self._name} does not act: the weights move without `optimizer.step()`, by other methods "
                     f"of {label} or inside the backward pass, and it holds the rate of such steps alone. "
                     "lr_scale is 1. Step with `optimizer.step()` (sharpness-aware optimizers: with a closure), or use "
                     "control='observe'"
@@ -148,7 +155,7 @@ class Rates:
             before: the scale at which it was made.
             along_the_step: whether its stability ratio was measured along the last step.
         """
-        if self.control.policy == "observe" and before == 1.0:
+        if not self.acting:
             return measurement
         rate = self.base_lr()
         last = self.control.last * (1.0 if self.lowered is None else self.lowered.last)

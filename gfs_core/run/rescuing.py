@@ -1,16 +1,15 @@
-"""Skips steps and goes back to snapshots, on behalf of a monitor."""
+"""Skips steps, lowers the rate and goes back to snapshots, on behalf of a monitor."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from gfs_core.actions.rate import PROFILE, Control
-from gfs_core.actions.rescue import APART, ROLLBACKS, Decision, Rescue
+from gfs_core.actions.lowered import FALLS, Lowered
+from gfs_core.actions.rescue import Decision, Rescue
 from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.optimizers.skipping import SkipHook
 from gfs_core.run.buffers import Buffers
@@ -22,6 +21,7 @@ from gfs_core.run.watch import Watch
 
 EVERY = 50  # steps between snapshots: at most a fiftieth of what a snapshot takes is added to a step
 MARGIN = 5  # steps before an alarm in which the trouble may have begun already: a snapshot of them is not gone back to
+FAR = 0.1  # of the weights' length: in its beginning, a run whose weights have hardly moved is not gone back from
 _NOT_FINITE = "the step before was skipped: its gradient was not finite"
 
 
@@ -32,7 +32,7 @@ class Rescuing:
         model: the module that is trained.
         optimizer: its torch optimizer, or a wrapper of one.
         watch: the early warning; it is put back with the weights.
-        lowered: halves the rate after a rollback; ``None``: steps are skipped only, there are no rollbacks.
+        lowered: the share of the user's rate; ``None``: steps are skipped only, there are no rollbacks.
         ranks: the processes that train together; ``None``: this process only.
         notices: reports what is done and what cannot be.
         forget: called after a rollback; drops what was measured on the weights that are gone.
@@ -46,7 +46,7 @@ class Rescuing:
         model: nn.Module,
         optimizer: Any,
         watch: Watch,
-        lowered: Control | None,
+        lowered: Lowered | None,
         ranks: Ranks | None,
         notices: Notices,
         forget: Callable[[], None],
@@ -107,9 +107,9 @@ class Rescuing:
         self._look(hook)
         done = [_NOT_FINITE] if hook.not_finite else list[str]()
         decision = self.rescue.decide(step, level, alerts, losses)
-        if given_up := not self.rescue.may_go_back(step):
+        if given_up := self.lowered is not None and not self.lowered.may_fall():
             decision = Decision.TAKE
-        self._asked = hook.asked = decision is not Decision.TAKE
+        self._asked = hook.asked = decision in (Decision.SKIP, Decision.GO_BACK)
         if given_up:
             done += self._only_save(step, alerts)
         elif decision is Decision.SKIP:
@@ -117,6 +117,8 @@ class Rescuing:
             done.append("the step was skipped: nothing is updated by it")
         elif decision is Decision.GO_BACK:
             done += self._go_back(step, hook)
+        elif decision is Decision.LOWER:
+            done.append(self._lower(step))
         elif self.lowered is not None and level != AlertLevel.ALARM and (step % EVERY == 0 or not len(self.snapshots)):
             done += self._keep(step)
         self._buffers.note()
@@ -140,39 +142,47 @@ class Rescuing:
         assert self.lowered is not None
         began = step if self.rescue.began is None else self.rescue.began
         snapshot = self.snapshots.before(began - MARGIN)
-        if not self._all_have(-1 if snapshot is None else snapshot.step) or snapshot is None:
+        near = self.rescue.beginning and snapshot is not None and self.snapshots.moved_since(snapshot) < FAR
+        if not self._all_have(-1 if snapshot is None or near else snapshot.step) or snapshot is None or near:
             self._asked = hook.asked = False
             self.rescue.stayed()
+            if near:
+                return []
             text = "the run does not go back, though losses stay bad: there is no snapshot of the weights trained now"
             self.notices.warn_once(text)
             return [text]
         self.snapshots.restore(snapshot)
         self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
         self.rescue.went_back(step)
-        self.lowered.alarmed()
-        self._hold()
+        self.lowered.fall()
         self.forget()
-        share, hold = self.lowered.scale(1.0), self.lowered.profile.hold
         text = (
-            f"the run went back at step {step} to the weights of step {snapshot.step}, as losses stayed bad; the rate "
-            f"is {share:g} of the user's for {hold} steps, and then grows back"
+            f"the run went back at step {step} to the weights of step {snapshot.step}, as losses stayed bad; "
+            f"{self._now_used()}"
         )
         self.notices.warn_always(text)
         return [text]
 
-    def _hold(self) -> None:
-        """Hold a lowered rate twice as long with each rollback in a row."""
-        if self.lowered is not None:
-            longer = 2 ** max(self.rescue.in_a_row - 1, 0)
-            self.lowered.profile = replace(PROFILE, hold=longer * PROFILE.hold)
+    def _lower(self, step: int) -> str:
+        """Lower the rate, without a way back."""
+        assert self.lowered is not None
+        self.rescue.lowered(step)
+        self.lowered.fall()
+        text = f"the rate is lowered at step {step}, as losses have risen at an alarm; {self._now_used()}"
+        self.notices.warn_always(text)
+        return text
+
+    def _now_used(self) -> str:
+        assert self.lowered is not None
+        return f"it is {self.lowered.share:.3g} of the user's for {self.lowered.hold} steps, and then grows back"
 
     def _only_save(self, step: int, alerts: list[Alert]) -> list[str]:
         if not any(alert.level is AlertLevel.ALARM for alert in alerts):
             return []
         self.watch.trainer.save(step)
         text = (
-            f"{ROLLBACKS} rollbacks, none {APART} steps after the one before, did not help: a checkpoint is saved at "
-            "an alarm, and training goes on as it is"
+            f"the rate was lowered {FALLS} times in a row, and that did not help: a checkpoint is saved at an alarm, "
+            "and training goes on as it is"
         )
         self.notices.warn_once(text)
         return [text]
@@ -202,5 +212,4 @@ class Rescuing:
         self.rescue.load_state_dict(state["rescue"])
         if self.lowered is not None and state["lowered"] is not None:
             self.lowered.load_state_dict(state["lowered"])
-        self._hold()
         self.snapshots.drop()

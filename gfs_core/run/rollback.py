@@ -8,6 +8,7 @@ streams and the data loader go on, as the batches in between are not to come aga
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -74,6 +75,15 @@ class Snapshot:
         """Whether the same weights are trained now."""
         same = weights.keys() == self._weights.keys() and len(optimizer.param_groups) == len(self._groups)
         return same and all(local(t).shape == self._weights[name].shape for name, t in weights.items())
+
+    def moved(self, weights: dict[str, Tensor]) -> float:
+        """How far the trained weights have moved since, relative to their length then; infinite: no finite way."""
+        length = far = 0.0  # squared
+        for name, then in self._weights.items():
+            if name.startswith("weight"):
+                length += float(then.double().square().sum())
+                far += float((local(weights[name]).cpu().double() - then.double()).square().sum())
+        return math.sqrt(far / length) if length > 0 and math.isfinite(far) else math.inf
 
     def restore(
         self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, beside: list[Stateful], rates: bool
@@ -153,6 +163,10 @@ class Snapshots:
         fitting = [s for s in self._held if s.fits(weights, self.optimizer)]
         early = [s for s in fitting if s.step <= step and s.step != self._used_up]
         return early[-1] if early else next(iter(fitting), None)
+
+    def moved_since(self, snapshot: Snapshot) -> float:
+        """How far the trained weights have moved since a snapshot, relative to their length then."""
+        return snapshot.moved(self._weights())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, and drop those that are newer."""

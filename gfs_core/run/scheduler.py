@@ -28,7 +28,7 @@ class EdgeOfStabilityLR(LRScheduler):
     Args:
         optimizer: the torch optimizer.
         base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
-        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"step_down"``, ``"cdat"``, or ``"observe"`` for no control.
+        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"cdat"``, or ``"observe"`` for no control.
         margin: stability ratio to stay below, in (0, 1]; ``None``: ¾ for optimizers with second moments, except with
             ``"cdat"``, and ½ otherwise.
 

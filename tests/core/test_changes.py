@@ -202,7 +202,7 @@ PAST_THE_HOOK = {
 }
 
 
-@pytest.mark.parametrize("control", ["cap", "cdat", "step_down"])
+@pytest.mark.parametrize("control", ["cap", "cdat", "guard"])
 @pytest.mark.parametrize("kind", PAST_THE_HOOK)
 def test_steps_that_pass_the_control_by_are_noticed(kind: str, control: str) -> None:
     make, take = PAST_THE_HOOK[kind]

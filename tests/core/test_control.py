@@ -169,22 +169,6 @@ def test_warmup_is_over_when_nothing_was_held_back_for_a_hundred_steps() -> None
     assert control.scale(RATE) == 1.0
 
 
-def test_step_down_halves_holds_and_recovers() -> None:
-    control = Control("step_down", 0.5)
-    assert control.step(RATE) == 1.0
-    control.alarmed()
-    control.alarmed()
-    assert [control.step(RATE) for _ in range(100)] == [0.25] * 100
-    assert control.step(RATE) == pytest.approx(0.255)
-    for _ in range(100):
-        control.step(RATE)
-    assert control.scale(RATE) == 1.0
-    other = started("cap")
-    before = other.scale(RATE)
-    other.alarmed()
-    assert other.scale(RATE) == before
-
-
 def test_cdat_averages_descent_and_curvature_apart() -> None:
     control = Control("cdat", 0.5)
     for critical, curvature in ((0.4, 1.0), (0.4, 1.0), (0.4, 1.0), (2.0, 4.0)):
@@ -263,7 +247,6 @@ def test_the_running_ratio_serves_where_that_in_the_mean_square_could_not_be_had
 def test_observe_changes_nothing() -> None:
     control = Control("observe", 0.5)
     control.measured(RATE, measured(100.0))
-    control.alarmed()
     assert control.step(RATE) == 1.0
     assert not control.waiting
 
@@ -272,14 +255,13 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("measured"), st.floats(1e-3, 1e3)),
         st.tuples(st.just("step"), st.floats(0.0, 10.0)),
-        st.tuples(st.just("alarmed"), st.none()),
     ),
     max_size=60,
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["cap", "follow", "warmup", "step_down", "cdat"]), EVENTS, st.integers(0, 60))
+@given(st.sampled_from(["cap", "follow", "warmup", "cdat"]), EVENTS, st.integers(0, 60))
 def test_loaded_at_any_point_it_goes_on_as_if_never_interrupted(policy: Any, events: list[Any], at: int) -> None:
     def run(control: Control, events: list[Any]) -> list[float]:
         scales = []
@@ -287,8 +269,6 @@ def test_loaded_at_any_point_it_goes_on_as_if_never_interrupted(policy: Any, eve
             if kind == "measured":
                 along = {"directional_sharpness": value, "critical_lr": 1 / value}
                 control.measured(RATE, measured(value, **along))
-            elif kind == "alarmed":
-                control.alarmed()
             else:
                 scales.append(control.step(value))
                 assert 0 < scales[-1] <= 100
@@ -629,8 +609,8 @@ def test_the_budget_waits_until_the_control_has_started() -> None:
     [
         ({"control": "cap", "tier": "directional"}, "control='cap' needs a stability ratio"),
         ({"margin": 1.5}, r"`margin` must be in \(0, 1\], the edge of stability; got 1.5"),
-        ({"control": "step_down", "alarm": "off"}, "control='step_down' goes by alarms"),
-        ({"control": "edge"}, "`control` must be one of 'observe', 'cap'"),
+        ({"control": "guard", "alarm": "off"}, "control='guard' goes by alarms"),
+        ({"control": "edge"}, "`control` must be one of 'observe', 'guard', 'cap'"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
@@ -657,7 +637,7 @@ class Spiking(Fit):
 
 def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any) -> None:
     events: list[gfs.Alert] = []
-    fit = Spiking("sgd", 0.05, control="step_down", alarm="stop", history=f"{tmp_path}/h.jsonl")
+    fit = Spiking("sgd", 0.05, control="observe", alarm="stop", history=f"{tmp_path}/h.jsonl")
     fit.monitor.watch.function = events.append
     assert fit.monitor.watch.warning is not None
     observe_ratio(fit.monitor.watch.warning, 0, 0.5, solved=True)  # the rule says nothing far from the edge
@@ -671,28 +651,12 @@ def test_a_spike_of_the_loss_is_an_alarm_with_all_its_consequences(tmp_path: Any
     last = gfs.read_history(tmp_path / "h.jsonl")[-1]
     assert (last.step, last.alarm) == (100, 2)
     assert "the loss is" in last.reasons[-1]
-    assert fit.monitor.control.scale(0.05) == 0.5
     fit.run(101, 150)
     state = fit.monitor.state_dict()
-    resumed = Fit("sgd", 0.05, control="step_down").monitor
+    resumed = Fit("sgd", 0.05, control="observe").monitor
     resumed.load_state_dict(state)
     assert resumed.watch.warning is not None
     assert resumed.watch.warning.state_dict() == fit.monitor.watch.warning.state_dict()
-    assert resumed.control.scale(0.05) == 0.5
-
-
-def test_an_alarm_that_lasts_halves_the_rate_once() -> None:
-    monitor = Fit("sgd", 0.05, control="step_down").monitor
-    scales = []
-    for step in range(600):
-        monitor.record_loss((1.0 if step < 100 else 3.0) + 0.01 * (step % 7))
-        monitor.update_detectors(step)
-        scales.append(monitor.control.step(0.05))
-    assert monitor.watch.warning is not None
-    assert monitor.watch.warning.level is gfs.AlertLevel.ALARM
-    assert scales[:200] == [1.0] * 100 + [0.5] * 100
-    assert scales[200:] == sorted(scales[200:])
-    assert scales[-1] == 1.0
 
 
 def test_without_an_alarm_nothing_is_watched() -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.actions.rescue import ROLLBACKS, SKIPS, Decision, Rescue
+from gfs_core.actions.lowered import APART, FALLS, HOLD, Lowered
+from gfs_core.actions.rescue import SKIPS, WAIT, Decision, Rescue
 from gfs_core.optimizers.skipping import SkipHook
 from gfs_core.run.rescuing import EVERY
 from gfs_core.run.rollback import Snapshots
@@ -211,9 +214,9 @@ def test_a_rollback_lowers_the_rate_for_a_while_and_the_scheduler_goes_on() -> N
         run.steps(1)
         users.append(run.optimizer.param_groups[0]["lr"])
     shares = [a / b for a, b in zip(used, users[:-1], strict=True)]
-    assert shares[:99] == pytest.approx([0.5] * 99)
-    assert 0.5 < shares[110] < shares[120] < 1
-    assert shares[140:] == [1.0] * 40
+    stages = [share for stage in (3, 2, 1) for share in [3 ** (-stage / 3)] * HOLD]
+    assert shares[:149] == pytest.approx(stages[1:])
+    assert shares[149:] == [1.0] * 31
     # The schedule has lost the steps between the snapshot and the rollback, and no others.
     assert run.scheduler.last_epoch == EVERY + 1 + 180
 
@@ -242,7 +245,7 @@ def test_what_is_known_starts_anew_after_a_rollback(tmp_path: Path) -> None:
     measured = [m for m in history if m.step > back.step and m.threshold is not None]
     assert measured[0].running_stability_ratio is None  # nothing is left of what was measured on other weights
     assert any(m.running_stability_ratio is not None for m in measured)
-    assert [m.lr_scale for m in history if m.step > back.step + 1 and m.lr_scale is not None][:3] == [0.5] * 3
+    assert [m.lr_scale for m in history if m.step > back.step + 1 and m.lr_scale is not None][:3] == [1 / 3] * 3
     first = reasons(history[0])
     assert "3 snapshots to go back to take" in first
     assert "MB on the host" in first
@@ -280,11 +283,8 @@ def test_at_most_so_many_rollbacks_and_then_a_checkpoint() -> None:
         run.break_weights()
         went += "went back" in reasons(run.step())
         assert run.count < 400
-    assert went == ROLLBACKS
-    assert run.monitor.rescuing is not None
-    assert run.monitor.rescuing.lowered is not None
-    assert run.monitor.rescuing.lowered.profile.hold == 100 * 2 ** (ROLLBACKS - 1)
-    assert run.monitor.rates.scale() == 0.5**ROLLBACKS
+    assert went == FALLS
+    assert run.monitor.rates.scale() == 3.0**-FALLS
     assert any("did not help: a checkpoint is saved" in text for text in run.told)
     assert not run.model[0].weight.isfinite().any()  # training goes on as it is
     assert not run.monitor.should_stop
@@ -428,10 +428,105 @@ def test_a_small_loss_may_rise() -> None:
     assert found == [Decision.SKIP] * 3 + [Decision.GO_BACK]
 
 
-def test_rollbacks_are_counted_anew_after_a_long_time() -> None:
+def test_where_losses_of_an_alarm_are_high_and_not_bad_the_rate_is_lowered() -> None:
+    rescue = quiet()  # the highest is 1.2, and a loss is bad above 1.25
+    found = [rescue.decide(60, ALARM, alert(60), [1.22])]
+    found += [rescue.decide(step, ALARM, [], [1.22]) for step in range(61, 64)]
+    assert found == [Decision.SKIP] + [Decision.TAKE] * 2 + [Decision.LOWER]
+    rescue.lowered(63)
+    found = [rescue.decide(step, ALARM, [], [1.22]) for step in range(64, 64 + WAIT)]
+    assert found == [Decision.TAKE] * (WAIT - 1) + [Decision.LOWER]  # the first fall has time to act
+    rescue = quiet(goes_back=False)
+    assert {rescue.decide(step, ALARM, [], [1.22]) for step in range(60, 99)} == {Decision.TAKE}
+
+
+def test_a_run_that_breaks_as_it_begins_goes_back_without_an_alarm() -> None:
     rescue = Rescue(True)
-    for step in range(ROLLBACKS):
-        assert rescue.may_go_back(step)
-        rescue.went_back(step)
-    assert not rescue.may_go_back(1000)
-    assert rescue.may_go_back(1006)
+    found = [rescue.decide(step, QUIET, [], [loss]) for step, loss in enumerate([2.3, 2.9, 8.0, 60.0, 40.0, 50.0])]
+    assert found == [Decision.TAKE] * 5 + [Decision.GO_BACK]
+    assert rescue.began == 2
+    rescue = Rescue(True)
+    assert {rescue.decide(step, QUIET, [], [6.8 + 0.1 * (step % 2)]) for step in range(200)} == {Decision.TAKE}
+    rescue = Rescue(True)
+    for step in range(60):
+        assert rescue.decide(step, QUIET, [], [2.3]) is Decision.TAKE
+    assert {rescue.decide(step, QUIET, [], [9.0]) for step in range(60, 99)} == {Decision.TAKE}  # an alarm decides
+
+
+def test_a_first_loss_that_was_small_by_chance_sends_the_run_back_once() -> None:
+    rescue = Rescue(True)
+    found = [rescue.decide(step, QUIET, [], [loss]) for step, loss in enumerate([0.1, 1.0, 0.9, 1.1, 1.0])]
+    assert found[-1] is Decision.GO_BACK
+    rescue.went_back(4)
+    assert {rescue.decide(step, QUIET, [], [1.0 + 0.1 * (step % 3)]) for step in range(5, 99)} == {Decision.TAKE}
+
+
+# --- the share of the rate ------------------------------------------------------------------------------------------
+
+
+def shares(lowered: Lowered, steps: int) -> list[float]:
+    return [lowered.step(0.1) for _ in range(steps)]
+
+
+def test_the_share_grows_back_in_stages_to_exactly_one() -> None:
+    lowered = Lowered()
+    lowered.fall()
+    found = shares(lowered, 3 * HOLD + 1)
+    assert [found[stage * HOLD] for stage in range(4)] == [1 / 3, 3 ** (-2 / 3), 3 ** (-1 / 3), 1.0]
+    assert all(len(set(found[stage * HOLD : (stage + 1) * HOLD])) == 1 for stage in range(3))
+    waiting = Lowered()
+    waiting.fall()
+    assert [waiting.step(0.0) for _ in range(2 * HOLD)] == [1 / 3] * 2 * HOLD  # steps at rate 0 do not count
+
+
+def test_trouble_at_a_stage_goes_back_to_the_one_that_held_and_stays_there_longer() -> None:
+    lowered = Lowered()
+    lowered.fall()
+    shares(lowered, HOLD + 5)
+    lowered.fall()
+    assert shares(lowered, 2 * HOLD) == [1 / 3] * 2 * HOLD
+    assert lowered.share == 3 ** (-2 / 3)
+    shares(lowered, 4 * HOLD)
+    assert lowered.share == 1.0
+    shares(lowered, APART - 1)
+    lowered.fall()
+    assert lowered.share == 3 ** (-1 / 3)  # the stage before held
+    again = Lowered()
+    again.fall()
+    shares(again, 3 * HOLD + APART)
+    again.fall()
+    assert (again.share, again.hold) == (1 / 3, HOLD)  # a first one again
+
+
+def test_so_many_falls_that_did_not_help_are_the_last_for_a_while() -> None:
+    lowered = Lowered()
+    for _ in range(FALLS):
+        assert lowered.may_fall()
+        shares(lowered, HOLD - 1)
+        lowered.fall()
+    assert lowered.share == 3.0**-FALLS
+    assert not lowered.may_fall()
+    shares(lowered, 3 * FALLS * HOLD)
+    assert lowered.share == 1.0
+    shares(lowered, APART - 1)
+    assert not lowered.may_fall()
+    shares(lowered, 1)
+    assert lowered.may_fall()
+
+
+@given(st.lists(st.sampled_from(["fall", "may", "step", "hold", "zero"]), max_size=40), st.integers(0, 40))
+def test_a_share_that_is_loaded_goes_on_as_if_never_interrupted(events: list[str], at: int) -> None:
+    def run(lowered: Lowered, events: list[str]) -> list[Any]:
+        act: dict[str, Callable[[], Any]] = {
+            "fall": lowered.fall,
+            "may": lowered.may_fall,
+            "step": lambda: lowered.step(0.1),
+            "hold": lambda: shares(lowered, lowered.hold),
+            "zero": lambda: lowered.step(0.0),
+        }
+        return [act[event]() for event in events] + [vars(lowered)]
+
+    whole, first, second = Lowered(), Lowered(), Lowered()
+    before = run(first, events[:at])
+    second.load_state_dict(first.state_dict())
+    assert before[:-1] + run(second, events[at:]) == run(whole, events)

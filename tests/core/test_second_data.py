@@ -350,7 +350,7 @@ def test_no_control_goes_by_other_data(control: str) -> None:
     assert scheduler.control.policy == control
     with pytest.raises(gfs.ConfigError, match=f"control='{control}' goes by"):
         gfs.StabilityMonitor(run.model, run.optimizer, probe=DataLoader(A, 8))
-    Run(DataLoader(A, 8), control="step_down")
+    Run(DataLoader(A, 8), control="guard")
 
 
 @pytest.mark.parametrize("probe", [None, [A[:8]]])

@@ -65,7 +65,7 @@ def scenarios() -> dict[str, Scenario]:
     table["Trainer, GPT-2"] = Scenario({"tier": "gfs"}, trainer, model=made.gpt2, optimizer=adamw)
     table["Trainer, GPT-2, added"] = Scenario({"tier": "sharpness"}, made.added, made.gpt2, adamw, accumulate=2)
     table["Trainer, added"] = Scenario({"tier": "gfs"}, made.added, accumulate=2)
-    for control in ("follow", "warmup", "step_down"):
+    for control in ("follow", "warmup", "guard"):
         options = {"tier": "running", "every": 1, "control": control}
         table[f"plain, {control}"] = Scenario(options, plain, factor=made.jump, steps=80)
         table[f"plain, {control}, AdamW"] = Scenario(options, plain, mlp, adamw, made.jump, steps=80)

@@ -22,6 +22,7 @@ PAGES = {
     "first": "benchmarks.first",
     "flow_cost": "benchmarks.flow_cost",
     "free": "benchmarks.free",
+    "guard": "benchmarks.zoo.guarded",
     "growth": "benchmarks.growth.page",
     "health": "benchmarks.zoo.health",
     "idle": "benchmarks.idle",

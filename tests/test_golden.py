@@ -39,7 +39,7 @@ NAMES = (
     "plain, Adamax, sharpness",
     "plain, alarm",
     "plain, destroyed",
-    "plain, step_down",
+    "plain, guard",
     "Lightning, AdamW",
     "Lightning, cap",
     "Trainer, gfs",

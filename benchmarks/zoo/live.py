@@ -33,18 +33,19 @@ OTHERS = (
 )  # losses or gradients that make up the usual one, and deviations above it: OLMo-core's SkipStepOptimizer
 
 
-def watched(training: Training, alarm: Any) -> Row:
-    """Run a training under a monitor with every default but the action.
+def watched(training: Training, alarm: Any, control: Any = "observe") -> Row:
+    """Run a training under a monitor with every default but the action and the control.
 
     Returns:
         ``losses``, the stretches at the level of an alarm, ``ratios`` that were measured, ``skipped`` steps,
-        ``rollbacks``, and the ``seconds`` it took.
+        times that the rate was ``lowered`` and ``rollbacks``, and the ``seconds`` it took.
     """
     alerts: list[Alert] = []
-    monitor = StabilityMonitor(training.model, training.optimizer, GFSConfig(alarm=alarm), on_alarm=alerts.append)
+    config = GFSConfig(alarm=alarm, control=control)
+    monitor = StabilityMonitor(training.model, training.optimizer, config, on_alarm=alerts.append)
     losses: list[float] = []
     stretches: list[list[Any]] = []
-    ratios = skipped = back = 0
+    ratios = skipped = lowered = back = 0
     standing = False
     began = clock()
     for taken, step in enumerate(training.steps):
@@ -58,10 +59,11 @@ def watched(training: Training, alarm: Any) -> Row:
         if made is not None:
             ratios += made.stability_ratio is not None
             skipped += any("the step was skipped" in reason for reason in made.reasons)
+            lowered += any("losses have risen at the alarm" in reason for reason in made.reasons)
             back += any("went back" in reason for reason in made.reasons)
     seconds = clock() - began
-    return {"losses": losses, "alarms": stretches, "ratios": ratios, "skipped": skipped, "rollbacks": back,
-            "seconds": seconds}  # fmt: skip
+    return {"losses": losses, "alarms": stretches, "ratios": ratios, "skipped": skipped, "lowered": lowered,
+            "rollbacks": back, "seconds": seconds}  # fmt: skip
 
 
 def left_alone(training: Training, rule: str) -> Row:

@@ -168,13 +168,13 @@ class Rescuing:
         assert self.lowered is not None
         self.rescue.lowered(step)
         self.lowered.fall()
-        text = f"the rate is lowered at step {step}, as losses have risen at an alarm; {self._now_used()}"
+        text = f"losses have risen at the alarm of step {self.rescue.began}; {self._now_used()}"
         self.notices.warn_always(text)
         return text
 
     def _now_used(self) -> str:
         assert self.lowered is not None
-        return f"it is {self.lowered.share:.3g} of the user's for {self.lowered.hold} steps, and then grows back"
+        return f"the rate is {self.lowered.share:.3g} of the user's for {self.lowered.hold} steps, and then grows back"
 
     def _only_save(self, step: int, alerts: list[Alert]) -> list[str]:
         if not any(alert.level is AlertLevel.ALARM for alert in alerts):

@@ -35,26 +35,27 @@ def test_a_healthy_run_is_the_same_to_the_bit(name: str) -> None:
     assert_same(*kept)
     scales = {m.lr_scale for m in found if m is not None and m.threshold is not None}
     assert scales <= {1.0, None}
-    assert run.told == Training("log", control="observe", **HEALTHY[name]).told
+    assert not any("the rate is" in text or "back" in text for text in run.told)
 
 
 class Regression:
     """A small net with two groups of rates, which rates thirty times as high break."""
 
-    def __init__(self, control: str, tensor: bool = False, steps: int = 700, **options: Any) -> None:
+    def __init__(self, control: str, tensor: bool = False, protect: bool = True, **options: Any) -> None:
         torch.manual_seed(0)
         self.x = torch.randn(512, 8)
         self.y = (self.x @ torch.randn(8, 2)).tanh()
         self.model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 2))
         groups = [
             {"params": list(layer.parameters()), "lr": torch.tensor(rate) if tensor else rate}
-            for layer, rate in ((self.model[0], 0.05), (self.model[2], 0.02))
+            for layer, rate in ((self.model[0], 0.1), (self.model[2], 0.05))
         ]
         self.optimizer = torch.optim.SGD(groups, momentum=0.9)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 2000)
         config = gfs.GFSConfig(tier="running", max_overhead=None, control=control, **options)  # type: ignore[arg-type]
         self.monitor = gfs.StabilityMonitor(self.model, self.optimizer, config)
-        self.monitor.protect(self.scheduler)
+        if protect:
+            self.monitor.protect(self.scheduler)
         self.losses: list[float] = []
         self.users: list[float] = []
         self.used: list[float] = []
@@ -101,11 +102,14 @@ class Regression:
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_run_at_thirty_times_the_rate_is_saved(begins: int, tensor: bool) -> None:
     usual = Regression("observe").run(0, 700)
-    lost, held = (Regression(c, tensor).run(0, begins).times(30.0).run(begins, 700) for c in ("observe", "guard"))
-    assert not lost.end < 1.0
-    assert held.end < 2 * usual.end + 0.02
+    lost, held = (
+        Regression(control, tensor, protect=False).run(0, begins).times(30.0).run(begins, 700)
+        for control in ("observe", "guard")
+    )
+    assert math.isnan(lost.end)
+    assert held.end < 2 * usual.end + 0.01
     assert any("went back" in said for said in held.said)
-    assert min(held.shares) < 0.2
+    assert min(held.shares) < 0.4
     assert set(held.shares[:begins]) <= {1.0}
 
 

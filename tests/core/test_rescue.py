@@ -418,12 +418,12 @@ def test_losses_no_higher_than_in_quiet_call_for_nothing() -> None:
     assert {rescue.decide(step, ALARM, [], [1.2]) for step in range(61, 100)} == {Decision.TAKE}
 
 
-def test_a_small_loss_may_rise() -> None:
+def test_a_small_loss_may_rise_without_a_way_back() -> None:
     rescue = Rescue(True)
     for step in range(60):
         rescue.decide(step, QUIET, [], [2.0 if step < 3 else 0.1])
     assert rescue.decide(60, ALARM, alert(60), [0.5]) is Decision.SKIP
-    assert {rescue.decide(step, ALARM, [], [0.5]) for step in range(61, 100)} == {Decision.TAKE}
+    assert {rescue.decide(step, ALARM, [], [0.5]) for step in range(61, 100)} == {Decision.TAKE, Decision.LOWER}
     found = [rescue.decide(step, ALARM, [], [0.6]) for step in range(100, 104)]  # 0.1 + (2 - 0.1)/4 is 0.575
     assert found == [Decision.SKIP] * 3 + [Decision.GO_BACK]
 

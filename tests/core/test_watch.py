@@ -30,7 +30,7 @@ def diverged(**options: Any) -> gfs.StabilityMonitor:
 
 
 def test_an_action_that_fails_keeps_no_other_from_acting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "ACTIONS", [("log", lambda control, warn: Fails()), *catalog.ACTIONS])
+    monkeypatch.setattr(catalog, "ACTIONS", [("log", lambda warn: Fails()), *catalog.ACTIONS])
     with pytest.warns(gfs.GFSWarning) as told:
         monitor = diverged(alarm="stop")
     assert monitor.should_stop

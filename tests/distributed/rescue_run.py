@@ -1,4 +1,4 @@
-"""Trainings whose weights break, by two processes under either framework, with ``alarm="rescue"``."""
+"""Trainings whose weights break, by two processes under either framework, with ``control="guard"``."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def by_trainer(folder: str, rank: int, options: dict[str, Any]) -> Model:
 
 def train(folder: str, mode: str) -> None:
     rank = int(os.environ["RANK"])
-    options = {"tier": "running", "every": 5, "alarm": "rescue", "history": f"{folder}/history.jsonl"}
+    options = {"tier": "running", "every": 5, "control": "guard", "history": f"{folder}/history.jsonl"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = {"lightning": fit, "trainer": by_trainer}[mode](folder, rank, options)

@@ -59,7 +59,14 @@ class Watching(TrainerCallback):
         self.told.append(optimizer.param_groups[0]["lr"])
 
 
-def train(folder: Path, watching: Watching, mode: str = "set_trainer", alarm: str = "rescue", **options: Any) -> Model:
+def train(
+    folder: Path,
+    watching: Watching,
+    mode: str = "set_trainer",
+    alarm: str = "rescue",
+    control: str = "observe",
+    **options: Any,
+) -> Model:
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=SIZE,
@@ -76,7 +83,8 @@ def train(folder: Path, watching: Watching, mode: str = "set_trainer", alarm: st
     model = Model()
     trainer = Trainer(model, arguments, train_dataset=Rows(SIZE * STEPS * arguments.gradient_accumulation_steps))
     trainer.add_callback(watching)
-    callback = GFSCallback(tier="running", every=5, max_overhead=None, alarm=alarm, history=str(folder / "h"))
+    asked = {"alarm": alarm, "control": control, "history": str(folder / "h")}
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, **asked)
     trainer.add_callback(callback) if mode == "add_callback" else callback.set_trainer(trainer)
     trainer.train()
     return model
@@ -99,17 +107,31 @@ def test_a_skipped_step_updates_nothing(tmp_path: Path, mode: str, accumulate: i
     assert watching.told[61] < watching.told[60]  # the schedule goes on
 
 
-def test_where_the_weights_break_the_run_goes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"alarm": "rescue"}, {"alarm": "log", "control": "guard"}])
+def test_where_the_weights_break_the_run_goes_back(tmp_path: Path, options: dict[str, str]) -> None:
     watching = Watching(breaks=60)
     with pytest.warns(gfs.GFSWarning, match="went back at step 63 to the weights of step 50"):
-        model = train(tmp_path, watching)
+        model = train(tmp_path, watching, **options)
     # A snapshot is taken just before the step, when the forward pass has updated the buffers.
     assert_same(watching.kept[64][1], watching.kept[50][1])
     trained = dict(model.named_parameters())
     assert all(torch.equal(watching.kept[64][0][name], watching.kept[50][0][name]) for name in trained)
     assert all(p.isfinite().all() for p in model.state_dict().values())
     assert watching.told[64:70] == pytest.approx(watching.told[51:57])  # the schedule went back too
-    assert watching.used[64:] == pytest.approx([rate / 2 for rate in watching.told[64:]])
+    assert watching.used[64:] == pytest.approx([rate / 3 for rate in watching.told[64:]])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_under_guard_a_healthy_run_is_the_same_to_the_bit(tmp_path: Path, accumulate: int) -> None:
+    runs = {control: Watching() for control in ("observe", "guard")}
+    for control, watching in runs.items():
+        folder = tmp_path / control
+        train(folder, watching, alarm="log", control=control, gradient_accumulation_steps=accumulate)
+    assert_same(runs["observe"].kept, runs["guard"].kept)
+    assert runs["observe"].used == runs["guard"].used == runs["guard"].told
+    logged = [m.lr_scale for m in gfs.read_history(tmp_path / "guard" / "h") if m.lr_scale is not None]
+    assert len(logged) > 3
+    assert set(logged) == {1.0}
 
 
 def test_without_it_the_run_is_lost(tmp_path: Path) -> None:

@@ -64,8 +64,11 @@ class Net(L.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), "interval": "step"}]
 
 
-def fit(folder: Path, model: L.LightningModule, alarm: str = "rescue", **options: Any) -> L.Trainer:
-    callback = GFSCallback(tier="running", every=5, max_overhead=None, alarm=alarm, history=str(folder / "h"))
+def fit(
+    folder: Path, model: L.LightningModule, alarm: str = "rescue", control: str = "observe", **options: Any
+) -> L.Trainer:
+    watching = {"alarm": alarm, "control": control, "history": str(folder / "h")}
+    callback = GFSCallback(tier="running", every=5, max_overhead=None, **watching)
     trainer = quiet(folder, [callback], max_epochs=1, logger=False, enable_checkpointing=False, **options)
     trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=False))
     return trainer
@@ -101,18 +104,32 @@ def test_gradient_scaling_takes_a_skipped_step_for_a_usual_one(tmp_path: Path) -
     assert all(0 < m.loss_probe < 3 for m in history if m.loss_probe is not None)
 
 
-def test_where_the_weights_break_the_run_goes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"alarm": "rescue"}, {"alarm": "log", "control": "guard"}])
+def test_where_the_weights_break_the_run_goes_back(tmp_path: Path, options: dict[str, str]) -> None:
     model = Net(breaks=60)
     with pytest.warns(gfs.GFSWarning, match="went back at step 63 to the weights of step 50"):
-        fit(tmp_path, model)
+        fit(tmp_path, model, **options)
     # A snapshot is taken just before the step, when the forward pass has updated the buffers.
     trained = dict(model.named_parameters())
     for now, then in zip(model.kept[64][1:], model.kept[50][1:], strict=True):
         assert_same(now, then)
     assert all(torch.equal(model.kept[64][0][name], model.kept[50][0][name]) for name in trained)
     assert all(p.isfinite().all() for p in model.state_dict().values())
-    assert model.used[64:80] == [0.005] * 16  # half of the user's, whose rate is told to be what it was
+    assert model.used[64:80] == [0.01 * 3**-1.0] * 16  # a third of the user's, whose rate is told to be what it was
     assert reasons(tmp_path)[63].count("went back") == 1
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3, "gradient_clip_val": 1.0}, {}])
+def test_under_guard_a_healthy_run_is_the_same_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    accumulate = options.get("accumulate_grad_batches", 1)
+    models = [Net(accumulate=accumulate), Net(accumulate=accumulate)]
+    for model, control in zip(models, ("observe", "guard"), strict=True):
+        fit(tmp_path / control, model, "log", control, **options)
+    assert_same(models[0].kept, models[1].kept)
+    assert models[0].used == models[1].used == [0.01] * (BATCHES // accumulate)
+    logged = [m.lr_scale for m in gfs.read_history(tmp_path / "guard" / "h") if m.lr_scale is not None]
+    assert len(logged) > 3
+    assert set(logged) == {1.0}
 
 
 def test_without_it_the_run_is_lost(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class FoundRate:
         range: rates that are about as good, as far as the pilots tell; (low, high).
         users: the rate that the training had.
         steps: of the training.
-        judged_on: ``"validation"``, or ``"training"``: batches that come after those that a pilot was trained on.
+        judged_on: ``"validation"``, or ``"training"``: the losses of the last steps of a pilot.
         ramp: what the rising rate has shown.
         pilots: the short runs, in their order.
         choice: what the longest pilots point to.

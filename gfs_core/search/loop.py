@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,11 +25,12 @@ from gfs_core.run.rollback import Snapshots
 from gfs_core.search.found import FoundRate, search
 from gfs_core.search.pilots import Pilot
 from gfs_core.search.ramp import Point, Ramp, is_lost
+from gfs_core.search.schedule import Setting, recorded
 
 FEWEST = 100  # steps of a training, in which nothing can be tried out that is shorter
 _JUDGED = 32  # batches of the validation data, on which a pilot is judged …
-_AFTER = 16  # … or of the training data, after those that it was trained on
-_MEASURED = 3  # steps between ratios in a ramp
+_LAST = 16  # … or its last steps, whose losses are those of batches that it is trained on only then
+_MEASURED = 2  # steps between ratios in a ramp
 
 
 def find_rate(
@@ -62,7 +62,7 @@ def find_rate(
         steps: optimizer steps of the training.
         scheduler: learning-rate scheduler of ``optimizer``, stepped once per optimizer step; ``None``: constant rates.
         validation: batches that the pilots are judged on, with the model in eval mode; the first 32 are used.
-            ``None``: they are judged on training batches after those that they were trained on.
+            ``None``: they are judged by the losses of their last 16 steps.
         before_step: called when the gradients are there, such as to clip them.
         progress: called with what runs and the steps it has taken.
 
@@ -123,8 +123,8 @@ class _Loop:
     def __enter__(self) -> _Loop:
         self._kept = _Kept(self.model, self.optimizer, self.scheduler, self.loss_of, [self.batches, self.validation])
         try:
-            self._schedule = self._record_schedule()
-            self.users = max(max(rates) for rates, _ in self._schedule)
+            self._schedule = self._recorded()
+            self.users = max(setting.rate for setting in self._schedule)
             if not 0 < self.users < math.inf:
                 raise ConfigError(f"the largest learning rate of the schedule must be > 0 and finite, got {self.users}")
         except BaseException:
@@ -137,7 +137,7 @@ class _Loop:
 
     def ramp(self, first: float, growth: float, most: int) -> Ramp:
         """A training whose rate rises from ``first`` by a factor in each step, at most so many times."""
-        peak = max(self._schedule, key=lambda step: max(step[0]))
+        peak = max(self._schedule, key=lambda setting: setting.rate)
         points: list[Point] = []
         monitor: StabilityMonitor | None = None
         try:
@@ -145,7 +145,7 @@ class _Loop:
             monitor = StabilityMonitor(self.model, self.optimizer, config, alone=True)
             rates = (first * growth**i for i in range(most))
             for rate, batch in zip(rates, self._data(), strict=False):
-                self._set(peak, rate / self.users)
+                peak.apply(self.optimizer, rate / self.users)
                 loss = self._backward(batch)
                 norm = WHOLE.norm([local(p.grad) for p in parameters_of(self.optimizer) if p.grad is not None])
                 value, ratio = float(loss.detach()), None
@@ -168,35 +168,21 @@ class _Loop:
         data = self._data()
         try:
             for step in range(steps):
-                self._set(self._schedule[step * self.steps // steps], rate / self.users)
+                self._schedule[step * self.steps // steps].apply(self.optimizer, rate / self.users)
                 loss = self._backward(next(data))
                 losses.append(float(loss.detach()))
                 self._step()
                 if is_lost(losses):
                     return Pilot(rate, steps, len(losses), losses[0], ())
                 self.progress(f"pilot at {rate:.2g}", len(losses))
-            return Pilot(rate, steps, steps, losses[0], tuple(self._judge(data)))
+            return Pilot(rate, steps, steps, losses[0], tuple(self._judged(losses)))
         finally:
             self._kept.put_back()
 
-    def _record_schedule(self) -> list[tuple[list[float], list[dict[str, Any]]]]:
-        """Of each step of the training the rates of all groups, and what else the scheduler changes, as momentum."""
-        out = []
-        groups = self.optimizer.param_groups
-        for step in range(self.steps if self.scheduler is not None else 1):
-            if step:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the optimizer takes no step in between
-                    self.scheduler.step()
-            other = [{k: v for k, v in g.items() if k in ("momentum", "betas")} for g in groups]
-            out.append(([float(g["lr"]) for g in groups], other))
-        self._kept.put_back()
-        return out if self.scheduler is not None else out * self.steps
-
-    def _set(self, step: tuple[list[float], list[dict[str, Any]]], factor: float) -> None:
-        for group, rate, other in zip(self.optimizer.param_groups, *step, strict=True):
-            set_rate(group, rate * factor)
-            group.update(other)
+    def _recorded(self) -> list[Setting]:
+        if self.scheduler is None:
+            return recorded(self.optimizer, [], 1, lambda step: None) * self.steps
+        return recorded(self.optimizer, [self.scheduler], self.steps, lambda step: self.scheduler.step())
 
     def _data(self) -> Iterator[Any]:
         while True:
@@ -219,17 +205,14 @@ class _Loop:
             self.before_step()
         self.optimizer.step()
 
-    def _judge(self, data: Iterator[Any]) -> Iterator[float]:
+    def _judged(self, losses: list[float]) -> list[float]:
+        if self.validation is None:
+            return losses[-_LAST:]
         modes = {m: m.training for m in self.model.modules()}
-        judged = itertools.islice(data, _AFTER)
-        if self.validation is not None:
-            judged = itertools.islice(self.validation, _JUDGED)
         try:
-            if self.validation is not None:
-                self.model.eval()
+            self.model.eval()
             with torch.no_grad():
-                for batch in judged:
-                    yield float(self.loss_of(batch))
+                return [float(self.loss_of(batch)) for batch in itertools.islice(self.validation, _JUDGED)]
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 APART = math.sqrt(10)  # from one rate to the next
-MARGIN = 0.7  # on the best rate, below one that was lost
+MARGIN = 0.5  # on the best rate, below one that was lost
 _SHARE = 5  # a pilot has this part of the training's steps …
 _SHORTEST, _LONGEST = 100, 300  # … and so many at least and at most
 _AT_MOST = 8  # rates

@@ -25,8 +25,10 @@ _GAIN = 0.05  # of the first loss; who has not gained so much has nothing to los
 _KEPT = 0.25  # of what was gained; who keeps less is lost
 _RISEN = 1.3  # times the first loss
 _FEWEST = 6  # ratios on each side of a knee
-_FOLLOWS = 0.5  # least slope before the knee, of ratio over rate in logarithms; 1: the curvature does not change
-_BENT = 0.5  # of that slope, what is left of it behind the knee at the most
+_WITHIN = 30.0  # the largest ratio is at most so many times those that are looked at
+_FOLLOWS = 0.8  # least slope before the knee, of ratio over rate in logarithms; 1: the curvature does not change
+_STAYS = 0.6  # largest slope behind it …
+_BENT = 0.5  # … and of that before it
 _BETTER = 0.8  # squared error of two lines over that of one, at the most
 
 
@@ -84,7 +86,8 @@ class Ramp:
         measured = [(p.rate, p.ratio) for p in points if p.ratio is not None and 0 < p.ratio < math.inf]
         if len(measured) < 2 * _FEWEST:
             return Ramp(tuple(points), None, end, f"only {len(measured)} ratios were measured")
-        knee = knee_of([r for r, _ in measured], [v for _, v in measured])
+        last = max((i for i, (_, v) in enumerate(measured) if v < max(v for _, v in measured) / _WITHIN), default=-1)
+        knee = knee_of([r for r, _ in measured[last + 1 :]], [v for _, v in measured[last + 1 :]])
         why = "" if knee else "no rate from which on the ratio stopped following the rate"
         return Ramp(tuple(points), knee, end, why)
 

@@ -283,6 +283,61 @@ def pilot(
 
 
 @app.command()
+def rate(
+    target: Annotated[
+        str,
+        typer.Argument(help="As with `gfs pilot`: your training script, LightningCLI config or LightningModule."),
+    ],
+    arguments: Arguments = None,
+    data: Data = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps of the whole training; without it, those that its trainer takes."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page and the runs.")] = Path("gfs-rate"),
+    patience: Patience = 600.0,
+) -> None:
+    """Find a learning rate before the training, by trying it out: one rate with its range, and what it rests on.
+
+    A ramp, a run whose rate rises from step to step, shows where the loss is lost. Short runs of your own schedule,
+    from a fifth of the steps on, then decide, on validation data where there are some.
+
+    Nothing is saved, logged elsewhere or run after the training. Leaves `index.html` and `rate.json`:
+
+        gfs rate train.py -- --lr 0.1
+        gfs rate config.yaml
+        gfs rate package.module:Net --data package.module:loader --steps 2000
+
+    Exit status: 0, a rate was found; 1, none was, or the job failed; 2, nothing that can be run.
+    """
+    from gfs_core import ConfigError, MeasurementError
+
+    try:
+        from rich.console import Console
+
+        from gfs_report import jobs, terminal
+        from gfs_report.rate import search
+        from gfs_report.rate.page import write_rate
+    except ModuleNotFoundError as error:
+        fail_without(error, "report")
+    console = Console()
+    try:
+        with terminal.progress(console, 1) as shown:
+            job = jobs.target(target, arguments or (), data)
+            found = search.find(job, steps=steps, out=out, patience=patience, told=shown)
+        page = write_rate(found, out)
+    except (jobs.JobFailed, MeasurementError) as error:
+        typer.echo(f"gfs: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ConfigError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}; choose another folder with --out")
+    terminal.show_rate(found, console)
+    typer.echo(f"→ {page}")
+
+
+@app.command()
 def doctor(
     target: Annotated[
         str | None,

@@ -9,10 +9,16 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from gfs_core import ConfigError
 from gfs_core.loss.batches import batch_size
@@ -20,6 +26,7 @@ from gfs_report.jobs import Plan
 from gfs_report.recording import Watched
 
 _VALIDATED = 2  # batches of a validation: enough for the schedulers that go by it
+_JUDGED = 32  # batches of the validation data, on which a job is judged after its last step
 
 
 def lightning(module: Any, plan: Plan, folder: Path) -> None:
@@ -79,6 +86,7 @@ def _lightning_watch(root: str, job: Watched) -> Any:
                 )
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            _lightning_schedule(trainer, job)
             if job.plan.begin == 0:
                 job.begin(list(self.gfs.monitors.values()))
 
@@ -106,12 +114,54 @@ def _lightning_watch(root: str, job: Watched) -> Any:
                 "batches_per_epoch": _whole(trainer.num_training_batches),
                 "clipping": trainer.gradient_clip_val,
             }
-            job.stepped(pl_module, trainer.optimizers[0], facts)
+            job.stepped(pl_module, trainer.optimizers[0], facts, lambda: _lightning_judged(trainer, pl_module))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             job.leave(trainer.optimizers[0])
 
     return Watch()
+
+
+def _lightning_schedule(trainer: Any, job: Watched) -> None:
+    """Record the schedule: each scheduler is stepped at its own interval."""
+    configs = [c for c in trainer.lr_scheduler_configs if not c.reduce_on_plateau]
+    per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+
+    def advance(step: int) -> None:
+        for config in configs:
+            every = config.frequency * (1 if config.interval == "step" else per_epoch)
+            if step % every == 0:
+                config.scheduler.step()
+
+    if job.plan.schedule is not None:
+        steps = float(job.plan.schedule or trainer.estimated_stepping_batches)
+        job.schedule(trainer.optimizers[0], [c.scheduler for c in configs], steps, advance)
+
+
+def _lightning_judged(trainer: Any, module: Any) -> list[float] | None:
+    """Losses of ``training_step`` on validation batches; ``None``: there are none."""
+    from lightning_gfs import _compat
+
+    loaders = trainer.val_dataloaders
+    loader = next(iter(loaders), None) if isinstance(loaders, (list, tuple)) else loaders
+    if loader is None:
+        return None
+    losses: list[float] = []
+    with _judging(module), _compat.quiet(trainer, module):
+        for i, batch in enumerate(itertools.islice(loader, _JUDGED)):
+            given = _compat.prepared(trainer, batch)
+            several = "batch_idx" in inspect.signature(module.training_step).parameters
+            out = module.training_step(given, i) if several else module.training_step(given)
+            losses.append(float(out["loss"] if isinstance(out, dict) else out))
+    return losses or None
+
+
+@contextmanager
+def _judging(module: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; the job ends after it, so nothing is put back."""
+    module.eval()
+    with torch.no_grad():
+        yield
 
 
 def transformers(module: Any, plan: Plan, folder: Path) -> None:
@@ -170,6 +220,8 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            scheduler = kwargs["lr_scheduler"]
+            job.schedule(kwargs["optimizer"], [scheduler], state.max_steps, lambda step: scheduler.step())
             if job.plan.begin == 0:
                 job.begin([gfs.monitor] if gfs.monitor is not None else [])
 
@@ -190,7 +242,7 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
                 "batches_per_epoch": _length(loader),
                 "clipping": args.max_grad_norm or None,
             }
-            job.stepped(kwargs["model"], kwargs["optimizer"], facts)
+            job.stepped(kwargs["model"], kwargs["optimizer"], facts, lambda: _transformers_judged(trainer))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             job.leave(kwargs["optimizer"])
@@ -198,6 +250,19 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
     if job.plan.begin == 0:
         gfs.set_trainer(trainer)
     trainer.add_callback(Watch())
+
+
+def _transformers_judged(trainer: Any) -> list[float] | None:
+    """Losses of validation batches; ``None``: there are none."""
+    if trainer.eval_dataset is None:
+        return None
+    losses: list[float] = []
+    with _judging(trainer.model):
+        for batch in itertools.islice(trainer.get_eval_dataloader(), _JUDGED):
+            inputs = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                losses.append(float(trainer.compute_loss(trainer.model, inputs)))
+    return losses or None
 
 
 def _whole(number: Any) -> int | None:

@@ -89,6 +89,11 @@ class Plan:
         factor: on every learning rate that it uses.
         begin: steps taken before the first measurement.
         intervals: steps between measurements of signals that the options do not turn on, by name.
+        rates: the largest learning rate of each step, in the place of the schedule's; the job then ends where its loss
+            is lost. ``None``: its own, times the factor.
+        schedule: number of steps over which its own schedule is recorded among the facts; 0: as many as its trainer
+            would take; ``None``: it is not recorded.
+        judge: whether losses of validation batches are computed after the last step, for the facts.
     """
 
     steps: int
@@ -96,6 +101,9 @@ class Plan:
     factor: float = 1.0
     begin: int = 0
     intervals: dict[str, int] = field(default_factory=dict)
+    rates: list[float] | None = None
+    schedule: int | None = None
+    judge: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Picture:
         step: a step marked by a vertical line.
         marks: early warnings, shown as points on the first line with a link to ``#alarm-N``.
         linked: whether its steps pan and zoom with those of the other pictures of a page.
+        rates: whether the curves are over learning rates, on a logarithmic axis, and not over steps; not linked then.
     """
 
     heading: str
@@ -63,6 +64,7 @@ class Picture:
     step: int | None = None
     marks: Sequence[Mark] = ()
     linked: bool = True
+    rates: bool = False
 
     def shown(self) -> list[Line]:
         """The lines with what can be shown of them, thinned to a few thousand points each."""
@@ -105,7 +107,8 @@ def draw(picture: Picture, x_range: Any = None) -> figure | None:
     plot = figure(
         height=320,
         sizing_mode="stretch_width",
-        x_axis_label="optimizer step",
+        x_axis_label="learning rate" if picture.rates else "optimizer step",
+        x_axis_type="log" if picture.rates else "linear",
         y_axis_label=picture.unit,
         y_axis_type="log" if picture.log else "linear",
         tools="pan,box_zoom,reset,save",
@@ -122,7 +125,7 @@ def draw(picture: Picture, x_range: Any = None) -> figure | None:
     plot.x_range.range_padding = 0.02
     for line in lines:
         _add_line(plot, line)
-    _add_hover(plot, lines)
+    _add_hover(plot, lines, ("rate", "@step{%.3g}") if picture.rates else ("step", "@step{0}"))
     if picture.edge is not None:
         at = {"location": picture.edge, "dimension": "width"}
         plot.add_layout(Span(**at, line_color=RED, line_dash="dashed", line_width=1.5))
@@ -152,16 +155,16 @@ def _add_line(plot: figure, line: Line) -> None:
         plot.line("step", "value", line_width=1.5, line_dash="dashed" if line.form == "dashed" else "solid", **look)
 
 
-def _add_hover(plot: figure, lines: Sequence[Line]) -> None:
-    """One box with the step under the pointer and the latest value of each curve; several would hide each other."""
+def _add_hover(plot: figure, lines: Sequence[Line], head: tuple[str, str]) -> None:
+    """One box with the place of the pointer and the latest value of each curve; several would hide each other."""
     longest = max(lines, key=lambda line: len(line.curve.steps)).curve
     columns = {"step": longest.steps.astype(np.float64), "value": longest.values}
     for i, line in enumerate(lines):
         latest = np.searchsorted(line.curve.steps, longest.steps, side="right") - 1
         columns[f"of{i}"] = np.where(latest >= 0, line.curve.values[latest], np.nan)
     unseen = plot.line("step", "value", source=ColumnDataSource(columns), alpha=0)
-    said = [("step", "@step{0}"), *((line.name, f"@of{i}{{%.4g}}") for i, line in enumerate(lines))]
-    formats = {f"@of{i}": "printf" for i in range(len(lines))}
+    said = [head, *((line.name, f"@of{i}{{%.4g}}") for i, line in enumerate(lines))]
+    formats = {f"@of{i}": "printf" for i in range(len(lines))} | ({"@step": "printf"} if "%" in head[1] else {})
     plot.add_tools(HoverTool(renderers=[unseen], tooltips=said, formatters=formats, mode="vline"))
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from gfs_core.actions.rate import Control
 from gfs_core.config import TIERS
 from gfs_core.linalg.vectors import local
 from gfs_core.loss.memory import vector_bytes
-from gfs_core.optimizers.learning_rate import rate_of
+from gfs_core.optimizers.learning_rate import LearningRateHook, rate_of
 from gfs_core.optimizers.thresholds import parameters_of, stability_of, unwrap
 from gfs_core.run.scheduler import scheduler_of
+from gfs_core.search.ramp import is_lost
+from gfs_core.search.schedule import recorded
 from gfs_core.signals.catalog import Signals
 from gfs_core.signals.measuring import copies_of
 from gfs_report.jobs import Plan
@@ -43,6 +46,7 @@ class Recorder:
         self._micro = 0  # … and their number
         self._waiting: list[tuple[int, Tensor | None, float, float]] = []
         self._bad = 0
+        self._losses: list[float] = []  # of a job whose rates are planned
         self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._csv.writerow(["step", "train_loss", "seconds", "learning_rate"])
@@ -58,19 +62,25 @@ class Recorder:
         """Take in that an optimizer step was taken; whether it was the last one wanted."""
         now = time.perf_counter()
         loss = None if self._loss is None else self._loss / self._micro
-        self._waiting.append((self.steps, loss, now - self._began, rate * self.plan.factor))
+        rate = rate * self.plan.factor if self.plan.rates is None else self.plan.rates[self.steps]
+        self._waiting.append((self.steps, loss, now - self._began, rate))
         self._loss, self._micro = None, 0
         self.steps += 1
         if self.steps >= self.plan.steps or now - self._flushed > _FLUSH:
             self._flush()
-        return self.steps >= self.plan.steps or self._bad >= _NOT_FINITE
+        return self.steps >= self.plan.steps or self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether its loss is lost, as far as it was looked at."""
+        return self._bad >= _NOT_FINITE or (self.plan.rates is not None and is_lost(self._losses))
 
     def end(self) -> None:
         """Write what is known."""
         self._flush()
         if self.steps == 0:
             return
-        ended = "diverged" if self._bad >= _NOT_FINITE else "steps" if self.steps >= self.plan.steps else "itself"
+        ended = "diverged" if self.lost else "steps" if self.steps >= self.plan.steps else "itself"
         held = {"ended": ended, "steps": self.steps, "facts": self.facts}
         (self.folder / "outcome.json").write_text(json.dumps(held), encoding="utf-8")
 
@@ -78,6 +88,8 @@ class Recorder:
         for step, loss, seconds, rate in self._waiting:
             value = None if loss is None else float(loss)
             self._bad = self._bad + 1 if value is not None and not math.isfinite(value) else 0
+            if value is not None and self.plan.rates is not None and not is_lost(self._losses):
+                self._losses.append(value)
             self._csv.writerow([step, "" if value is None else repr(value), f"{seconds:.6f}", repr(rate)])
         self._waiting = []
         self._file.flush()
@@ -100,6 +112,24 @@ class _Fixed(Control):
         return self.factor
 
 
+class _Planned(Control):
+    """The rate of each step, whatever the user's schedule sets."""
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        super().__init__("observe")
+        self.rates, self.taken = rates, 0
+
+    def scale(self, rate: float) -> float:
+        """The factor that makes the planned rate of the coming step of ``rate``."""
+        return self.rates[min(self.taken, len(self.rates) - 1)] / rate if rate > 0 else 1.0
+
+    def step(self, rate: float) -> float:
+        """The same, and a step is taken."""
+        scale = self.scale(rate)
+        self.taken += 1
+        return scale
+
+
 def _scale_rates(monitors: list[StabilityMonitor], factor: float) -> None:
     """Put ``factor`` on every rate that the optimizers use from now on, whatever sets it."""
     if factor == 1.0:
@@ -108,6 +138,19 @@ def _scale_rates(monitors: list[StabilityMonitor], factor: float) -> None:
         if scheduler_of(monitor.optimizer) is not None:
             raise ConfigError("the rate of this job is decided by EdgeOfStabilityLR; it can be run with --rates 1 only")
         monitor.rates.act(_Fixed(factor))
+
+
+def _record_schedule(
+    optimizer: Any, schedulers: Sequence[Any], steps: int, advance: Callable[[int], object]
+) -> list[float]:
+    """The largest rate of each of so many steps.
+
+    Raises:
+        ConfigError: measurements decide the rate.
+    """
+    if scheduler_of(optimizer) is not None:
+        raise ConfigError("the rate of this job is decided by EdgeOfStabilityLR; leave it out to look for a rate")
+    return [setting.rate for setting in recorded(unwrap(optimizer), schedulers, steps, advance)]
 
 
 class Watched:
@@ -119,6 +162,7 @@ class Watched:
         self.monitors: list[StabilityMonitor] = []
         self._peak: int | None = None
         self._rate = 0.0
+        self._hook: LearningRateHook | None = None
 
     def options(self, own: Any) -> dict[str, Any]:
         """Options to measure with, those that the job's own callback, if any, needs for its loss included."""
@@ -131,21 +175,57 @@ class Watched:
         for monitor in monitors:
             monitor.schedule.also(self.plan.intervals)
         _scale_rates(monitors, self.plan.factor)
+        if self.plan.rates is not None:
+            for monitor in monitors:
+                monitor.rates.act(_Planned(self.plan.rates))
         self._peak = _peak_bytes(reset=True)
 
     def starts(self, optimizer: Any) -> None:
         """Take in that a step begins: a scheduler changes its rate before the step is said to have ended."""
         self._rate = rate_of(optimizer)
+        if self.plan.rates is not None and not self.monitors and self._hook is None:  # nothing is measured
+            self._hook = LearningRateHook(optimizer, _Planned(self.plan.rates))
 
-    def stepped(self, model: nn.Module, optimizer: Any, facts: dict[str, Any]) -> None:
+    def schedule(
+        self, optimizer: Any, schedulers: Sequence[Any], steps: float, advance: Callable[[int], object]
+    ) -> None:
+        """Record the schedule of the whole training, where that is wanted.
+
+        Args:
+            optimizer: whose rates it sets.
+            schedulers: all that set them by the number of steps.
+            steps: that the trainer would take; not finite: without end.
+            advance: called with each step but the first, before it; steps the schedulers.
+
+        Raises:
+            ConfigError: the training has no end, or measurements decide the rate.
+        """
+        if self.plan.schedule is None:
+            return
+        if not self.plan.schedule and not 0 < steps < math.inf:
+            raise ConfigError("this job sets no number of steps or epochs; give --steps, those of the whole training")
+        rates = _record_schedule(optimizer, schedulers, self.plan.schedule or int(steps), advance)
+        self.recorder.facts["schedule"] = rates
+
+    def stepped(
+        self, model: nn.Module, optimizer: Any, facts: dict[str, Any], judge: Callable[[], list[float] | None]
+    ) -> None:
         """Take in an optimizer step.
+
+        Args:
+            model: what is trained.
+            optimizer: that took the step.
+            facts: what is known of the job.
+            judge: losses of validation batches; ``None``: there are none.
 
         Raises:
             SystemExit: it was the last one.
         """
         if self.recorder.steps == 0:
-            self.recorder.facts = _facts(model, optimizer) | facts
+            self.recorder.facts |= _facts(model, optimizer) | facts
         if self.recorder.stepped(self._rate):
+            if self.plan.judge and not self.recorder.lost:
+                self.recorder.facts["judged"] = judge()
             self.leave(optimizer)
 
     def leave(self, optimizer: Any = None) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gfs_report.advice import Advice
 from gfs_report.doctor import Examination, Installed
+from gfs_report.rate.search import FoundForJob
 from gfs_report.trial.checks import band
 from gfs_report.trial.pilot import Pilot
 from gfs_report.units import count, duration, size
@@ -24,10 +25,10 @@ class Steps:
         self.progress, self.steps = progress, steps
         self._tasks: dict[str, object] = {}
 
-    def __call__(self, name: str, step: int) -> None:
-        """Take in that the run of this name has taken ``step`` steps."""
+    def __call__(self, name: str, step: int, of: int | None = None) -> None:
+        """Take in that the run of this name has taken ``step`` steps, of at most ``of``."""
         if name not in self._tasks:
-            self._tasks[name] = self.progress.add_task(name, total=self.steps)
+            self._tasks[name] = self.progress.add_task(name, total=of or self.steps)
         self.progress.update(self._tasks[name], completed=step)  # type: ignore[arg-type]
 
 
@@ -50,6 +51,16 @@ def show_pilot(found: Pilot, console: Console) -> None:
         table.add_row(f"×{r.factor:g}", str(r.steps), loss, edge, ratio, hurt or r.problem)
     console.print(table)
     for sentence in found.lead:
+        console.print(Text(sentence))
+
+
+def show_rate(found: FoundForJob, console: Console) -> None:
+    """The rate with its range, the pilots, and what is not known."""
+    table = Table("rate", "steps", "loss", title="The pilots")
+    for p in found.rate.pilots:
+        table.add_row(f"{p.rate:.3g}", f"{p.taken} of {p.steps}", "lost" if not p.losses else f"{p.loss:.4g}")
+    console.print(table)
+    for sentence in (*found.lead, *found.rate.unsure):
         console.print(Text(sentence))
 
 

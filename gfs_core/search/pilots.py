@@ -18,7 +18,8 @@ MARGIN = 0.5  # on the best rate, below one that was lost
 _SHARE = 5  # a pilot has this part of the training's steps …
 _SHORTEST, _LONGEST = 100, 300  # … and so many at least and at most
 _AT_MOST = 8  # rates
-_FLAT = 0.02  # relative difference of losses, below which they are alike
+_FLAT = 0.02  # relative difference of losses, below which they are alike …
+_NOISY = 0.1  # … and below which they are where batches differ as much
 _LIKE = 0.05  # the same, of a rate within the range of the recommended one
 _BEHIND = 0.5  # of what the best pilot gained; who gained less counts as lost
 _HALF = 10**0.125  # a range is at least this factor to either side: no finer than the pilots tell
@@ -180,8 +181,9 @@ def _worse(pilot: Pilot, best: Pilot) -> float:
 
 
 def _alike(pilot: Pilot, best: Pilot) -> bool:
-    """Whether the difference of two pilots is small, or is within twice its error over the batches they share."""
-    if _worse(pilot, best) < _FLAT:
-        return True
+    """Whether the difference of two pilots is small, or within twice its error over the batches they share."""
+    worse = _worse(pilot, best)
+    if not _FLAT < worse < _NOISY:
+        return worse <= _FLAT
     apart = [a - b for a, b in zip(pilot.losses, best.losses, strict=False)]
     return len(apart) > 2 and fmean(apart) < 2 * stdev(apart) / math.sqrt(len(apart))

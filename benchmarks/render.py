@@ -34,6 +34,7 @@ PAGES = {
     "peers": "benchmarks.peers.page",
     "peers_cuda": "benchmarks.peers.page",
     "price": "benchmarks.price",
+    "rate": "benchmarks.rate",
     "rescue": "benchmarks.rescue",
     "running": "benchmarks.running",
     "tiers": "benchmarks.tiers.page",

@@ -75,6 +75,13 @@ def test_controlled_loop(tmp_path: Path) -> None:
     assert "follow: step 0, rate used 0.05, scale 0.01" in lines
 
 
+def test_find_rate(tmp_path: Path) -> None:
+    lines = run(tmp_path, "find_rate.py").splitlines()
+    before, after = (float(line.split()[-1]) for line in lines[-2:])
+    assert lines[0].startswith("FoundRate(")
+    assert after < 0.25 < 1 < before
+
+
 def test_rescued_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "rescued_loop.py").splitlines()
     losses = {line.split(":")[0]: float(line.split()[-1]) for line in lines if ": loss" in line}

@@ -20,6 +20,7 @@ from gfs_report.runs import Run, read_run
 
 _MEASURED = 2  # steps between ratios in a ramp
 _LAST = 16  # steps of a pilot, by whose losses it is judged where there are no validation data
+_OF_A_STEP = ("threshold", "no_threshold", "preconditioned", "vector_bytes")  # facts that say nothing of the whole run
 _RAMP = {"tier": "running", "every": _MEASURED, "max_overhead": None, "alarm": "off"}
 
 
@@ -109,6 +110,8 @@ class _Jobs:
         plan = jobs.Plan(1, begin=2, schedule=steps or 0, judge=True)
         self.facts = jobs.run(job, plan, out / "start", patience=patience, told=partial(self._told, "start", 1)).facts
         self.schedule: list[float] = self.facts.pop("schedule")
+        for name in _OF_A_STEP:
+            self.facts.pop(name, None)
         self.steps, self.users = len(self.schedule), max(self.schedule)
         self.judged_on = "training" if self.facts.pop("judged", None) is None else "validation"
         if self.steps < FEWEST:

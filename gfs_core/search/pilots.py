@@ -90,7 +90,7 @@ def search(run: Callable[[float, int], Pilot], start: float, steps: int, afford:
     """
     length = first_steps(steps)
     pilots = [run(start, length)]
-    _enclose(run, pilots, length)
+    _enclose(run, pilots, length, lambda more: True)
     while True:
         latest = [p for p in pilots if p.steps == length]
         choice = choose(latest)
@@ -103,11 +103,13 @@ def search(run: Callable[[float, int], Pilot], start: float, steps: int, afford:
             return pilots
         length *= 2
         pilots += [run(rate, length) for rate in again]
-        _enclose(run, pilots, length)
+        _enclose(run, pilots, length, afford)
 
 
-def _enclose(run: Callable[[float, int], Pilot], pilots: list[Pilot], length: int) -> None:
-    """Add pilots of one length until the best has one on either side."""
+def _enclose(
+    run: Callable[[float, int], Pilot], pilots: list[Pilot], length: int, afford: Callable[[int], bool]
+) -> None:
+    """Add pilots of one length until the best has one on either side, or no more may be spent."""
     lost = [p.rate for p in pilots if p.loss == math.inf]  # a rate that was lost once is not tried again
     while len(own := held([p for p in pilots if p.steps == length])) < _AT_MOST:
         best = min(own, key=lambda p: p.loss)
@@ -117,7 +119,7 @@ def _enclose(run: Callable[[float, int], Pilot], pilots: list[Pilot], length: in
         missing = [r for r in wanted if not any(math.isclose(r, t, rel_tol=0.1) for t in tried)]
         if best.loss == math.inf and not missing:
             missing = [min(tried) / APART]
-        if not missing:
+        if not missing or not afford(length):
             return
         pilots.append(run(missing[0], length))
 

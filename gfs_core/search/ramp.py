@@ -24,6 +24,7 @@ _LOOK = 5  # steps, over whose losses a median is taken
 _GAIN = 0.05  # of the first loss; who has not gained so much has nothing to lose
 _KEPT = 0.25  # of what was gained; who keeps less is lost
 _RISEN = 1.3  # times the first loss
+_BEYOND = 4.0  # times the usual difference of two losses in a row: the batches alone do not raise it so far
 _FEWEST = 6  # ratios on each side of a knee
 _WITHIN = 30.0  # the largest ratio is at most so many times those that are looked at
 _FOLLOWS = 0.8  # least slope before the knee, of ratio over rate in logarithms; 1: the curvature does not change
@@ -104,7 +105,10 @@ def growth_of(steps: int) -> float:
 
 
 def is_lost(losses: Sequence[float]) -> bool:
-    """Whether a training, by its losses so far, has lost what it had learnt; a single bad batch does not count."""
+    """Whether a training, by its losses so far, has lost what it had learnt.
+
+    A single bad batch does not count, nor does what is within the scatter of batches.
+    """
     if losses and not math.isfinite(losses[-1]):
         return True
     if len(losses) < 2 * _LOOK:
@@ -112,6 +116,8 @@ def is_lost(losses: Sequence[float]) -> bool:
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(np.asarray(losses), _LOOK), axis=1)
     first, least, now = float(smooth[0]), float(smooth.min()), float(smooth[-1])
     gained = first - least
+    if now - least < _BEYOND * float(np.median(np.abs(np.diff(losses)))):
+        return False
     if gained > _GAIN * abs(first):
         return now > least + (1 - _KEPT) * gained
     return now > first + (_RISEN - 1) * abs(first)

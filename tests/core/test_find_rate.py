@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
 import gfs_core
-from gfs_core import FoundRate
-from gfs_core.search.pilots import APART
+from gfs_core import ConfigError, FoundRate, MeasurementError
+from gfs_core.search.pilots import APART, MARGIN, Pilot, choose, search
+from gfs_core.search.ramp import Point, Ramp, is_lost
 from tests.bitwise import assert_same
 
 STEPS = 300
@@ -134,3 +136,122 @@ def test_from_rates_far_too_low_and_too_high_the_training_ends_near_the_best(
         assert found.range[0] <= found.rate <= found.range[1]
         assert found.factor == pytest.approx(found.rate / rate)
         assert Job(rate, adaptive=adaptive).train(found.factor) < 1.3 * tuned  # seeds alone scatter by a tenth
+
+
+def test_two_searches_of_other_seeds_agree_within_their_ranges() -> None:
+    rates = (0.02, 0.3)
+    first, second = (Job(rate).find() for rate in rates)  # other ramps, and pilots at other rates
+    assert first.range[0] < second.rate < first.range[1]
+    assert second.range[0] < first.rate < second.range[1]
+
+
+def test_the_same_search_finds_the_same() -> None:
+    assert Job(0.02).find().to_dict() | {"cost": 0} == Job(0.02).find().to_dict() | {"cost": 0}
+
+
+def test_all_groups_are_scaled_and_the_schedule_keeps_its_shape() -> None:
+    job = Job(0.05, scheduled=False)
+    first, *rest = job.model.parameters()
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": rest}], 0.05, momentum=0.9)
+    schedule = OneCycleLR(optimizer, [0.01, 0.05], total_steps=STEPS)
+    used: list[tuple[float, float, float]] = []
+
+    def seen() -> None:
+        a, b = optimizer.param_groups
+        used.append((a["lr"], b["lr"], b["momentum"]))
+
+    found = gfs_core.find_rate(
+        job.model, optimizer, job.loss_of, job.loader, STEPS, scheduler=schedule, before_step=seen
+    )
+    assert found.users == pytest.approx(0.05, rel=1e-3)
+    assert all(a == pytest.approx(b / 5) for a, b, _ in used)
+    pilot = found.pilots[0]
+    ran = used[found.cost.ramp_steps :][: pilot.steps]
+    assert max(b for _, b, _ in ran) == pytest.approx(pilot.rate, rel=0.02)
+    assert np.argmax([b for _, b, _ in ran]) == pytest.approx(0.3 * pilot.steps, abs=2)  # as in the whole cycle
+    assert min(m for _, _, m in ran) == pytest.approx(0.85, abs=0.01)
+    assert found.judged_on == "training"
+    assert any("training data" in sentence for sentence in found.unsure)
+
+
+def test_a_wrong_argument_is_said() -> None:
+    job = Job(0.02)
+    with pytest.raises(ConfigError, match="iterator"):
+        gfs_core.find_rate(job.model, job.optimizer, job.loss_of, iter(job.loader), STEPS)
+    with pytest.raises(ConfigError, match="no batch"):
+        gfs_core.find_rate(job.model, job.optimizer, job.loss_of, [], STEPS)
+    with pytest.raises(ConfigError, match="≥ 100"):
+        gfs_core.find_rate(job.model, job.optimizer, job.loss_of, job.loader, 20)
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau"):
+        job.find(scheduler=ReduceLROnPlateau(job.optimizer))
+    job.optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(ConfigError, match="got 0"):
+        job.find(scheduler=None)
+
+
+def test_no_rate_at_which_anything_is_learnt() -> None:
+    job = Job(0.02)
+    bad = [(x * math.nan, y) for x, y in job.loader]
+    with pytest.raises(MeasurementError, match="lost in all pilots"):
+        gfs_core.find_rate(job.model, job.optimizer, job.loss_of, bad, STEPS)
+
+
+def test_scatter_of_batches_is_no_loss() -> None:
+    noise = np.random.default_rng(0).normal(size=400)
+    healthy = 10 - 0.002 * np.arange(400) + noise  # falls slowly, and scatters by more than it has gained
+    assert not any(is_lost(healthy[:n].tolist()) for n in range(1, 400))
+    back = [*np.linspace(10, 2, 100), *np.linspace(2, 9, 20)]
+    assert is_lost(back)
+    assert not is_lost([*back[:105], 50.0])  # one bad batch
+    assert is_lost([1.0, math.nan])
+
+
+@pytest.mark.parametrize("growth", [1.03, 1.12])
+def test_the_knee_is_where_the_ratio_stops_following(growth: float) -> None:
+    rates = 1e-4 * growth ** np.arange(0, math.log(1e4) / math.log(growth))
+    noise = np.exp(0.1 * np.random.default_rng(1).normal(size=len(rates)))
+    ratios = noise * 0.4 * np.minimum(rates / 0.03, (rates / 0.03) ** 0.1)
+    ramp = Ramp.of([Point(r, 1.0, None, v) for r, v in zip(rates, ratios, strict=True)])
+    assert ramp.knee is not None
+    assert ramp.knee.rate == pytest.approx(0.03, rel=0.3)
+    assert ramp.knee.ratio == pytest.approx(0.4, rel=0.2)
+    straight = Ramp.of([Point(r, 1.0, None, r * n) for r, n in zip(rates, noise, strict=True)])
+    assert straight.knee is None
+    assert "stopped following" in straight.why
+    few = Ramp.of([Point(r, 1.0) for r in rates])
+    assert few.why == "only 0 ratios were measured"
+
+
+def pilots(losses: dict[float, float], steps: int = 100) -> list[Pilot]:
+    return [Pilot(rate, steps, steps, 2.3, (v,) if v < math.inf else ()) for rate, v in losses.items()]
+
+
+def test_the_parabola_has_its_lowest_point_where_the_losses_say() -> None:
+    curve = {0.1 * APART**i: 0.1 * math.exp(0.3 * (math.log(0.1 * APART**i) - math.log(0.15)) ** 2) for i in (-1, 0, 1)}
+    choice = choose(pilots(curve))
+    assert choice is not None
+    assert choice.rate == pytest.approx(0.15)
+    assert choice.parabola == pytest.approx((0.3, math.log(0.15), math.log(0.1)))
+    reach = math.exp(math.sqrt(0.05 / 0.3))
+    assert (choice.low, choice.high) == pytest.approx((0.15 / reach, 0.15 * reach))
+    assert choice.cliff is None
+
+
+def test_below_a_rate_that_was_lost_the_best_one_is_lowered() -> None:
+    for above in (math.inf, 1.9):  # lost outright, or a run that has gained less than half
+        choice = choose(pilots({0.1: 0.3, 0.316: 0.2, 1.0: above}))
+        assert choice is not None
+        assert choice.rate == pytest.approx(MARGIN * 0.316)
+        assert choice.cliff == 1.0
+        assert choice.high <= 0.316
+    assert choose(pilots({0.1: math.inf})) is None
+
+
+def test_pilots_are_lengthened_while_their_losses_are_alike() -> None:
+    def flat(rate: float, steps: int) -> Pilot:
+        wide = 0.001 if steps < 400 else 0.2
+        return pilots({rate: 0.5 + wide * math.log(rate / 0.1) ** 2}, steps)[0]
+
+    tried = search(flat, 0.1, 1000, lambda more: more <= 2000)
+    assert sorted({p.steps for p in tried}) == [200, 400]
+    assert len(search(flat, 0.1, 1000, lambda more: False)) == 3  # no more may be spent

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gfs_core.config import GFSConfig
@@ -22,6 +23,7 @@ from gfs_core.optimizers.learning_rate import rate_of, set_rate
 from gfs_core.optimizers.thresholds import parameters_of, unwrap
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.run.rollback import Snapshots
+from gfs_core.run.scheduler import scheduler_of
 from gfs_core.search.found import FoundRate, search
 from gfs_core.search.pilots import Pilot
 from gfs_core.search.ramp import Point, Ramp, is_lost
@@ -82,22 +84,39 @@ def find_rate(
         >>> for group in optimizer.param_groups:
         ...     group["lr"] *= found.factor
     """
+    _check(optimizer, batches, steps, scheduler, validation)
+    with _Loop(model, optimizer, loss_of, batches, steps, scheduler, validation, before_step, progress) as loop:
+        return search(loop, time.perf_counter)
+
+
+def _check(
+    optimizer: Any, batches: Iterable[Any], steps: int, scheduler: Any, validation: Iterable[Any] | None
+) -> None:
+    """Refuse what cannot be searched.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
     if steps < FEWEST:
         raise ConfigError(f"`steps` must be ≥ {FEWEST}, for shorter runs to tell something of it; got {steps}")
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigError("find_rate runs in one process; call it before there is a process group")
     for name, data in (("batches", batches), ("validation", validation)):
-        if data is not None and iter(data) is data:
+        if isinstance(data, Iterator):
             raise ConfigError(f"`{name}` is an iterator, which can be gone through once; give the loader or a list")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(
             "ReduceLROnPlateau goes by a metric of the run; leave `scheduler` out: pilots are too short for it"
         )
+    if isinstance(unwrap(optimizer), torch.optim.LBFGS):
+        raise ConfigError("LBFGS chooses the length of its steps itself: there is no rate to look for")
+    if scheduler_of(optimizer) is not None:
+        raise ConfigError("EdgeOfStabilityLR decides the rate by measurements: look for the rate without it")
+    if any(is_lazy(p) for p in parameters_of(optimizer)):
+        raise ConfigError("the model has weights without a shape yet: give it one batch first")
     if not 0 < rate_of(optimizer) < math.inf and scheduler is None:
         raise ConfigError(f"the optimizer's learning rate must be > 0 and finite, got {rate_of(optimizer)}")
-    with _Loop(model, optimizer, loss_of, batches, steps, scheduler, validation, before_step, progress) as loop:
-        return search(loop, time.perf_counter)
 
 
 class _Loop:
@@ -147,7 +166,8 @@ class _Loop:
             for rate, batch in zip(rates, self._data(), strict=False):
                 peak.apply(self.optimizer, rate / self.users)
                 loss = self._backward(batch)
-                norm = WHOLE.norm([local(p.grad) for p in parameters_of(self.optimizer) if p.grad is not None])
+                grads = [local(p.grad) for p in parameters_of(self.optimizer) if p.grad is not None]
+                norm = WHOLE.norm(grads) if grads else None
                 value, ratio = float(loss.detach()), None
                 if math.isfinite(value) and (made := monitor.step(self.loss_of, batch, loss=loss)) is not None:
                     ratio = made.running_stability_ratio

@@ -14,6 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core
 from gfs_core import ConfigError, FoundRate, MeasurementError
@@ -108,6 +109,19 @@ def test_everything_is_as_it_was(adaptive: bool, used: bool) -> None:
     assert all(p.grad is g for p, g in zip(job.model.parameters(), grads, strict=True))
 
 
+def test_a_tensor_rate_and_a_loader_with_workers_are_as_they_were() -> None:
+    job = Job(0.02, scheduled=False)
+    rate = torch.tensor(1e-3)
+    job.optimizer = torch.optim.Adam(job.model.parameters(), rate, foreach=False)
+    loader = DataLoader(TensorDataset(job.loader.x, job.loader.y), 64, shuffle=True, num_workers=1)
+    before = job.state()
+    found = gfs_core.find_rate(job.model, job.optimizer, job.loss_of, loader, STEPS)
+    assert_same(job.state(), before)
+    assert found.factor > 3
+    assert job.optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(1e-3)
+
+
 def test_a_search_that_fails_leaves_everything_as_it_was() -> None:
     job = Job(0.02)
     before, calls = job.state(), 0
@@ -184,6 +198,15 @@ def test_a_wrong_argument_is_said() -> None:
         gfs_core.find_rate(job.model, job.optimizer, job.loss_of, job.loader, 20)
     with pytest.raises(ConfigError, match="ReduceLROnPlateau"):
         job.find(scheduler=ReduceLROnPlateau(job.optimizer))
+    edge = gfs_core.EdgeOfStabilityLR(Job(0.02).optimizer)
+    lazy = torch.optim.SGD(nn.LazyLinear(10).parameters(), 0.1)
+    for optimizer, text in (
+        (torch.optim.LBFGS(job.model.parameters()), "LBFGS"),
+        (lazy, "without a shape"),
+        (edge.optimizer, "EdgeOfStabilityLR"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            gfs_core.find_rate(job.model, optimizer, job.loss_of, job.loader, STEPS)
     job.optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(ConfigError, match="got 0"):
         job.find(scheduler=None)

@@ -20,6 +20,7 @@ import gfs_core
 from gfs_core import ConfigError, FoundRate, MeasurementError
 from gfs_core.search.pilots import APART, MARGIN, Pilot, choose, search
 from gfs_core.search.ramp import Point, Ramp, is_lost
+from gfs_core.search.schedule import recorded
 from tests.bitwise import assert_same
 
 STEPS = 300
@@ -278,3 +279,27 @@ def test_pilots_are_lengthened_while_their_losses_are_alike() -> None:
     tried = search(flat, 0.1, 1000, lambda more: more <= 2000)
     assert sorted({p.steps for p in tried}) == [200, 400]
     assert len(search(flat, 0.1, 1000, lambda more: False)) == 3  # no more may be spent
+
+
+def test_a_schedule_is_read_off_and_put_back() -> None:
+    job = Job(0.02, scheduled=False)
+    schedule = OneCycleLR(job.optimizer, 0.02, total_steps=STEPS)
+    before = job.state(), copy.deepcopy(schedule.state_dict())
+    settings = recorded(job.optimizer, [schedule], STEPS, lambda step: schedule.step())
+    assert_same((job.state(), schedule.state_dict()), before)
+    assert len(settings) == STEPS
+    assert max(s.rate for s in settings) == pytest.approx(0.02)
+    assert settings[-1].rate < 1e-6
+    assert settings[0].other[0]["momentum"] == pytest.approx(0.95)
+
+
+def test_lengthened_pilots_are_not_enclosed_beyond_the_cost_of_a_training() -> None:
+    spent: list[int] = []
+
+    def falls(rate: float, steps: int) -> Pilot:  # the longer, the higher the best rate: it is never enclosed
+        spent.append(steps)
+        best = 0.1 if steps == 200 else 30.0
+        return pilots({rate: 0.5 + (0.001 if steps == 200 else 0.02) * math.log(rate / best) ** 2}, steps)[0]
+
+    search(falls, 0.1, 1000, lambda more: sum(spent) + more <= 2000)
+    assert sum(spent) <= 2000

@@ -39,6 +39,9 @@ Share of runs that end well, as in [rescue.md](rescue.md): the median of the las
 progress above the best that the run had when it was left alone. Where the data stays bad nothing here can help.
 *Earlier rescue* is `alarm="rescue"` before the guard: it halved the rate at a rollback for 100 steps, and never lowered
 it without one. It does what the guard does now.
+
+A guard that does not skip the step of an alarm of which the loss shows nothing ended well in 73 % of these runs, one of
+each kind, and left 8 of 9 of the healthy ones above untouched, as false alarms cost it no step. So the guard skips it.
 """
 
 

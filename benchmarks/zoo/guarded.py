@@ -41,7 +41,7 @@ progress above the best that the run had when it was left alone. Where the data 
 it without one. It does what the guard does now.
 
 A guard that does not skip the step of an alarm of which the loss shows nothing ended well in 73 % of these runs, one of
-each kind, and left 8 of 9 of the healthy ones above untouched, as false alarms cost it no step. So the guard skips it.
+each kind, and left 8 of 9 healthy ones untouched, as false alarms cost it no step. So the guard skips it.
 """
 
 

@@ -243,9 +243,8 @@ def in_danger(rows: dict[str, Row]) -> list[str]:
     alone = [rows[f"{k} | {ways[0]} | {s}"]["seconds"] / rows[f"{k} | {ways[0]} | {s}"]["steps"]
              for k in done for s in seeds]  # fmt: skip
     ratio = median(a / b for a, b in zip(times, alone, strict=True))
-    after = (
-        f'A step with `alarm="rescue"` took {ratio:.1f} times as long as one without, in the median, of milliseconds.'
-    )
+    after = f'A step with `alarm="rescue"` took {ratio:.1f} times as long as one without, in the median; steps take\n'
+    after += "milliseconds, and the machine was busy."
     return [IN_DANGER.format(seeds=len(seeds)), *table(["kind", *ways], cells), "", after, ""]
 
 

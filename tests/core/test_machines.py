@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 import gfs_core as gfs
+from gfs_core.actions.lowered import Lowered
 from gfs_core.actions.rate import Control
 from gfs_core.config import Policy
 from tests.core.observed import observe_loss, observe_mean_square, observe_rate, observe_ratio
@@ -118,14 +119,36 @@ class Controls(RuleBasedStateMachine):
         self.same(rate)
 
     @rule()
-    def alarm(self) -> None:
-        self.whole.alarmed()
-        self.resumed.alarmed()
+    def save_and_load(self) -> None:
+        state = saved_and_loaded(self.resumed.state_dict())
+        self.resumed = self.made()
+        self.resumed.load_state_dict(state)
+        assert vars(self.resumed) == vars(self.whole)
+
+
+class Lowerings(RuleBasedStateMachine):
+    """A rate that is lowered at trouble: shares, before and after a resume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.resumed = Lowered(), Lowered()
+
+    @rule()
+    def fall(self) -> None:
+        if self.whole.may_fall:
+            self.whole.fall()
+            self.resumed.fall()
+
+    @rule(rate=RATES, count=st.integers(1, 60))
+    def step(self, rate: float, count: int) -> None:
+        for _ in range(count):
+            assert self.whole.step(rate) == self.resumed.step(rate)
+        assert 0 < self.whole.share <= 1
 
     @rule()
     def save_and_load(self) -> None:
         state = saved_and_loaded(self.resumed.state_dict())
-        self.resumed = self.made()
+        self.resumed = Lowered()
         self.resumed.load_state_dict(state)
         assert vars(self.resumed) == vars(self.whole)
 
@@ -234,5 +257,7 @@ TestAlarm = Alarms.TestCase
 TestAlarm.settings = MANY
 TestControl = Controls.TestCase
 TestControl.settings = MANY
+TestLowered = Lowerings.TestCase
+TestLowered.settings = MANY
 TestMonitor = Monitors.TestCase
 TestMonitor.settings = FEW

@@ -24,6 +24,7 @@ from benchmarks.lib.models import Rows, dense, seeded
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import percent, table
 from benchmarks.lib.trainings import entropy
+from benchmarks.zoo.breaks import ends_well
 
 STEPS, BATCH, SEEDS = 500, 64, range(10, 13)
 SINCE = 250  # the step at which the disturbance begins
@@ -231,8 +232,7 @@ def in_danger(rows: dict[str, Row]) -> list[str]:
         for seed in seeds:
             row, alone = (rows.get(f"{kind} | {w} | {seed}") for w in (way, "nothing"))
             if row is not None and alone is not None:
-                limit = alone["best"] + 0.2 * (alone["first"] - alone["best"])
-                found.append(row["end"] is not None and row["end"] <= limit)
+                found.append(ends_well(row, alone))
         return found
 
     done = [kind for kind in kinds if all(len(well(kind, way)) == len(seeds) for way in ways)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks.lib.store import Row
 from benchmarks.zoo.rules import Alarm
 from benchmarks.zoo.training import Array, Stream
 
@@ -64,6 +65,12 @@ def told_of(stream: Stream, broken: Sequence[int], alarms: Sequence[Alarm]) -> l
         found.append(at - min(heard) if heard else None)
         since = at + 10
     return found
+
+
+def ends_well(row: Row, alone: Row) -> bool:
+    """Whether a run ends at most a fifth of the progress above the best of the one that was left alone."""
+    limit = alone["best"] + 0.2 * (alone["first"] - alone["best"])
+    return row["end"] is not None and bool(row["end"] <= limit)
 
 
 def mean_lead(told: Sequence[int | None]) -> float:

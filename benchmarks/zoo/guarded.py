@@ -16,6 +16,7 @@ import torch
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import percent, table
 from benchmarks.zoo import exam_danger, exam_healthy
+from benchmarks.zoo.breaks import ends_well
 from benchmarks.zoo.live import SEEDS, compact, watched
 from benchmarks.zoo.record import FIRST
 
@@ -61,8 +62,7 @@ def render(results: dict[str, Any]) -> str:
     for key, row in results["danger"].items():
         kind, seed = key.split(" | ")
         alone, rescued = (others[f"{kind} | {way} | {seed}"] for way in ("nothing", "alarm=rescue"))
-        limit = alone["best"] + 0.2 * (alone["first"] - alone["best"])
-        well = [r["end"] is not None and r["end"] <= limit for r in (alone, rescued, row)]
+        well = [ends_well(r, alone) for r in (alone, rescued, row)]
         by_kind.setdefault(kind, []).append(well)
     shares = {kind: [fmean(column) for column in zip(*rows, strict=True)] for kind, rows in by_kind.items()}
     in_danger = [[kind, len(by_kind[kind]), *map(percent, columns)] for kind, columns in shares.items()]

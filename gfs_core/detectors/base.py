@@ -157,6 +157,7 @@ class Track:
     def reset(self) -> None:
         """Begin anew, quiet."""
         self.lately, self.shown = Ladder(self.patience), Ladder(self.patience)
+        self._step = -1  # of the last reading that was told with its step
         self.usual: float | None = None
         self.stood = 0.0
 
@@ -165,17 +166,19 @@ class Track:
         """The level until the run is back."""
         return self.shown.level
 
-    def take(self, finding: Finding, back: bool = True, steps: int = 1) -> Finding | None:
+    def take(self, finding: Finding, back: bool = True, step: int | None = None) -> Finding | None:
         """Take in what a reading says.
 
         Args:
             finding: what it says beside the latest readings.
             back: whether it is near what the run did before the rise as well.
-            steps: since the reading before.
+            step: of the reading, where steps may lie between readings; ``None``: none do.
 
         Returns:
             The finding; ``None`` where all was quiet and stays so.
         """
+        steps = 1 if step is None else max(step - self._step, 1)
+        self._step = self._step if step is None else step
         if finding.level is self.level is AlertLevel.QUIET:
             return None
         was_quiet = self.lately.level is AlertLevel.QUIET
@@ -198,7 +201,7 @@ class Track:
         """Both ladders, the usual value before the rise, and what the run stood."""
         ladders = {"lately": self.lately, "shown": self.shown}
         saved: dict[str, Any] = {name: [int(ladder.level), ladder.calm] for name, ladder in ladders.items()}
-        return {**saved, "usual": self.usual, "stood": self.stood}
+        return {**saved, "usual": self.usual, "stood": self.stood, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off.
@@ -211,6 +214,7 @@ class Track:
             ladder.level, ladder.calm = AlertLevel(level), int(calm)
         usual = state["usual"]
         self.usual, self.stood = None if usual is None else positive(usual), float(state["stood"])
+        self._step = int(state["step"])
 
 
 def is_positive(value: float) -> bool:

@@ -40,7 +40,7 @@ class GradientDetector:
         self._gradients = Past(profile.gradient_window, profile.gradient_first, refresh=5)
         self._stood = Stood(profile.gradient[1], profile, context)
         self._weights = _Growth(profile.weight_steps)
-        self._step = self._judged = -1  # that is arriving, and the last that was judged
+        self._step = -1  # that is arriving
         self._layers: dict[str, float] = {}  # the gradient of each, of that step
         self._scores: dict[str, float] = {}  # of each layer, smoothed
         self._growth = 0.0  # of the weights, in units of the profile's, smoothed
@@ -54,10 +54,9 @@ class GradientDetector:
             self._step, self._layers = reading.step, {}
         if key == GRADIENT and not reading.layer:
             layers, self._layers = self._layers, {}
-            finding, steps = self._judge(value, layers), max(reading.step - self._judged, 1)
-            self._judged = reading.step
+            finding = self._judge(value, layers)
             self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
-            return self.track.take(finding, steps=steps)
+            return self.track.take(finding, step=reading.step)
         if key == GRADIENT:
             self._layers[reading.layer] = value
         elif not reading.layer and 0 < value < math.inf:
@@ -115,7 +114,7 @@ class GradientDetector:
         self._gradients.clear()
         self._stood.clear()
         self._weights = _Growth(self._profile.weight_steps)
-        self._step, self._judged, self._layers, self._scores, self._growth = -1, -1, {}, {}, 0.0
+        self._step, self._layers, self._scores, self._growth = -1, {}, {}, 0.0
         self._context.raised.pop(self.name, None)
         self.track.reset()
 
@@ -125,7 +124,7 @@ class GradientDetector:
             "gradients": self._gradients.state_dict(),
             "stood": self._stood.state(),
             "weights": self._weights.state(),
-            "steps": [self._step, self._judged],
+            "step": self._step,
             "layers": dict(self._layers),
             "scores": dict(self._scores),
             "growth": self._growth,
@@ -140,8 +139,7 @@ class GradientDetector:
         self._layers, self._scores = (
             {str(layer): float(value) for layer, value in state[name].items()} for name in ("layers", "scores")
         )
-        self._step, self._judged = map(int, state["steps"])
-        self._growth = float(state["growth"])
+        self._step, self._growth = int(state["step"]), float(state["growth"])
         self.track.load_state_dict(state["track"])
 
 

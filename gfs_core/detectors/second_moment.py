@@ -39,7 +39,6 @@ class SecondMomentDetector:
         self._stood = Stood(profile.normalised[1], profile, context)
         self._latest: deque[float] = deque(maxlen=_LATEST)  # logarithms of the whole model's
         self._layers: dict[str, float] = {}  # of the step that is arriving
-        self._judged = -1  # the last step that was
 
     def observe(self, reading: Reading) -> Finding | None:
         """Keep what is of a layer; judge the whole model's. A short batch is passed over: it scatters more."""
@@ -50,11 +49,10 @@ class SecondMomentDetector:
             return None
         layers, self._layers = self._layers, {}
         self._latest.append(math.log(reading.value))
-        finding, steps = self._judge(reading.step, layers), max(reading.step - self._judged, 1)
-        self._judged = reading.step
+        finding = self._judge(reading.step, layers)
         self._past.add({_WHOLE: self._latest[-1], **layers})
         self._context.raised[self.name] = finding.level is not AlertLevel.QUIET
-        return self.track.take(finding, steps=steps)
+        return self.track.take(finding, step=reading.step)
 
     def _judge(self, step: int, layers: dict[str, float]) -> Finding:
         usual = self._past.usual(_WHOLE)
@@ -75,7 +73,7 @@ class SecondMomentDetector:
         self._past.clear()
         self._stood.clear()
         self._latest.clear()
-        self._layers, self._judged = {}, -1
+        self._layers = {}
         self._context.raised.pop(self.name, None)
         self.track.reset()
 
@@ -86,7 +84,6 @@ class SecondMomentDetector:
             "stood": self._stood.state(),
             "latest": list(self._latest),
             "layers": dict(self._layers),
-            "judged": self._judged,
             "track": self.track.state_dict(),
         }
 
@@ -96,5 +93,4 @@ class SecondMomentDetector:
         self._stood.load(state["stood"])
         self._latest = deque(map(float, state["latest"]), maxlen=_LATEST)
         self._layers = {str(layer): float(value) for layer, value in state["layers"].items()}
-        self._judged = int(state["judged"])
         self.track.load_state_dict(state["track"])

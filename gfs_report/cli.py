@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -48,6 +50,29 @@ def fail(error: object) -> NoReturn:
     """Say what was wrong and leave with status 2."""
     typer.echo(f"gfs: {error}", err=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def told(*failed: type[Exception], out: Path | None = None) -> Iterator[None]:
+    """Tell in a line what went wrong with a user's job, and leave.
+
+    Args:
+        failed: errors of the job itself: status 1. A mistake in the call is status 2.
+        out: folder that is written to; ``None``: none is.
+    """
+    from gfs_core import ConfigError
+
+    try:
+        yield
+    except failed as error:
+        typer.echo(f"gfs: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ConfigError as error:
+        fail(error)
+    except OSError as error:
+        if out is None:
+            raise
+        fail(f"cannot write to {out}: {error}; choose another folder with --out")
 
 
 def fail_without(error: ModuleNotFoundError, extra: str) -> NoReturn:
@@ -244,8 +269,6 @@ def pilot(
 
     Exit status: 0, the signals behave; 1, they do not, or the job failed; 2, nothing that can be run.
     """
-    from gfs_core import ConfigError
-
     try:
         from rich.console import Console
 
@@ -259,7 +282,7 @@ def pilot(
         factors = [float(r) for r in rates.split(",")]
     except ValueError:
         fail(f"--rates must be numbers with commas between them, such as 0.5,1,2; got {rates!r}")
-    try:
+    with told(jobs.JobFailed, out=out):
         with terminal.progress(console, steps) as shown:
             found = program.pilot(
                 jobs.target(target, arguments or (), data),
@@ -270,13 +293,6 @@ def pilot(
                 told=lambda factor, step: shown(f"rate ×{factor:g}", step),
             )
         page = write_pilot(found, out)
-    except jobs.JobFailed as error:
-        typer.echo(f"gfs: {error}", err=True)
-        raise typer.Exit(1) from None
-    except ConfigError as error:
-        fail(error)
-    except OSError as error:
-        fail(f"cannot write to {out}: {error}; choose another folder with --out")
     terminal.show_pilot(found, console)
     typer.echo(f"→ {page}")
     raise typer.Exit(0 if found.behaves else 1)
@@ -310,7 +326,7 @@ def rate(
 
     Exit status: 0, a rate was found; 1, none was, or the job failed; 2, nothing that can be run.
     """
-    from gfs_core import ConfigError, MeasurementError
+    from gfs_core import MeasurementError
 
     try:
         from rich.console import Console
@@ -321,18 +337,11 @@ def rate(
     except ModuleNotFoundError as error:
         fail_without(error, "report")
     console = Console()
-    try:
+    with told(jobs.JobFailed, MeasurementError, out=out):
         with terminal.progress(console, 1) as shown:
             job = jobs.target(target, arguments or (), data)
             found = search.find(job, steps=steps, out=out, patience=patience, told=shown)
         page = write_rate(found, out)
-    except (jobs.JobFailed, MeasurementError) as error:
-        typer.echo(f"gfs: {error}", err=True)
-        raise typer.Exit(1) from None
-    except ConfigError as error:
-        fail(error)
-    except OSError as error:
-        fail(f"cannot write to {out}: {error}; choose another folder with --out")
     terminal.show_rate(found, console)
     typer.echo(f"→ {page}")
 
@@ -363,8 +372,6 @@ def doctor(
     """
     import json
 
-    from gfs_core import ConfigError
-
     try:
         from rich.console import Console
 
@@ -380,15 +387,9 @@ def doctor(
         else:
             terminal.show_installed(packages, accelerators, console)
         return
-    try:
-        with terminal.progress(console, program.STEPS) as shown:
-            job = jobs.target(target, arguments or (), data)
-            found = program.examine(job, patience=patience, told=lambda step: shown("first steps", step))
-    except jobs.JobFailed as error:
-        typer.echo(f"gfs: {error}", err=True)
-        raise typer.Exit(1) from None
-    except ConfigError as error:
-        fail(error)
+    with told(jobs.JobFailed), terminal.progress(console, program.STEPS) as shown:
+        job = jobs.target(target, arguments or (), data)
+        found = program.examine(job, patience=patience, told=lambda step: shown("first steps", step))
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -10,11 +10,13 @@ the norm), and are given back after the step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gfs_core.linalg.transfer import norms_of
 from gfs_core.optimizers.closures import closure_of, with_closure
 from gfs_core.optimizers.thresholds import unwrap
 
@@ -105,7 +107,8 @@ class SkipHook:
 
 def _are_finite(tensors: list[Tensor]) -> bool:
     """Whether all entries are. Euclidean norms are cheap and may overflow; then the largest entries decide."""
-    for order in (2.0, math.inf):
-        if bool(torch.stack([norm.isfinite() for norm in torch._foreach_norm(tensors, order)]).all()):
-            return True
-    return False
+
+    def all_of(norms: Sequence[Tensor]) -> bool:
+        return bool(torch.stack([norm.isfinite() for norm in norms]).all())
+
+    return all_of(norms_of(tensors)) or all_of(torch._foreach_norm(tensors, math.inf))

@@ -31,6 +31,7 @@ PAGES = {
     "midpoint": "benchmarks.midpoint",
     "mutation": "benchmarks.mutation",
     "noise": "benchmarks.noise",
+    "own_edge": "benchmarks.own_edge.page",
     "peers": "benchmarks.peers.page",
     "peers_cuda": "benchmarks.peers.page",
     "price": "benchmarks.price",

@@ -1,0 +1,267 @@
+"""The page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+from benchmarks.lib.tables import table
+from benchmarks.own_edge.rows import (
+    BEGINS,
+    FAST,
+    FASTEST,
+    SEEDS,
+    SLOW,
+    SLOWER,
+    SPEEDS,
+    THEORIES,
+    Found,
+    controls_in,
+    found_in,
+    quotients,
+    spread,
+    typical,
+)
+from benchmarks.own_edge.text import FIT, HEAD, HELD, LEVELS, RATES, REPEATABLE, SPEED, THEORY, WARMUP
+
+WITHIN = (0.75, 1.25)
+WARM = [(length, interval) for length in (50, 100, 200) for interval in ("2", "10", "default")]
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    found = found_in(results)
+    minutes = sum(results["seconds"].values()) / 60
+    environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    lines = [
+        HEAD.format(combinations=len(found)),
+        *_levels(found), "", LEVELS,
+        *_theories(found), "", THEORY, *_by_theory(found), "",
+        SPEED, *_speeds(found), "",
+        HELD, *_held(found), "",
+        REPEATABLE, *_repeatable(found), "",
+        FIT, *_fits(found, results), "",
+        RATES, *_rates(found), "",
+        WARMUP, *_warmups(found), "",
+        f"Environment: {environment}; {minutes:.0f} minutes of one core in all.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    """Two digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _both(values: Iterable[float | None]) -> str:
+    return ", ".join(map(number, values))
+
+
+def _name(f: Found) -> list[str]:
+    return [*f.of.key]
+
+
+def _levels(found: list[Found]) -> list[str]:
+    rows = []
+    for f in found:
+        slow = [f.ramp(SLOW, seed) for seed in SEEDS]
+        lost = [r["end"] / r["onset"] if r["end"] and r["onset"] else None for r in slow]
+        solved = f.solved()
+        quotient = median(p[1] / p[2] for p in solved if p[2] > 0) if solved else None
+        rows.append(
+            [
+                *_name(f),
+                _both(r["onset"] for r in slow),
+                _both(r["level"] for r in slow),
+                number(median(p[2] for p in solved) if solved else None),
+                number(quotient),
+                "; ".join(_both(r["slopes"]) if r["slopes"] else "–" for r in slow),
+                _both(lost),
+            ]
+        )
+    head = ["problem", "optimizer", "batch", "onset η", "level, running", "level, solved", "running / solved"]
+    return table([*head, "slopes before, behind", "lost at / onset"], rows)
+
+
+def _theories(found: list[Found]) -> list[str]:
+    rows = []
+    for f in found:
+        values = f.theories()
+        if values:
+            distinct = list(THEORIES) if f.of.kind.beta else [n for n in THEORIES if "−" not in n and n != "2/η"]
+            rows.append([*_name(f), *(number(values.get(n)) if n in distinct else "" for n in THEORIES)])
+    return table(["problem", "optimizer", "batch", *THEORIES], rows)
+
+
+GROUPS: dict[str, Callable[[Found], bool]] = {
+    "SGD, batch ≤ 64": lambda f: f.of.optimizer == "SGD" and not f.large,
+    "SGD, batch ≥ 256": lambda f: f.of.optimizer == "SGD" and f.large,
+    "momentum, batch ≤ 64": lambda f: f.of.optimizer == "momentum" and not f.large,
+    "momentum, batch ≥ 256": lambda f: f.of.optimizer == "momentum" and f.large,
+    "Adam, AdamW, batch ≤ 64": lambda f: f.of.optimizer.startswith("Adam") and not f.large,
+    "Adam, AdamW, batch ≥ 256": lambda f: f.of.optimizer.startswith("Adam") and f.large,
+    "RMSprop": lambda f: f.of.optimizer == "RMSprop",
+}
+
+
+def _by_theory(found: list[Found]) -> list[str]:
+    rows = []
+    for name, belongs in GROUPS.items():
+        some = [values for f in found if belongs(f) and (values := f.theories())]
+        cells = []
+        for theory in THEORIES:
+            values = [v[theory] for v in some if theory in v]
+            hits = sum(WITHIN[0] <= v <= WITHIN[1] for v in values)
+            cells.append(f"{median(values):.2g} ({hits} of {len(values)})" if values else "–")
+        rows.append([name, *cells])
+    return table(["", *THEORIES], rows)
+
+
+def _speeds(found: list[Found]) -> list[str]:
+    rows = []
+    for name, belongs in GROUPS.items():
+        some = [f for f in found if belongs(f)]
+        cells = []
+        for growth in (SLOWER, *SPEEDS):
+            running = [v for f in some if (v := f.ramp(growth).get("level")) is not None]
+            solved = [v for f in some if (v := f.level(growth)) is not None and f.ramp(growth)["level"] is not None]
+            cells.append(f"{median(solved):.2g}; {median(running):.2g} ({len(running)})" if running and solved else "–")
+        if some:
+            rows.append([name, len(some), *cells])
+    return table(["", "of", *(f"{100 * (g - 1):.2g} % a step" for g in (SLOWER, *SPEEDS))], rows)
+
+
+def _held(found: list[Found]) -> list[str]:
+    rows = []
+    for f in found:
+        row = f.row("held")
+        if row is not None:
+            level = f.ramp(SLOW, 0)["level"]
+            cells = ["lost"] * 4 if row["lost"] else [number(row[k]) for k in ("first", "last", "solved", "batch")]
+            rows.append([*_name(f), number(level), *cells])
+    head = ["problem", "optimizer", "batch", "level in the ramp", "steps 1 to 100", "steps 201 to 300"]
+    return table([*head, "solved there", "batch sharpness / threshold there"], rows)
+
+
+def _repeatable(found: list[Found]) -> list[str]:
+    def pairs(what: str, one: Callable[[Found], Any], other: Callable[[Found], Any]) -> list[float]:
+        return quotients((one(f).get(what), other(f).get(what)) for f in found)
+
+    compared: dict[str, tuple[Callable[[Found], Any], Callable[[Found], Any]]] = {}
+    for growth in SPEEDS:
+        label = f"{growth - 1:.0%} a step: second seed / first"
+        compared[label] = (lambda f, g=growth: f.ramp(g, 1)), (lambda f, g=growth: f.ramp(g, 0))  # type: ignore[misc]
+    for growth in (FAST, FASTEST):
+        for seed in SEEDS:
+            label = f"{growth - 1:.0%} a step / 1 %, seed {seed}"
+            compared[label] = (
+                (lambda f, g=growth, s=seed: f.ramp(g, s)),  # type: ignore[misc]
+                (lambda f, s=seed: f.ramp(SLOW, s)),  # type: ignore[misc]
+            )
+    for begins in BEGINS[1:]:
+        label = f"3 % a step, begun at {begins:g} of the base rate / at 0.01"
+        compared[label] = (lambda f, b=begins: f.ramp(FAST, 0, b)), (lambda f: f.ramp(FAST, 0))  # type: ignore[misc]
+    rows = []
+    for label, (one, other) in compared.items():
+        onsets, levels = pairs("onset", one, other), pairs("level", one, other)
+        cells = [str(len(onsets))]
+        for factors in (onsets, levels):
+            cells += (
+                [f"{median(factors):.2f}", f"{typical(factors):.2f}", f"{spread(factors):.2f}"]
+                if factors
+                else ["–"] * 3
+            )  # type: ignore[list-item]
+        rows.append([label, *cells])
+    head = ["", "both found", "onset: median factor", "off by, median", "spread, decades"]
+    return table([*head, "level: median factor", "off by, median", "spread, decades"], rows)
+
+
+def _three(factors: list[float]) -> list[str]:
+    if len(factors) < 2:
+        return ["–"] * 3
+    return [f"{median(factors):.2f}", f"{typical(factors):.2f}", f"{spread(factors):.2f}"]
+
+
+def _fits(found: list[Found], results: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, part in results.get("fits", {}).items():
+        rows.append([name, *part])
+    lines = table(
+        ["fit", *(f"found, {g - 1:.0%}" for g in SPEEDS), "seeds apart, decades", "3 % / 1 %", "best / onset: median",
+         "its spread, decades", "found where there is no knee"], rows
+    ) if rows else []  # fmt: skip
+    controls = [
+        [*_name(f), _both(f.ramp(SLOW, s)["onset"] for s in SEEDS), _both(f.ramp(SLOW, s)["end"] for s in SEEDS)]
+        for f in controls_in(results)
+    ]
+    return [*lines, "", *table(["no knee to be found", "optimizer", "batch", "knee", "lost at"], controls)]
+
+
+RATE_GROUPS: dict[str, Callable[[Found], bool]] = {
+    "all": lambda f: True,
+    "SGD": lambda f: f.of.optimizer == "SGD",
+    "momentum": lambda f: f.of.optimizer == "momentum",
+    "Adam, AdamW, RMSprop": lambda f: f.of.optimizer not in ("SGD", "momentum"),
+    "BatchNorm": lambda f: f.normalised,
+    "no BatchNorm": lambda f: not f.normalised,
+    "batch ≤ 64": lambda f: not f.large,
+    "batch ≥ 256": lambda f: f.large,
+}
+
+
+def _rates(found: list[Found]) -> list[str]:
+    rows = []
+    for name, belongs in RATE_GROUPS.items():
+        some = [(f, seed) for f in found if belongs(f) for seed in SEEDS]
+        onset = quotients((f.best(s), f.ramp(SLOW, s)["onset"]) for f, s in some)
+        lost = quotients((f.best(s), f.ramp(SLOW, s)["end"]) for f, s in some)
+        best = [b for f, s in some if (b := f.best(s)) is not None]
+        if not onset:
+            continue
+        rows.append(
+            [
+                name,
+                len(onset),
+                f"{median(onset):.2g}",
+                f"{min(onset):.2g} to {max(onset):.2g}",
+                f"{spread(onset):.2f}",
+                f"{sum(v >= 1 for v in onset)} of {len(onset)}",
+                f"{median(lost):.2g}" if lost else "–",
+                f"{spread(lost):.2f}",
+                f"{spread(best):.2f}",
+            ]
+        )
+    head = ["", "trainings", "best / onset: median", "range", "spread, decades", "best ≥ onset"]
+    return table([*head, "best / lost: median", "spread", "spread of the best rate itself"], rows)
+
+
+def _warmups(found: list[Found]) -> list[str]:
+    rows = []
+    for length, interval in WARM:
+        expected, others, onsets, levels, counts = [0, 0], [0, 0], [], [], []
+        for f in found:
+            row, ramp = f.row("warm-up"), f.ramp(SLOW, 0)
+            if row is None or ramp["onset"] is None:
+                continue
+            count, onset, _, last, _ = row[f"{length} {interval}"]
+            counts.append(count)
+            cell = expected if row["rate"] >= 2 * ramp["onset"] else others
+            cell[0] += onset is not None
+            cell[1] += 1
+            if row["rate"] >= 2 * ramp["onset"]:
+                onsets += quotients([(onset, ramp["onset"])])
+                levels += quotients([(last, ramp["level"])])
+        if counts:
+            rows.append(
+                [
+                    length, interval, f"{median(counts):.0f}", "{} of {}".format(*expected), "{} of {}".format(*others),
+                    _factor(onsets), _factor(levels),
+                ]
+            )  # fmt: skip
+    head = ["steps of the warm-up", "every", "ratios, median", "knee found, rate ≥ 2 × onset", "rate < 2 × onset"]
+    return table([*head, "knee / onset of the ramp", "last quarter's ratio / level of the ramp"], rows)
+
+
+def _factor(factors: list[float]) -> str:
+    return f"{median(factors):.2f} (± {spread(factors):.2f} decades)" if len(factors) > 1 else "–"

@@ -19,13 +19,13 @@ from typing import Any
 from torch import nn
 
 import gfs_core as gfs
-from benchmarks.control.training import EVERY, Method, train
-from benchmarks.control.workloads import WORKLOADS, Data, Sentences, Workload, digits_data, sentence_data
-from benchmarks.lib.data import split, text_bytes
-from benchmarks.lib.models import Characters
+from benchmarks.lib.data import sentence_data, split, text_bytes
+from benchmarks.lib.models import Characters, Sentences
 from benchmarks.lib.monitors import put_running
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import table
+from benchmarks.limit.training import EVERY, Method, train
+from benchmarks.limit.workloads import WORKLOADS, Data, Workload, digits_data
 from gfs_core.actions.rate import PROFILE, ControlProfile, guiding_ratio
 from gfs_core.linalg.blocks import RunningBlocks
 from gfs_core.signals.base import Reading
@@ -234,7 +234,7 @@ a quarter or more of the progress in training loss is missing that the same trai
 control. In brackets: accuracy in validation, median and smallest. The choice was made on the workload of the first
 table; all tables are of one process, made afterwards. With BatchNorm whole batches are measured; there `cap` does not
 count the noise as it comes, and `follow` does. The CNN of digits has two convolutions; the transformer and the CNN of
-Fashion-MNIST are those of [control](control.md).
+Fashion-MNIST are those of [limit](limit.md).
 """
 HEALTHY_HEAD = """## What each says of a healthy run
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import gfs_core as gfs
-from benchmarks.control.workloads import Sentences, sentence_data
-from benchmarks.lib.data import Batch, digits, fashion_mnist, split, text
-from benchmarks.lib.models import Characters, Rows, cnn, dense, digits_cnn
+from benchmarks.lib.data import Batch, digits, fashion_mnist, sentence_data, split, text
+from benchmarks.lib.models import Characters, Rows, Sentences, cnn, dense, digits_cnn
 from benchmarks.lib.store import Row, Store, rounded
 from benchmarks.lib.tables import table
 from benchmarks.lib.trainings import adamw, entropy, epochs, gradient, sgd, squared

@@ -14,7 +14,6 @@ from benchmarks.lib.store import Store
 PAGES = {
     "accelerator": "benchmarks.accelerator",
     "advice": "benchmarks.advice.page",
-    "control": "benchmarks.control.page",
     "danger": "benchmarks.zoo.danger",
     "defaults": "benchmarks.defaults",
     "edge": "benchmarks.edge",
@@ -26,6 +25,7 @@ PAGES = {
     "growth": "benchmarks.growth.page",
     "health": "benchmarks.zoo.health",
     "idle": "benchmarks.idle",
+    "limit": "benchmarks.limit.page",
     "long_run": "benchmarks.long_run",
     "memory": "benchmarks.memory",
     "midpoint": "benchmarks.midpoint",

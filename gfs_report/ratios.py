@@ -66,7 +66,7 @@ def past(run: Run) -> bool:
     """Whether the steps were past the edge when that was last measured, be it long ago.
 
     The ratio in the mean square makes no such verdict: late in a run it does not tell damaged runs from healthy ones
-    (benchmarks/control.md).
+    (benchmarks/limit.md).
     """
     found = main_ratio(run)
     return found is not None and at_its_end(found.curve)[0] > PAST

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import re
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Batch = tuple[Tensor, Tensor]  # inputs and targets
+SENTENCE = 16  # words at most
 
 
 def digits(count: int | None = None, centre: float = 0.3, dtype: torch.dtype = torch.float32) -> Batch:
@@ -61,3 +65,22 @@ def split(data: Batch, held_out: int) -> tuple[Batch, Batch]:
     order = torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(0))
     now, later = order[held_out:], order[:held_out]
     return (data[0][now], data[1][now]), (data[0][later], data[1][later])
+
+
+@functools.cache
+def sentence_data() -> tuple[Batch, Batch, int, int]:
+    """Sentences of the eight topics of Python's manual that have most, of the 1500 commonest words, to be told apart.
+
+    Returns:
+        Data for training and for validation, how many words there are, and how many classes.
+    """
+    found = {
+        topic: [re.findall(r"[a-z_]+", s.lower()) for s in re.split(r"[.!?]\s", body)] for topic, body in topics.items()
+    }
+    kept = {topic: [s for s in sentences if len(s) >= 4] for topic, sentences in found.items()}
+    chosen = sorted(kept, key=lambda topic: -len(kept[topic]))[:8]
+    counts = Counter(word for topic in chosen for s in kept[topic] for word in s)
+    ids = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(1500))}
+    rows = [([ids.get(w, 1) for w in s][:SENTENCE], label) for label, topic in enumerate(chosen) for s in kept[topic]]
+    x = torch.tensor([words + [0] * (SENTENCE - len(words)) for words, _ in rows])
+    return *split((x, torch.tensor([label for _, label in rows])), len(rows) // 5), len(ids) + 2, len(chosen)

@@ -98,3 +98,21 @@ def llama() -> Any:
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
     config = transformers.LlamaConfig(attn_implementation="sdpa", use_cache=False, **shape, **heads)
     return transformers.LlamaForCausalLM(config)
+
+
+class Sentences(nn.Module):
+    """A small transformer over the words of a sentence, with the mean over them at the end; 0 is no word."""
+
+    def __init__(self, words: int, classes: int, length: int = 16, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(words, width), nn.Parameter(torch.zeros(length, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, classes)."""
+        there = (x > 0).unsqueeze(-1).float()
+        hidden = self.blocks(self.embed(x) + self.place)
+        out: Tensor = self.head((hidden * there).sum(1) / there.sum(1).clamp(min=1))
+        return out

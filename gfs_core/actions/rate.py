@@ -52,7 +52,7 @@ def guiding_ratio(values: Mapping[str, float], noisy: bool) -> float | None:
 
 @dataclass(frozen=True)
 class ControlProfile:
-    """The numbers of a control, and how each was chosen. The tables are those of ``benchmarks/control.md``.
+    """The numbers of a control, and how each was chosen. The tables are those of ``benchmarks/limit.md``.
 
     Attributes:
         margin: stability ratio to stay below, for optimizers without second moments. Table "What it is that works": at

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
-from benchmarks.control.rows import GOAL, MULTIPLES, best_baseline, cell, grouped, times, values
-from benchmarks.control.training import STEPS, controlled, row_of
-from benchmarks.control.workloads import IMAGES, WORKLOADS
 from benchmarks.lib.store import Store
 from benchmarks.lib.tables import table
+from benchmarks.limit.rows import MULTIPLES, cell, grouped, times
+from benchmarks.limit.training import STEPS, controlled, row_of
+from benchmarks.limit.workloads import WORKLOADS
 from gfs_core.actions.rate import PROFILE
 
 SEEDS = 3
@@ -42,26 +42,4 @@ def render(results: dict[str, Any]) -> list[str]:
         share = f"{100 * median(spent):.1f} % ({100 * min(spent):.1f}–{100 * max(spent):.1f})" if spent else "–"
         cells = [cell(rs, workload.accuracy) for rs in own]
         rows.append([name, policy, "5 %" if budget == "0.05" else "none", share, *cells])
-    out = [PRICE, *table(["workload", "policy", "budget", "overhead", *times(MULTIPLES)], rows), ""]
-    if not results.get("rates"):
-        return out
-    compared = grouped(results["rates"])
-    out.append("Behind the best tuned baseline, in points of accuracy, over the image workloads:")
-    out.append("")
-    for policy, budget in itertools.product(("cap", "follow"), ("0.05", "None")):
-        found = [
-            (best_baseline(compared, name)[0] - median(values(there, True)), name, m)
-            for name, m in itertools.product(IMAGES, MULTIPLES)
-            if (there := groups.get((name, policy, budget, str(m))))
-        ]
-        if found:
-            below = sum(f[0] <= GOAL for f in found)
-            worst = max(found)
-            at = f"{worst[1]}, ×{worst[2]:g}"
-            above = max(f[0] for f in found if f[2] >= 1)
-            out.append(
-                f"- *{policy}*, {'budget 5 %' if budget == '0.05' else 'no budget'}: within {100 * GOAL:.0f} point in "
-                f"{below} of {len(found)} cells; worst {100 * worst[0]:.1f} ({at}), from ×1 on {100 * above:.1f}; mean "
-                f"{100 * fmean(f[0] for f in found):.1f}."
-            )
-    return [*out, ""]
+    return [PRICE, *table(["workload", "policy", "budget", "overhead", *times(MULTIPLES)], rows), ""]

@@ -7,11 +7,11 @@ import itertools
 import math
 from typing import Any
 
-from benchmarks.control.rows import grouped, times
-from benchmarks.control.training import STEPS, Method, controlled, train
-from benchmarks.control.workloads import WORKLOADS, Workload
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import table
+from benchmarks.limit.rows import grouped, times
+from benchmarks.limit.training import STEPS, Method, controlled, train
+from benchmarks.limit.workloads import WORKLOADS, Workload
 
 SEEDS, MULTIPLES = 5, (1.0, 10.0, 30.0)
 START_STEPS = 200  # of STEPS

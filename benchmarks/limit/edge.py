@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.control.rows import Groups, grouped
-from benchmarks.control.training import PLATEAU, STEPS, controlled, train
-from benchmarks.control.workloads import IMAGES, WORKLOADS, Workload
 from benchmarks.lib.store import Row, Store, rounded
 from benchmarks.lib.tables import shown, table
 from benchmarks.lib.trainings import adamw, sgd
+from benchmarks.limit.rows import Groups, grouped
+from benchmarks.limit.training import PLATEAU, STEPS, controlled, train
+from benchmarks.limit.workloads import IMAGES, WORKLOADS, Workload
 
 SEEDS = 3
 DAMAGE, DAMAGED_LOSS = 3.0, 0.2  # times the best final loss of the same kind of run, and above this

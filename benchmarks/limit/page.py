@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.control import ablation, edge, price, rates, start
-from benchmarks.control.training import BATCH, PLATEAU, STEPS
-from benchmarks.control.workloads import LENGTH
+from benchmarks.limit import ablation, edge, price, start
+from benchmarks.limit.training import BATCH, PLATEAU, STEPS
+from benchmarks.limit.workloads import LENGTH
 
-PARTS: dict[str, Any] = {"rates": rates, "edge": edge, "start": start, "price": price, "ablation": ablation}
-HEAD = f"""# Control of the learning rate
+PARTS: dict[str, Any] = {"edge": edge, "start": start, "price": price, "ablation": ablation}
+HEAD = f"""# Control by a limit of the stability ratio
 
-    OMP_NUM_THREADS=1 python -m benchmarks.control
+    OMP_NUM_THREADS=1 python -m benchmarks.limit
 
 Batches of {BATCH} if it does not say otherwise, {STEPS} steps, ReLU. Digits: 1437 images for training, 360 for
 validation. Fashion-MNIST: 5000 and 1000. Characters of Python's manual, {LENGTH} at a time: 4500 and 500. Sentences of

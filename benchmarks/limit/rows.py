@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from statistics import median
 
-from benchmarks.control.training import BASELINES
-from benchmarks.control.workloads import WORKLOADS
 from benchmarks.lib.store import Row
 from benchmarks.lib.tables import shown
 
 MULTIPLES = (0.1, 1.0, 3.0, 10.0, 30.0)  # of the base rate
-GOAL = 0.01  # of accuracy that a control may lie behind the best tuned baseline
 Groups = dict[tuple[str, ...], list[Row]]  # runs that differ in nothing but their seed, by the rest of their name
 
 
@@ -42,14 +38,3 @@ def cell(rows: list[Row] | None, accuracy: bool) -> str:
 
 def times(multiples: tuple[float, ...]) -> list[str]:
     return [f"×{m:g}" for m in multiples]
-
-
-def best_baseline(groups: Groups, name: str) -> tuple[float, str, float]:
-    """The best median among the baselines of this workload, with its method and multiple."""
-    accuracy = WORKLOADS[name].accuracy
-    found = [
-        (median(values(rows, accuracy)), key, multiple)
-        for key, multiple in itertools.product(BASELINES, MULTIPLES)
-        if (rows := groups.get((name, key, str(multiple))))
-    ]
-    return (max if accuracy else min)(found, key=lambda f: f[0])

@@ -11,23 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import gfs_core as gfs
-from benchmarks.control.workloads import Workload
 from benchmarks.lib.data import Batch
 from benchmarks.lib.store import Row, rounded
 from benchmarks.lib.trainings import adamw, entropy, epochs, gradient, sgd
+from benchmarks.limit.workloads import Workload
 from gfs_core.actions.rate import PROFILE, ControlProfile
-
-try:
-    import schedulefree  # type: ignore[import-untyped]
-except ImportError:
-    schedulefree = None
 
 STEPS, BATCH, EVERY = 400, 64, 5
 WARMUP = 0.05  # of the steps
-PLATEAU = 25  # steps over which the plateau scheduler's loss is the mean, and over which the final loss is
+PLATEAU = 25  # steps over which the final loss is the mean
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,8 @@ class Method:
     """How the rate is set.
 
     Attributes:
-        shape: what the schedule looks like: constant, cosine or plateau.
+        shape: what the schedule looks like: constant or cosine.
         warmup: whether there is a linear warm-up.
-        free: schedule-free.
         options: of the monitor; ``None``: no monitor.
         profile: of the control.
         prepare: what is done to the monitor before the first step.
@@ -45,7 +38,6 @@ class Method:
 
     shape: str = "constant"
     warmup: bool = False
-    free: bool = False
     options: dict[str, Any] | None = None
     profile: ControlProfile = PROFILE
     prepare: Callable[[gfs.StabilityMonitor], None] | None = None
@@ -62,23 +54,6 @@ class Method:
 def controlled(policy: str, shape: str, **options: Any) -> Method:
     made = {"tier": "running", "every": EVERY, "control": policy, **options}
     return Method(shape, options=made)
-
-
-BASELINES = {
-    "constant": Method(),
-    "warm-up + cosine": Method("cosine", warmup=True),
-    "plateau": Method("plateau"),
-    "schedule-free": Method(warmup=True, free=True),
-}
-if schedulefree is None:
-    del BASELINES["schedule-free"]
-OURS = {
-    "cap, cosine": controlled("cap", "cosine"),
-    "cap, constant": controlled("cap", "constant"),
-    "follow, cosine": controlled("follow", "cosine"),
-    "follow, constant": controlled("follow", "constant"),
-}
-METHODS = {**BASELINES, "CDAT": controlled("cdat", "constant"), **OURS}
 
 
 @dataclass
@@ -125,15 +100,6 @@ class Training:
         }
 
 
-def _optimizer(model: nn.Module, workload: Workload, method: Method, rate: float, steps: int) -> Any:
-    if not method.free:
-        return (adamw if workload.adaptive else sgd)(model, rate)
-    first = max(1, round(WARMUP * steps))
-    if workload.adaptive:
-        return schedulefree.AdamWScheduleFree(model.parameters(), rate, weight_decay=0.01, warmup_steps=first)
-    return schedulefree.SGDScheduleFree(model.parameters(), rate, momentum=0.9, warmup_steps=first)
-
-
 def train(
     workload: Workload,
     method: Method,
@@ -149,8 +115,7 @@ def train(
     data, held_out, symbols, classes = workload.data()
     torch.manual_seed(seed)
     model = workload.model(symbols, classes)
-    made: Any = _optimizer(model, workload, method, rate, steps) if optimizer is None else optimizer(model, rate)
-    plateau = ReduceLROnPlateau(made, factor=0.5, patience=2) if method.shape == "plateau" else None
+    made = (optimizer or (adamw if workload.adaptive else sgd))(model, rate)
     run, batches = Training(), epochs(data, batch, torch.Generator().manual_seed(seed))
 
     def loss_of(batch: Batch) -> Tensor:
@@ -162,12 +127,9 @@ def train(
         monitor.control.profile = method.profile
         if method.prepare is not None:
             method.prepare(monitor)
-    if method.free:
-        made.train()
     for step in range(steps if taken is None else taken):
-        if plateau is None and not method.free:
-            for group in made.param_groups:
-                group["lr"] = rate * method.factor(step, steps)
+        for group in made.param_groups:
+            group["lr"] = rate * method.factor(step, steps)
         own = next(batches)
         began = time.perf_counter()
         loss = loss_of(own)
@@ -185,13 +147,9 @@ def train(
             run.measurements.append(measurement)
         if not math.isfinite(run.losses[-1]):
             break
-        if plateau is not None and (step + 1) % PLATEAU == 0:
-            plateau.step(run.final)
     if monitor is not None:
         run.lost = monitor.control.lost
         monitor.close()
-    if method.free:
-        made.eval()
     with torch.no_grad():
         out = model(held_out[0])
         right = (out.argmax(-1) == held_out[1]).float().mean()

@@ -11,11 +11,11 @@ from statistics import fmean, median
 from typing import Any
 
 import gfs_core as gfs
-from benchmarks.control.rows import cell, grouped, values
-from benchmarks.control.training import STEPS, Method, controlled, train
-from benchmarks.control.workloads import IMAGES, WORKLOADS, Workload
 from benchmarks.lib.store import Row, Store
 from benchmarks.lib.tables import table
+from benchmarks.limit.rows import cell, grouped, values
+from benchmarks.limit.training import STEPS, Method, controlled, train
+from benchmarks.limit.workloads import IMAGES, WORKLOADS, Workload
 from gfs_core.actions.rate import PROFILE, ControlProfile
 
 SEEDS, MULTIPLES = 3, (1.0, 30.0)

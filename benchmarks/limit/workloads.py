@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.lib.data import Batch, digits, fashion_mnist, split, text
-from benchmarks.lib.models import Characters, cnn, mlp
+from benchmarks.lib.data import Batch, digits, fashion_mnist, sentence_data, split, text
+from benchmarks.lib.models import Characters, Sentences, cnn, mlp
 
-LENGTH, WORDS, WIDTH = 24, 16, 32  # characters of an example, words of a sentence, width of both transformers
+LENGTH, WIDTH = 24, 32  # characters of an example, width of its transformer
 Data = tuple[Batch, Batch, int, int]  # for training, for validation, symbols, classes
 
 
@@ -43,24 +39,6 @@ class Workload:
         return 3e-3 if self.adaptive else 0.05
 
 
-class Sentences(nn.Module):
-    """A small transformer over the words of a sentence, with the mean over them at the end; 0 is no word."""
-
-    def __init__(self, words: int, classes: int) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Embedding(words, WIDTH), nn.Parameter(torch.zeros(WORDS, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, classes)."""
-        there = (x > 0).unsqueeze(-1).float()
-        hidden = self.blocks(self.embed(x) + self.place)
-        out: Tensor = self.head((hidden * there).sum(1) / there.sum(1).clamp(min=1))
-        return out
-
-
 @functools.cache
 def digits_data() -> Data:
     """Images as vectors."""
@@ -79,21 +57,6 @@ def text_data() -> Data:
     """Characters, and those that follow."""
     data, alphabet = text(5000, LENGTH)
     return *split(data, 500), alphabet, alphabet
-
-
-@functools.cache
-def sentence_data() -> Data:
-    """Sentences of the eight topics of Python's manual that have most; the 1500 commonest words."""
-    found = {
-        topic: [re.findall(r"[a-z_]+", s.lower()) for s in re.split(r"[.!?]\s", body)] for topic, body in topics.items()
-    }
-    kept = {topic: [s for s in sentences if len(s) >= 4] for topic, sentences in found.items()}
-    chosen = sorted(kept, key=lambda topic: -len(kept[topic]))[:8]
-    counts = Counter(word for topic in chosen for s in kept[topic] for word in s)
-    ids = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(1500))}
-    rows = [([ids.get(w, 1) for w in s][:WORDS], label) for label, topic in enumerate(chosen) for s in kept[topic]]
-    x = torch.tensor([words + [0] * (WORDS - len(words)) for words, _ in rows])
-    return *split((x, torch.tensor([label for _, label in rows])), len(rows) // 5), len(ids) + 2, len(chosen)
 
 
 def _mlp(symbols: int, classes: int) -> nn.Module:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,33 @@ class Store:
     def write_page(self, text: str) -> None:
         """Write the page."""
         self.path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+class SharedStore(Store):
+    """As :class:`Store`, for several processes at once that make different rows of the same file."""
+
+    def add(self, part: str, key: tuple[Any, ...], make: Callable[[], Row]) -> Row:
+        """The row of this run, made only where no process has made it yet."""
+        name = " | ".join(map(str, key))
+        if name not in self.results.get(part, {}):
+            began = time.perf_counter()
+            row = make()
+            print(f"{part} | {name}: {row} ({time.perf_counter() - began:.1f} s)", flush=True)
+            with self._alone():
+                if self.path.is_file():
+                    self.results = json.loads(self.path.read_text())
+                self.put(part, self.results.get(part, {}) | {name: row})
+        found: Row = self.results[part][name]
+        return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
 
 def dumped(results: dict[str, Any]) -> str:

@@ -1,0 +1,130 @@
+"""The runs of the comparison: which there are, and in which order they are made."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.control import finders
+from benchmarks.control.methods import FINDER, GUARD, METHODS, REFERENCE, SEARCH, START, available
+from benchmarks.control.price import priced
+from benchmarks.control.training import trained
+from benchmarks.control.workloads import LANGUAGE, SMALL, WORKLOADS
+from benchmarks.lib.store import FOLDER, Row, Store
+
+SEEDS = 3  # of the small workloads; the language models have one
+SHIFTS = {-2: "×0.1", 0: "×1", 2: "×10", 3: "×30"}  # half decades from the tuned rate
+GRID, LANGUAGE_GRID, WIDEST = 4, 2, 6  # half decades to either side of the usual rate that are tried for the best
+
+
+def rate_at(name: str, half_decades: int) -> float:
+    """The usual rate of a workload, so many half decades higher."""
+    return float(WORKLOADS[name].rate * 10 ** (half_decades / 2))
+
+
+@functools.cache
+def code_of(source: str) -> str:
+    """What the results of a method depend on: the tree of the package, or a version."""
+    if source != "gfs_core":
+        return version(source)
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD:gfs_core"], cwd=FOLDER, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def tuned(store: Store, name: str, seed: int) -> int:
+    """Where the best rate of warm-up and cosine lies, in half decades from the usual one."""
+    reach = LANGUAGE_GRID if name in LANGUAGE else GRID
+    low, high = -reach, reach
+    losses: dict[int, float] = {}
+    while True:
+        for at in range(low, high + 1):
+            row = reference(store, name, at, seed)
+            losses[at] = math.inf if row["lost"] else row["loss"]
+        best = min(losses, key=lambda at: losses[at])
+        if best == low > -WIDEST:
+            low -= 1
+        elif best == high < WIDEST:
+            high += 1
+        else:
+            return best
+
+
+def reference(store: Store, name: str, at: int, seed: int) -> Row:
+    """The training with warm-up and cosine at a rate of the grid."""
+    workload = WORKLOADS[name]
+    make = functools.partial(trained, workload, METHODS[REFERENCE], rate_at(name, at), seed, workload.steps)
+    return store.add("reference", (name, at, seed), make)
+
+
+def run(store: Store, name: str, key: str, shift: int, best: int, seed: int) -> None:
+    """One method at one multiple of the tuned rate."""
+    workload, method, rate = WORKLOADS[name], METHODS[key], rate_at(name, best + shift)
+    steps = workload.steps
+    if key == REFERENCE:
+        reference(store, name, best + shift, seed)
+        return
+    if method.priced:
+        usual = rate_at(name, tuned(store, name, 0))
+        steps = store.add("price", (name, key), lambda: priced(workload, key, usual) | _code(key))["steps"]
+    make: Callable[[], Row] = {
+        FINDER: functools.partial(finders.lightning_finder, workload, rate, seed),
+        SEARCH: functools.partial(finders.searched, workload, rate, seed),
+    }.get(key, functools.partial(trained, workload, method, rate, seed, steps))
+    where = "any" if method.free else SHIFTS[shift]
+    store.add("runs", (name, key, where, seed), lambda: make() | _code(key))
+    if key in (GUARD, START):  # for as many steps as the reference, whatever time that takes
+        whole = functools.partial(trained, workload, method, rate, seed, workload.steps)
+        store.add("whole", (name, key, where, seed), lambda: whole() | _code(key))
+
+
+def _code(key: str) -> Row:
+    return {"code": code_of(METHODS[key].source)}
+
+
+def passes(share: int, of: int) -> Iterator[tuple[str, int, int]]:
+    """Workload, seed and multiple in their order: each pass is a whole comparison, the first one of all workloads."""
+    small, language = ([n for i, n in enumerate(group) if i % of == share] for group in (SMALL, LANGUAGE))
+    for name in small:
+        yield from ((name, 0, shift) for shift in SHIFTS)
+    for name in language:
+        yield from ((name, 0, shift) for shift in (0, 2))
+    for seed in range(1, SEEDS):
+        yield from ((name, seed, shift) for name in small for shift in SHIFTS)
+        if seed == 1:
+            yield from ((name, 0, shift) for name in language for shift in (3, -2))
+
+
+def run_all(store: Store, names: list[str], share: int, of: int) -> None:
+    """Make the runs of these methods that are missing, of this share of the workloads."""
+    for name, seed, shift in passes(share, of):
+        best = tuned(store, name, seed)
+        for key in names:
+            if available(key):
+                run(store, name, key, shift, best, seed)
+
+
+def row_of(results: dict[str, Any], name: str, key: str, shift: int, seed: int) -> Row | None:
+    """The stored run of a method at a multiple of the tuned rate; ``None``: there is none."""
+    best = stored_best(results, name, seed)
+    if best is None:
+        return None
+    if key == REFERENCE:
+        found: Row | None = results["reference"].get(f"{name} | {best + shift} | {seed}")
+        return found
+    where = "any" if METHODS[key].free else SHIFTS[shift]
+    row: Row | None = results.get("runs", {}).get(f"{name} | {key} | {where} | {seed}")
+    return row
+
+
+def stored_best(results: dict[str, Any], name: str, seed: int) -> int | None:
+    """As :func:`tuned`, of what is stored."""
+    losses = {}
+    for stored, row in results.get("reference", {}).items():
+        own, at, of = stored.split(" | ")
+        if own == name and int(of) == seed and not row["lost"]:
+            losses[int(at)] = row["loss"]
+    return min(losses, key=lambda at: losses[at]) if losses else None

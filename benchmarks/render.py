@@ -14,6 +14,7 @@ from benchmarks.lib.store import Store
 PAGES = {
     "accelerator": "benchmarks.accelerator",
     "advice": "benchmarks.advice.page",
+    "control": "benchmarks.control.page",
     "danger": "benchmarks.zoo.danger",
     "defaults": "benchmarks.defaults",
     "edge": "benchmarks.edge",

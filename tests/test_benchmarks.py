@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 
 from benchmarks.advice.remedies import REMEDIES
-from benchmarks.lib.store import FOLDER, Store, dumped, rounded
+from benchmarks.control.rows import cells
+from benchmarks.lib.store import FOLDER, SharedStore, Store, dumped, rounded
 from benchmarks.lib.tables import table
 from benchmarks.render import PAGES, page
 from gfs_core.detectors.advice import ADVICE
@@ -52,6 +54,30 @@ def test_results_are_saved_after_each_row_and_not_made_again(tmp_path: Path) -> 
     assert again.results["part"] == {"a | 1": {"loss": 0.5}}
     assert again.results["environment"]["device"] == "none"
     assert Store("some", tmp_path, fresh=True).results == {}
+
+
+def test_processes_that_share_results_keep_each_others_rows(tmp_path: Path) -> None:
+    first, second = SharedStore("some", tmp_path), SharedStore("some", tmp_path)
+    first.add("part", ("a",), lambda: {"loss": 1.0})
+    second.add("part", ("b",), lambda: {"loss": 2.0})
+    assert SharedStore("some", tmp_path).results["part"] == {"a": {"loss": 1.0}, "b": {"loss": 2.0}}
+
+
+def test_the_excess_of_a_method_is_that_over_the_best_reference_and_a_lost_run_has_an_infinite_one() -> None:
+    name = "BatchNorm CNN, momentum, 32"
+    losses = {-1: 0.5, 0: 0.25, 1: 0.5}
+    found = cells(
+        {
+            "reference": {f"{name} | {at} | 0": {"loss": loss, "lost": False} for at, loss in losses.items()},
+            "runs": {
+                f"{name} | constant | ×1 | 0": {"loss": 0.3, "lost": False},
+                f"{name} | constant | ×10 | 0": {"loss": 9.0, "lost": True},
+            },
+        },
+        "constant",
+    )
+    assert {shift: cell.middle for (_, shift), cell in found.items()} == {0: pytest.approx(0.2), 2: math.inf}
+    assert [str(cell) for cell in found.values()] == ["+20 %", "†"]
 
 
 def test_each_row_is_a_line_of_the_file() -> None:

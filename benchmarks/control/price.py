@@ -10,7 +10,7 @@ from benchmarks.control.training import Training
 from benchmarks.lib.store import Row
 from benchmarks.rate import Workload
 
-FIRST, MEASURED, PLAIN = 100, 400, 100  # steps: in which a method begins; that are measured; of the training alone
+FIRST, MEASURED, PLAIN = 100, 300, 75  # steps: in which a method begins; that are measured; of the training alone
 
 
 def _times(workload: Workload, name: str, rate: float, steps: int) -> list[float]:

@@ -15,14 +15,14 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.data import Batch, digits, fashion_mnist, next_tokens, sentence_data, split, text, text_bytes
-from benchmarks.lib.models import Rows, Sentences, dense
+from benchmarks.lib.data import Batch, fashion_mnist, next_tokens, sentence_data, split, text, text_bytes
+from benchmarks.lib.models import Sentences, dense
 from benchmarks.lib.trainings import adamw, entropy, gradient, sgd, squared
 from benchmarks.rate import Batches, Data, Workload, bn_cnn
 from benchmarks.zoo.parts import Attention, LowRank, Recurrent
 
 STEPS = 1000
-LENGTH, SHORT = 32, 16  # tokens of a sequence of the language models, and where it is fine-tuned
+LENGTH, SHORT = 32, 16  # tokens of a sequence: of the language model of bytes, and of the others
 WORDS = 2000  # the commonest ones
 USERS, ITEMS, RANK = 1000, 500, 5  # of the ratings
 
@@ -134,7 +134,7 @@ def manual_words() -> Data:
     found = [word for topic in topics.values() for word in re.findall(r"\w+|[^\w\s]", topic.lower())]
     ranks = {word: i for i, (word, _) in enumerate(Counter(found).most_common(WORDS - 1))}
     ids = [ranks.get(word, WORDS - 1) for word in found]
-    return split(next_tokens(ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)], LENGTH), 200)
+    return split(next_tokens(ids[: len(ids) // (SHORT + 1) * (SHORT + 1)], SHORT), 400)
 
 
 def one_hot(model: nn.Module, batch: Batch) -> Tensor:
@@ -153,18 +153,15 @@ SMALL = {
         lambda: characters()[0], lambda: Recurrent(nn.GRU, characters()[1], 40), sgd, 0.3, 16
     ),
     "tanh network, momentum, full batch": Workload(taught, lambda: dense(20, 96, 96, 2), sgd, 0.05, 1024, loss=squared),
-    "digits as rows, transformer, AdamW, 128": Workload(
-        lambda: split(digits(), 360), lambda: Rows("gelu", True), adamw, 3e-3, 128
-    ),
+    "factors of ratings, AdamW, 256": Workload(ratings, Factors, adamw, 1e-2, 256, loss=squared),
     "sentences, transformer, AdamW, 32": Workload(
         lambda: sentences()[0], lambda: Sentences(*sentences()[1:]), adamw, 1e-3, 32
     ),
-    "factors of ratings, AdamW, 256": Workload(ratings, Factors, adamw, 1e-2, 256, loss=squared),
 }  # fmt: skip
 LANGUAGE = {
-    "byte GPT, 1.1 M weights, AdamW, 4": Workload(manual_bytes, lambda: Attention(256, LENGTH, 200, 2), adamw, 1e-3, 4),
     "word GPT, 1.1 M weights, AdamW, 4": Workload(
-        manual_words, lambda: Attention(WORDS, LENGTH, 144, 2), adamw, 1e-3, 4
+        manual_words, lambda: Attention(WORDS, SHORT, 144, 2), adamw, 1e-3, 4
     ),
+    "byte GPT, 1.1 M weights, AdamW, 4": Workload(manual_bytes, lambda: Attention(256, LENGTH, 200, 2), adamw, 1e-3, 4),
 }
 WORKLOADS = {name: replace(workload, steps=STEPS) for name, workload in {**SMALL, **LANGUAGE}.items()}

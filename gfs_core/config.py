@@ -96,10 +96,11 @@ class GFSConfig:
         "checked now and then, everything else in float32, and all of it instead of float16; training: everything as "
         "training computes it; float32: everything in float32.",
     )
-    control: Literal["observe", "guard", "cap", "follow", "warmup", "cdat"] = _option(
+    control: Literal["observe", "guard", "start", "cap", "follow", "warmup", "cdat"] = _option(
         "observe",
         "What is done with the learning rate: observe, nothing; guard, nothing while the run is healthy, and a third "
-        "where an alarm shows in the loss, with a way back to a snapshot, as with alarm rescue; cap, held below the "
+        "where an alarm shows in the loss, with a way back to a snapshot, as with alarm rescue; start, guard, and at "
+        "first the rate rises to the user's from a hundredth of it, as far as the run bears it; cap, held below the "
         "rate at which the stability ratio would be `margin`; follow, put there, in the shape of the schedule; warmup, "
         "cap until nothing is held back any more; cdat, put at `margin` of the critical rate along the steps. The "
         "user's scheduler and logged rate stay as they are.",
@@ -157,8 +158,10 @@ class GFSConfig:
                 f"control={self.control!r} needs a stability ratio, and there is none with tier={self.tier!r}; "
                 "use tier='running' or a dearer one"
             )
-        if self.control == "guard" and self.alarm == "off":
-            raise ConfigError("control='guard' goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'")
+        if self.control in ("guard", "start") and self.alarm == "off":
+            raise ConfigError(
+                f"control={self.control!r} goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'"
+            )
         default = GFSConfig.__dataclass_fields__["running_every"].default
         if TIERS.index(self.tier) <= TIERS.index("running") and self.running_every not in (None, default):
             raise ConfigError(
@@ -168,7 +171,7 @@ class GFSConfig:
     @property
     def guarded(self) -> bool:
         """Whether trouble lowers the rate, and the run may go back to a snapshot."""
-        return self.control == "guard" or self.alarm == "rescue"
+        return self.control in ("guard", "start") or self.alarm == "rescue"
 
     def intervals(self) -> dict[str, int]:
         """Optimizer steps between measurements of each tier that is on, cheapest first."""

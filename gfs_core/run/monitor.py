@@ -66,8 +66,8 @@ class StabilityMonitor:
         schedule: when each signal is due, and the budget.
         measuring: the signals with their state.
         watch: the early warning.
-        rescuing: skips steps, lowers the rate and goes back, with ``control="guard"``, ``alarm="skip"`` or
-            ``"rescue"``; ``None``: nothing does.
+        rescuing: skips steps, lowers the rate and goes back, with ``control="guard"`` or ``"start"``,
+            ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
         recorder: holds the latest readings, for the record of an alarm.
         requests: an alarm's requests to a plain loop; see :attr:`should_stop` and :attr:`wants_checkpoint`.
         remarks: texts that are added to the reasons of every measurement.
@@ -132,8 +132,8 @@ class StabilityMonitor:
         self._losses = RecentLosses(None if warning is None else self.ranks)
         self.rescuing: Rescuing | None = None
         if self.config.guarded or self.config.alarm == "skip":
-            forget, lowered = self.measuring.went_back, self.rates.lowered
-            self.rescuing = Rescuing(model, optimizer, self.watch, lowered, self.ranks, self.notices, forget)
+            shares, forget = (self.rates.lowered, self.rates.start), self.measuring.went_back
+            self.rescuing = Rescuing(model, optimizer, self.watch, *shares, self.ranks, self.notices, forget)
         self.journal = Journal(self._settings, self._label, self.notices)
         if self.config.history and (self.ranks is None or self.ranks.rank == 0):
             self.journal.path = Path(self.config.history)
@@ -178,7 +178,7 @@ class StabilityMonitor:
     def protect(self, *stateful: Stateful) -> None:
         """Let a rollback put these back too: learning-rate schedulers, a gradient scaler, an average of the weights.
 
-        Call it before the first step. It does nothing unless the config says ``control="guard"`` or
+        Call it before the first step. It does nothing unless the config says ``control="guard"``, ``"start"`` or
         ``alarm="rescue"``. The model and its optimizer need not be given. Without its scheduler, an optimizer that has
         one keeps its present rates.
 
@@ -524,9 +524,9 @@ def _second_data(probe: Iterable[Any] | SecondData, optimizer: Any, config: GFSC
         raise ConfigError(f"there is a loader for `probe=`, and the config says probe={config.probe!r}; leave one out")
     scheduler = scheduler_of(optimizer)
     policy = config.control if scheduler is None else scheduler.control.policy
-    if policy not in ("observe", "guard"):
+    if policy not in ("observe", "guard", "start"):
         raise ConfigError(
             f"control={policy!r} goes by the curvature of the loss that is trained, and `probe=` is a loader of other "
-            "data; use control='observe' or 'guard', or probe='batch'"
+            "data; use control='observe', 'guard' or 'start', or probe='batch'"
         )
     return second

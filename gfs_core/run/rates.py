@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gfs_core.actions.lowered import Lowered
 from gfs_core.actions.rate import Control
+from gfs_core.actions.start import Start
 from gfs_core.config import GFSConfig
 from gfs_core.errors import ConfigError
 from gfs_core.optimizers.learning_rate import LearningRateHook, RateControl, rate_of
@@ -46,6 +47,7 @@ class Rates:
     Attributes:
         control: decides the scale.
         lowered: the share of the rate after trouble; ``None``: trouble does not lower it.
+        start: the share of the rate in the first part of the training; ``None``: it is the user's from the first step.
         why: why the control has no stability ratio yet.
 
     Raises:
@@ -54,9 +56,10 @@ class Rates:
 
     def __init__(self, optimizer: Any, config: GFSConfig, adaptive: bool, notices: Notices) -> None:
         self.optimizer, self.notices = optimizer, notices
-        policy = "observe" if config.control == "guard" else config.control
+        policy = "observe" if config.control == "guard" or config.control == "start" else config.control
         self.control = Control(policy, config.margin, adaptive)
         self.lowered = Lowered() if config.guarded and not unrescuable(optimizer) else None
+        self.start = Start() if config.control == "start" and self.lowered is not None else None
         self.why = "no measurement was made"
         self._name = f"control={config.control!r}" if config.control != "observe" else f"alarm={config.alarm!r}"
         self._scheduler = scheduler_of(optimizer)
@@ -84,7 +87,7 @@ class Rates:
         """Let ``control`` scale each step of the optimizer."""
         self.close()
         self.control = control
-        acting = [None if self.scheduled else control, self.lowered]
+        acting = [None if self.scheduled else control, self.lowered, self.start]
         self._hook = LearningRateHook(self.optimizer, _Together([c for c in acting if c is not None]))
 
     def base_lr(self) -> float:
@@ -97,23 +100,25 @@ class Rates:
             return 1.0
         if self._hook is not None and self._hook.passed_by > 0:
             return 1.0
-        return self.control.scale(self.base_lr()) * self._after_rollback()
+        return self.control.scale(self.base_lr()) * self._share()
 
-    def _after_rollback(self) -> float:
-        return 1.0 if self.lowered is None else self.lowered.share
+    def _share(self) -> float:
+        """What is left of the rate by the start, and after trouble."""
+        start = 1.0 if self.start is None else self.start.share(self.base_lr())
+        return start if self.lowered is None else start * self.lowered.share
 
     def scaled(self, scale: float) -> AbstractContextManager[None]:
         """A context in which the optimizer holds the rates that the coming step uses, at this scale."""
         if self._hook is None:
             return contextlib.nullcontext()
-        return self._hook.scaled(scale if self._scheduler is None else self._after_rollback())
+        return self._hook.scaled(scale if self._scheduler is None else self._share())
 
     def effective(self) -> float | None:
         """The rate that the coming step uses.
 
-        ``None``: measurements decide it now, or reading it would wait for an accelerator.
+        ``None``: measurements or a start decide it now, or reading it would wait for an accelerator.
         """
-        if self.control.holding:
+        if self.control.holding or (self.start is not None and self.start.rising):
             return None
         for group in unwrap(self.optimizer).param_groups:
             if isinstance(rate := group.get("lr"), Tensor) and rate.device.type != "cpu":
@@ -158,7 +163,7 @@ class Rates:
         if not self.acting:
             return measurement
         rate = self.base_lr()
-        last = self.control.last * (1.0 if self.lowered is None else self.lowered.last)
+        last = math.prod(c.last for c in (self.control, self.lowered, self.start) if c is not None)
         along = before / last  # values along the last step belong to the rate at which it was taken
         if measurement.critical_lr is not None:
             measurement = measurement.having(critical_lr=measurement.critical_lr / along)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,17 +11,19 @@ from torch import nn
 
 from gfs_core.actions.lowered import FALLS, Lowered
 from gfs_core.actions.rescue import Decision, Rescue
+from gfs_core.actions.start import Start
 from gfs_core.detectors.base import Alert, AlertLevel
 from gfs_core.optimizers.skipping import SkipHook
 from gfs_core.run.buffers import Buffers
 from gfs_core.run.measurable import unrescuable
 from gfs_core.run.notices import Notices
 from gfs_core.run.ranks import Ranks
-from gfs_core.run.rollback import KEPT, Snapshots, Stateful
+from gfs_core.run.rollback import KEPT, Snapshot, Snapshots, Stateful
 from gfs_core.run.watch import Watch
 
 EVERY = 50  # steps between snapshots: at most a fiftieth of what a snapshot takes is added to a step
 MARGIN = 5  # steps before an alarm in which the trouble may have begun already: a snapshot of them is not gone back to
+NEAR = 12  # while the rate of a start rises: all that are kept reach back to where it was a tenth
 FAR = 0.1  # of the weights' length: in its beginning, a run whose weights have hardly moved is not gone back from
 _NOT_FINITE = "the step before was skipped: its gradient was not finite"
 
@@ -33,6 +36,7 @@ class Rescuing:
         optimizer: its torch optimizer, or a wrapper of one.
         watch: the early warning; it is put back with the weights.
         lowered: the share of the user's rate; ``None``: steps are skipped only, there are no rollbacks.
+        start: lets the rate rise at first; ``None``: there is no start.
         ranks: the processes that train together; ``None``: this process only.
         notices: reports what is done and what cannot be.
         forget: called after a rollback; drops what was measured on the weights that are gone.
@@ -47,11 +51,13 @@ class Rescuing:
         optimizer: Any,
         watch: Watch,
         lowered: Lowered | None,
+        start: Start | None,
         ranks: Ranks | None,
         notices: Notices,
         forget: Callable[[], None],
     ) -> None:
-        self.watch, self.lowered, self.ranks, self.notices, self.forget = watch, lowered, ranks, notices, forget
+        self.watch, self.lowered, self.start, self.ranks = watch, lowered, start, ranks
+        self.notices, self.forget = notices, forget
         self.rescue = Rescue(lowered is not None)
         self.snapshots = Snapshots(model, optimizer)
         self._buffers = Buffers(model)
@@ -73,6 +79,8 @@ class Rescuing:
             MeasurementError: with ``strict=True``, in place of the warning.
         """
         self.close()
+        if self.start is not None:
+            self.start.end(math.inf)
         self.notices.complain(f"no step is skipped, and there is no way back: {why}; an alarm only warns")
 
     def close(self) -> None:
@@ -107,8 +115,12 @@ class Rescuing:
         self._look(hook)
         done = [_NOT_FINITE] if hook.not_finite else list[str]()
         decision = self.rescue.decide(step, level, alerts, losses)
+        start = self._start_with(losses)
         if given_up := self.lowered is not None and not self.lowered.may_fall():
             decision = Decision.TAKE
+        if start is not None:
+            ends = start.lost or decision is Decision.GO_BACK
+            decision = Decision.GO_BACK if ends else Decision.SKIP if decision is Decision.SKIP else Decision.TAKE
         self._asked = hook.asked = decision in (Decision.SKIP, Decision.GO_BACK)
         if given_up:
             done += self._only_save(step, alerts)
@@ -116,13 +128,35 @@ class Rescuing:
             self._buffers.put_back()
             done.append("the step was skipped: nothing is updated by it")
         elif decision is Decision.GO_BACK:
-            done += self._go_back(step, hook)
+            done += self._go_back(step, hook) if start is None else self._end_start(step, start, hook)
         elif decision is Decision.LOWER:
             done.append(self._lower(step))
-        elif self.lowered is not None and level != AlertLevel.ALARM and (step % EVERY == 0 or not len(self.snapshots)):
+        elif self._wants_snapshot(step, level, start):
             done += self._keep(step)
         self._buffers.note()
         return done
+
+    def _start_with(self, losses: list[float]) -> Start | None:
+        """The start, if it lasts, after it has taken in these losses."""
+        start = self.start
+        if start is None or not start.rising:
+            return None
+        start.saw(losses)
+        if start.blind:
+            self.notices.warn_once(
+                "control='start' goes by the losses of training and knows none, so the rate rises to the user's "
+                "whatever happens; give `loss=` to `monitor.step`"
+            )
+        return start
+
+    def _wants_snapshot(self, step: int, level: int, start: Start | None) -> bool:
+        if self.lowered is None:
+            return False
+        if not len(self.snapshots):
+            return level != AlertLevel.ALARM or start is not None
+        if start is not None and start.below:
+            return step % NEAR == 0
+        return level != AlertLevel.ALARM and step % EVERY == 0
 
     def _keep(self, step: int) -> list[str]:
         """Take a snapshot."""
@@ -151,15 +185,41 @@ class Rescuing:
             text = "the run does not go back, though losses stay bad: there is no snapshot of the weights trained now"
             self.notices.warn_once(text)
             return [text]
-        self.snapshots.restore(snapshot)
-        self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
-        self.rescue.went_back(step)
+        self._return_to(snapshot, step)
         self.lowered.fall()
-        self.forget()
         text = (
             f"the run went back at step {step} to the weights of step {snapshot.step}, as losses stayed bad; "
             f"{self._now_used()}"
         )
+        self.notices.warn_always(text)
+        return [text]
+
+    def _return_to(self, snapshot: Snapshot, step: int) -> None:
+        self.snapshots.restore(snapshot)
+        self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
+        self.rescue.went_back(step)
+        self.forget()
+
+    def _end_start(self, step: int, start: Start, hook: SkipHook) -> list[str]:
+        """End the start: go back to where the rate was about what it is to be, on all processes or on none."""
+        limit, back = start.limit, step - start.back
+        snapshot = self.snapshots.before(back)
+        if start.lost or snapshot is None:
+            near = False
+        else:
+            near = self.rescue.beginning and self.snapshots.moved_since(snapshot) < FAR
+        if near:
+            self._asked = hook.asked = False
+            self.rescue.stayed()
+            return []
+        text = f"the loss was lost at step {step}, as the rate rose; it is kept below {limit:.3g} from now on"
+        if self._all_have(-1 if snapshot is None else snapshot.step) and snapshot is not None:
+            self._return_to(snapshot, step)
+            text += f", and the run went back to the weights of step {snapshot.step}"
+        else:
+            self._asked = hook.asked = False
+            text += "; there is no snapshot of the weights trained now to go back to"
+        start.end(limit)
         self.notices.warn_always(text)
         return [text]
 
@@ -205,11 +265,14 @@ class Rescuing:
     def state_dict(self) -> dict[str, Any]:
         """What the next decision depends on. Snapshots are not saved: the first one of a resumed run is taken anew."""
         lowered = None if self.lowered is None else self.lowered.state_dict()
-        return {"rescue": self.rescue.state_dict(), "lowered": lowered}
+        start = None if self.start is None else self.start.state_dict()
+        return {"rescue": self.rescue.state_dict(), "lowered": lowered, "start": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.rescue.load_state_dict(state["rescue"])
         if self.lowered is not None and state["lowered"] is not None:
             self.lowered.load_state_dict(state["lowered"])
+        if self.start is not None and state.get("start") is not None:
+            self.start.load_state_dict(state["start"])
         self.snapshots.drop()

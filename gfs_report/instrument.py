@@ -124,36 +124,22 @@ def _lightning_watch(root: str, job: Watched) -> Any:
 
 def _lightning_schedule(trainer: Any, job: Watched) -> None:
     """Record the schedule: each scheduler is stepped at its own interval."""
+    from lightning_gfs import _compat
+
     configs = [c for c in trainer.lr_scheduler_configs if not c.reduce_on_plateau]
-    per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-
-    def advance(step: int) -> None:
-        for config in configs:
-            every = config.frequency * (1 if config.interval == "step" else per_epoch)
-            if step % every == 0:
-                config.scheduler.step()
-
+    advance = _compat.advance_schedulers(trainer)
     if job.plan.schedule is not None:
         steps = float(job.plan.schedule or trainer.estimated_stepping_batches)
-        job.schedule(trainer.optimizers[0], [c.scheduler for c in configs], steps, advance)
+        job.schedule(trainer.optimizers[0], [c.scheduler for c in configs], steps, lambda step: advance())
 
 
 def _lightning_judged(trainer: Any, module: Any) -> list[float] | None:
     """Losses of ``training_step`` on validation batches; ``None``: there are none."""
     from lightning_gfs import _compat
+    from lightning_gfs.rate import validation_losses
 
-    loaders = trainer.val_dataloaders
-    loader = next(iter(loaders), None) if isinstance(loaders, (list, tuple)) else loaders
-    if loader is None:
-        return None
-    losses: list[float] = []
-    with _judging(module), _compat.quiet(trainer, module):
-        for i, batch in enumerate(itertools.islice(loader, _JUDGED)):
-            given = _compat.prepared(trainer, batch)
-            several = "batch_idx" in inspect.signature(module.training_step).parameters
-            out = module.training_step(given, i) if several else module.training_step(given)
-            losses.append(float(out["loss"] if isinstance(out, dict) else out))
-    return losses or None
+    loader = _compat.validation_loader(trainer)
+    return None if loader is None else validation_losses(trainer, module, loader) or None
 
 
 @contextmanager

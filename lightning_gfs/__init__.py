@@ -2,6 +2,7 @@
 
 try:
     from lightning_gfs.callback import GFSCallback
+    from lightning_gfs.rate import find_rate
 except ModuleNotFoundError as error:
     if error.name is not None and error.name.partition(".")[0] in ("lightning", "pytorch_lightning"):
         raise ModuleNotFoundError(
@@ -9,4 +10,4 @@ except ModuleNotFoundError as error:
         ) from None
     raise
 
-__all__ = ["GFSCallback"]
+__all__ = ["GFSCallback", "find_rate"]

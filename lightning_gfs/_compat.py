@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 _FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
 
@@ -116,9 +118,79 @@ def quiet(trainer: Any, module: Any) -> Iterator[None]:
             m.__dict__.pop("log_dict", None)
 
 
-def _flavour(trainer: Any, name: str) -> Any:
-    root = "pytorch_lightning" if type(trainer).__module__.startswith("pytorch_lightning") else "lightning.pytorch"
-    return importlib.import_module(f"{root}.{name}")
+def advance_schedulers(trainer: Any) -> Callable[[], None]:
+    """A function that steps the schedulers as the batches of one optimizer step, and the end of an epoch after it, do.
+
+    ``ReduceLROnPlateau`` stands still.
+    """
+    configs = [c for c in trainer.lr_scheduler_configs if not c.reduce_on_plateau]
+    per_epoch, per_step = trainer.num_training_batches, trainer.accumulate_grad_batches
+    batch = epoch = 0  # batches of this epoch that have been, and epochs
+
+    def step(interval: str, count: int) -> None:
+        for config in configs:
+            if config.interval == interval and count % config.frequency == 0:
+                config.scheduler.step()
+
+    def advance() -> None:
+        nonlocal batch, epoch
+        batch = min(batch - batch % per_step + per_step, per_epoch)
+        step("step", batch)
+        if batch == per_epoch:
+            batch, epoch = 0, epoch + 1
+            step("epoch", epoch)
+
+    return advance
+
+
+def validation_loader(trainer: Any) -> Any:
+    """The first loader of validation batches within ``fit``; ``None``: there is none."""
+    if not trainer.enable_validation:
+        return None
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    return next(iter(loaders), None) if isinstance(loaders, (list, tuple)) else loaders
+
+
+def bare(trainer: Any, callbacks: list[Any]) -> None:
+    """Leave nothing but these callbacks: no loggers, no profiler, no sanity check."""
+    dummy = _flavour(trainer, "loggers.logger").DummyLogger
+    trainer.callbacks = callbacks
+    trainer.loggers = [dummy() for _ in trainer.loggers]
+    trainer.profiler = _flavour(trainer, "profilers").PassThroughProfiler()
+    trainer.num_sanity_val_steps = 0
+
+
+def stop(trainer: Any) -> None:
+    """End ``fit`` after this batch, whatever its least number of steps and epochs."""
+    trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
+    trainer.should_stop = True
+
+
+def belongs_to_run(trainer: Any) -> tuple[type, ...]:
+    """Classes of what a trainer refers to and the user has made."""
+    root = _flavour(trainer)
+    return root.Callback, root.LightningDataModule, _flavour(trainer, "loggers").Logger
+
+
+def overrides(trainer: Any, module: Any, name: str) -> bool:
+    """Whether a module has its own method in the place of Lightning's."""
+    return getattr(type(module), name, None) is not getattr(_flavour(trainer).LightningModule, name)
+
+
+def loaders_in(data: Any) -> list[Any]:
+    """The loaders in what ``fit`` takes as training or validation data."""
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        return [loader for part in data for loader in loaders_in(part)]
+    return list(getattr(data, "flattened", [] if data is None or isinstance(data, Tensor) else [data]))
+
+
+def _flavour(trainer: Any, name: str = "") -> Any:
+    own = any(kind.__module__.startswith("pytorch_lightning") for kind in type(trainer).__mro__)
+    root = "pytorch_lightning" if own else "lightning.pytorch"
+    return importlib.import_module(f"{root}.{name}" if name else root)
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

@@ -326,7 +326,7 @@ class GFSCallback(_Base):
         with _compat.quiet(trainer, module):
             if loss_fn is not None:
                 return loss_fn(module, batch, batch_idx)  # type: ignore[no-any-return]
-            out = module.training_step(batch, batch_idx) if _takes_index(module) else module.training_step(batch)
+            out = module.training_step(batch, batch_idx) if takes_index(module) else module.training_step(batch)
         return out["loss"] if isinstance(out, Mapping) else out  # type: ignore[no-any-return]  # None: skipped
 
     def _history(self, trainer: Any, name: str) -> Path | None:
@@ -370,7 +370,7 @@ class GFSCallback(_Base):
         return panels
 
 
-def _takes_index(module: Any) -> bool:
+def takes_index(module: Any) -> bool:
     """Whether ``training_step`` takes ``batch_idx``, as Lightning sees it."""
     parameters = inspect.signature(module.training_step).parameters
     return len(parameters) > 1 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())

@@ -12,9 +12,9 @@ from typing import Any
 
 from gfs_core import ConfigError
 from gfs_core.search.found import FoundRate, search
-from gfs_core.search.loop import FEWEST
 from gfs_core.search.pilots import Pilot
 from gfs_core.search.ramp import Point, Ramp, is_lost
+from gfs_core.search.trial import FEWEST
 from gfs_report import jobs
 from gfs_report.runs import Run, read_run
 

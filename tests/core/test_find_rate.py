@@ -130,7 +130,7 @@ def test_a_search_that_fails_leaves_everything_as_it_was() -> None:
     def fails() -> None:
         nonlocal calls
         calls += 1
-        if calls == 130:
+        if calls >= 130:  # at whatever rate
             raise KeyError("in the user's own code")
 
     with pytest.raises(KeyError):

@@ -131,9 +131,9 @@ class StabilityMonitor:
         self.watch = Watch(warning, actions, trainer or self.requests, self.notices, on_alarm)
         self._losses = RecentLosses(None if warning is None else self.ranks)
         self.rescuing: Rescuing | None = None
-        if self.config.guarded or self.config.alarm == "skip":
-            shares, forget = (self.rates.lowered, self.rates.start), self.measuring.went_back
-            self.rescuing = Rescuing(model, optimizer, self.watch, *shares, self.ranks, self.notices, forget)
+        if self.config.guarded or self.config.alarm == "skip" or self.rates.start is not None:
+            shares, notices = (self.rates.lowered, self.rates.start), self.notices
+            self.rescuing = Rescuing(model, optimizer, self.watch, *shares, self.ranks, notices, self._changed)
         self.journal = Journal(self._settings, self._label, self.notices)
         if self.config.history and (self.ranks is None or self.ranks.rank == 0):
             self.journal.path = Path(self.config.history)
@@ -372,6 +372,11 @@ class StabilityMonitor:
             with self.notices.harmless("a step was neither skipped nor gone back from"):
                 done = self.rescuing.before_step(step, alerts)
         return done
+
+    def _changed(self) -> None:
+        """Other weights, or another rate, are used now: drop what was measured on those that are gone."""
+        self.measuring.went_back()
+        self.rates.refresh()
 
     def _expect(self, step: int) -> None:
         if not self._is_quiet(step + 1):

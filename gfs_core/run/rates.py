@@ -58,18 +58,24 @@ class Rates:
         self.optimizer, self.notices = optimizer, notices
         policy = "observe" if config.control == "guard" or config.control == "start" else config.control
         self.control = Control(policy, config.margin, adaptive)
-        self.lowered = Lowered() if config.guarded and not unrescuable(optimizer) else None
-        self.start = Start() if config.control == "start" and self.lowered is not None else None
+        self.start = Start() if config.control == "start" and not unrescuable(optimizer) else None
         self.why = "no measurement was made"
         self._name = f"control={config.control!r}" if config.control != "observe" else f"alarm={config.alarm!r}"
         self._scheduler = scheduler_of(optimizer)
         self._hook: LearningRateHook | None = None
         if self._scheduler is not None:
-            self.control = self._scheduler.control
-            if policy != "observe":
+            if config.control not in ("observe", "guard"):
                 raise ConfigError(
                     f"control={config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
                 )
+            self.control, self.start = self._scheduler.control, self._scheduler.start
+            if self.start is not None and config.alarm == "off":
+                raise ConfigError(
+                    "EdgeOfStabilityLR(policy='start') goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or "
+                    "'stop'"
+                )
+        guarded = config.guarded or self.start is not None
+        self.lowered = Lowered() if guarded and not unrescuable(optimizer) else None
         if self.lowered is not None or policy != "observe":
             self.act(self.control)
 
@@ -87,7 +93,7 @@ class Rates:
         """Let ``control`` scale each step of the optimizer."""
         self.close()
         self.control = control
-        acting = [None if self.scheduled else control, self.lowered, self.start]
+        acting = [self.lowered] if self.scheduled else [control, self.lowered, self.start]
         self._hook = LearningRateHook(self.optimizer, _Together([c for c in acting if c is not None]))
 
     def base_lr(self) -> float:
@@ -100,18 +106,17 @@ class Rates:
             return 1.0
         if self._hook is not None and self._hook.passed_by > 0:
             return 1.0
-        return self.control.scale(self.base_lr()) * self._share()
-
-    def _share(self) -> float:
-        """What is left of the rate by the start, and after trouble."""
         start = 1.0 if self.start is None else self.start.share(self.base_lr())
-        return start if self.lowered is None else start * self.lowered.share
+        return self.control.scale(self.base_lr()) * start * self._after_trouble()
+
+    def _after_trouble(self) -> float:
+        return 1.0 if self.lowered is None else self.lowered.share
 
     def scaled(self, scale: float) -> AbstractContextManager[None]:
         """A context in which the optimizer holds the rates that the coming step uses, at this scale."""
         if self._hook is None:
             return contextlib.nullcontext()
-        return self._hook.scaled(scale if self._scheduler is None else self._share())
+        return self._hook.scaled(scale if self._scheduler is None else self._after_trouble())
 
     def effective(self) -> float | None:
         """The rate that the coming step uses.
@@ -173,13 +178,16 @@ class Rates:
         if self.control.waiting:
             self.why = "; ".join(measurement.reasons) or "the curvature found was not positive"
         scale = self.scale()
-        if self._scheduler is not None:
-            self._scheduler.refresh()
+        self.refresh()
         return measurement.at_scale(scale / before).having(lr_scale=scale, lr_effective=rate * scale)
 
     def renew(self) -> None:
         """Start the control again: other weights are trained now, and their curvature has not been measured."""
         self.control.renew()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Let an :class:`~gfs_core.EdgeOfStabilityLR` set the rate anew, as what it goes by has changed."""
         if self._scheduler is not None:
             self._scheduler.refresh()
 

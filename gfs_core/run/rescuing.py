@@ -39,7 +39,7 @@ class Rescuing:
         start: lets the rate rise at first; ``None``: there is no start.
         ranks: the processes that train together; ``None``: this process only.
         notices: reports what is done and what cannot be.
-        forget: called after a rollback; drops what was measured on the weights that are gone.
+        changed: called after a rollback, and when a start has ended: other weights, or another rate, are used now.
 
     Attributes:
         snapshots: the way back; it holds nothing where steps are skipped only.
@@ -54,10 +54,10 @@ class Rescuing:
         start: Start | None,
         ranks: Ranks | None,
         notices: Notices,
-        forget: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         self.watch, self.lowered, self.start, self.ranks = watch, lowered, start, ranks
-        self.notices, self.forget = notices, forget
+        self.notices, self.changed = notices, changed
         self.rescue = Rescue(lowered is not None)
         self.snapshots = Snapshots(model, optimizer)
         self._buffers = Buffers(model)
@@ -79,8 +79,9 @@ class Rescuing:
             MeasurementError: with ``strict=True``, in place of the warning.
         """
         self.close()
-        if self.start is not None:
+        if self.start is not None and self.start.rising:
             self.start.end(math.inf)
+            self.changed()
         self.notices.complain(f"no step is skipped, and there is no way back: {why}; an alarm only warns")
 
     def close(self) -> None:
@@ -187,6 +188,7 @@ class Rescuing:
             return [text]
         self._return_to(snapshot, step)
         self.lowered.fall()
+        self.changed()
         text = (
             f"the run went back at step {step} to the weights of step {snapshot.step}, as losses stayed bad; "
             f"{self._now_used()}"
@@ -198,7 +200,6 @@ class Rescuing:
         self.snapshots.restore(snapshot)
         self.watch.load_state_dict(copy.deepcopy(snapshot.known["watch"]))
         self.rescue.went_back(step)
-        self.forget()
 
     def _end_start(self, step: int, start: Start, hook: SkipHook) -> list[str]:
         """End the start: go back to where the rate was about what it is to be, on all processes or on none."""
@@ -220,6 +221,7 @@ class Rescuing:
             self._asked = hook.asked = False
             text += "; there is no snapshot of the weights trained now to go back to"
         start.end(limit)
+        self.changed()
         self.notices.warn_always(text)
         return [text]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from gfs_core.actions.rate import Control
+from gfs_core.actions.start import Start
 from gfs_core.config import Policy
 from gfs_core.errors import ConfigError
 from gfs_core.optimizers.learning_rate import set_rate
@@ -28,7 +29,8 @@ class EdgeOfStabilityLR(LRScheduler):
     Args:
         optimizer: the torch optimizer.
         base_scheduler: the user's own scheduler of this optimizer, stepped by this one; ``None``: a constant rate.
-        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"cdat"``, or ``"observe"`` for no control.
+        policy: ``"cap"``, ``"follow"``, ``"warmup"``, ``"cdat"``, ``"start"``, or ``"observe"`` for no control. By
+            measurements or, at ``"start"``, by losses, which the monitor has to see.
         margin: stability ratio to stay below, in (0, 1]; ``None``: ¾ for optimizers with second moments, except with
             ``"cdat"``, and ½ otherwise.
 
@@ -50,11 +52,12 @@ class EdgeOfStabilityLR(LRScheduler):
         self,
         optimizer: Optimizer,
         base_scheduler: LRScheduler | None = None,
-        policy: Policy = "cap",
+        policy: Policy | Literal["start"] = "cap",
         margin: float | None = None,
     ) -> None:
-        if policy not in get_args(Policy):
-            raise ConfigError(f"`policy` must be one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}")
+        known = (*get_args(Policy), "start")
+        if policy not in known:
+            raise ConfigError(f"`policy` must be one of {', '.join(map(repr, known))}; got {policy!r}")
         if margin is not None and not 0 < margin <= 1:
             raise ConfigError(f"`margin` must be in (0, 1], the edge of stability; got {margin}")
         if isinstance(base_scheduler, ReduceLROnPlateau):
@@ -66,7 +69,8 @@ class EdgeOfStabilityLR(LRScheduler):
             raise ConfigError("`base_scheduler` belongs to another optimizer; give one of the same")
         self.base_scheduler = base_scheduler
         adaptive = stability_of(optimizer, parameters_of(optimizer)).adaptive
-        self.control = Control(policy, margin, adaptive)
+        self.control = Control("observe" if policy == "start" else policy, margin, adaptive)
+        self.start = Start() if policy == "start" else None
         self._users = [float(g["lr"]) for g in optimizer.param_groups]
         super().__init__(optimizer)
         _schedulers[unwrap(optimizer)] = weakref.ref(self)
@@ -80,7 +84,7 @@ class EdgeOfStabilityLR(LRScheduler):
         """Set the optimizer's rates with the control's present scale; a monitor calls it after a measurement."""
         groups = self.optimizer.param_groups
         self._take_in_new_groups()
-        scale = self.control.scale(self.base_lr)
+        scale = self._scale()
         for group, rate in zip(groups, self._users, strict=True):
             set_rate(group, rate * scale)
         self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
@@ -89,14 +93,20 @@ class EdgeOfStabilityLR(LRScheduler):
         """The rates of the coming step, one number per group."""
         self._take_in_new_groups()
         if self.last_epoch > 0:
-            self.control.step(self.base_lr)  # counts the step that has been taken
+            for counting in (self.control, self.start):
+                if counting is not None:
+                    counting.step(self.base_lr)  # the step that has been taken
             if self.base_scheduler is not None:
                 for group, rate in zip(self.optimizer.param_groups, self._users, strict=True):
                     set_rate(group, rate)  # schedulers compute the next rate from the one that they find
                 self.base_scheduler.step()
                 self._users = [float(g["lr"]) for g in self.optimizer.param_groups]
-        scale = self.control.scale(self.base_lr)
+        scale = self._scale()
         return [rate * scale for rate in self._users]
+
+    def _scale(self) -> float:
+        start = 1.0 if self.start is None else self.start.share(self.base_lr)
+        return self.control.scale(self.base_lr) * start
 
     def _take_in_new_groups(self) -> None:
         """Read the user's rate from groups that were added to the optimizer."""
@@ -104,20 +114,23 @@ class EdgeOfStabilityLR(LRScheduler):
         self._users = self._users[: len(groups)] + [float(g["lr"]) for g in groups[len(self._users) :]]
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, including those of the base scheduler and of the control."""
-        left_out = ("optimizer", "base_scheduler", "control")
+        """The whole state, including those of the base scheduler, of the control and of the start."""
+        left_out = ("optimizer", "base_scheduler", "control", "start")
         held = {k: v for k, v in super().state_dict().items() if k not in left_out}
         base = None if self.base_scheduler is None else self.base_scheduler.state_dict()
-        return {**held, "base_scheduler": base, "control": self.control.state_dict()}
+        start = None if self.start is None else self.start.state_dict()
+        return {**held, "base_scheduler": base, "control": self.control.state_dict(), "start": start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         held = dict(state_dict)
-        base, control = held.pop("base_scheduler", None), held.pop("control", {})
+        base, control, start = held.pop("base_scheduler", None), held.pop("control", {}), held.pop("start", None)
         super().load_state_dict(held)
         if self.base_scheduler is not None and base is not None:
             self.base_scheduler.load_state_dict(base)
         self.control.load_state_dict(control)
+        if self.start is not None and start is not None:
+            self.start.load_state_dict(start)
 
 
 _schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[EdgeOfStabilityLR]] = weakref.WeakKeyDictionary()

@@ -51,6 +51,42 @@ def train(rank: int, size: int) -> dict[str, Any]:
     return {"kept": kept, "said": said, "told": [str(w.message) for w in told]}
 
 
+def begin(rank: int, size: int) -> dict[str, Any]:
+    """A start towards a rate that is far too high; the processes have other data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1))
+    x = torch.randn(512, 6)
+    y = (x @ torch.randn(6, 1)).tanh()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 10.0, momentum=0.9)
+    monitor = gfs.StabilityMonitor(model, optimizer, gfs.GFSConfig(tier="running", every=5, control="start"))
+    generator = torch.Generator().manual_seed(rank)
+    shares: list[float] = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(STEPS):
+            rows = torch.randint(512, (16,), generator=generator)
+            batch = x[rows], y[rows]
+            loss = (wrapped(batch[0]) - batch[1]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.step(lambda b: (model(b[0]) - b[1]).square().mean(), batch, loss=loss)
+            optimizer.step()
+            shares.append(monitor.rates.start.last)  # type: ignore[union-attr]
+    monitor.close()
+    kept = [p.detach().clone() for p in model.parameters()]
+    return {"kept": kept, "shares": shares, "loss": float(loss.detach()), "told": [str(w.message) for w in told]}
+
+
+def test_all_processes_end_a_start_at_the_same_step(tmp_path: Path) -> None:
+    a, b = run(begin, 2, tmp_path)
+    assert a["shares"] == b["shares"]
+    assert_same(a["kept"], b["kept"])
+    assert a["shares"][-1] < 0.1
+    assert math.isfinite(a["loss"])
+    assert sum("as the rate rose" in text and "went back" in text for text in a["told"]) == 1
+
+
 def test_all_processes_do_the_same_at_the_same_step(tmp_path: Path) -> None:
     a, b = run(train, 2, tmp_path)
     for step in {*range(81)} - {61, 62, 63}:

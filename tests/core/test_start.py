@@ -182,6 +182,38 @@ def test_where_nothing_can_be_gone_back_from_the_rate_is_the_users() -> None:
     assert monitor.rates.scale() == 1.0
 
 
+def scheduled(factor: float) -> Regression:
+    """With an ``EdgeOfStabilityLR``, whose rates the optimizer holds, in place of the option."""
+    run = Regression("observe").times(factor)
+    run.scheduler = gfs.EdgeOfStabilityLR(run.optimizer, run.scheduler, policy="start")  # type: ignore[assignment]
+    run.monitor = gfs.StabilityMonitor(run.model, run.optimizer, run.monitor.config)
+    run.monitor.protect(run.scheduler)
+    return run
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_a_scheduler_puts_the_same_rate_into_the_optimizer(factor: float) -> None:
+    by_option, run = Regression("start").times(factor).run(0, 100), scheduled(factor).run(0, 100)
+    assert run.used == pytest.approx(by_option.used, rel=1e-9)
+    assert run.users == run.used  # the optimizer holds what is used
+    assert run.losses == pytest.approx(by_option.losses, rel=1e-4)
+    assert any("as the rate rose" in text for text in run.said) is (factor > 1)
+    again = scheduled(factor)
+    again.scheduler.load_state_dict(run.scheduler.state_dict())
+    assert again.scheduler.get_last_lr() == run.scheduler.get_last_lr()
+    assert again.scheduler.start.state_dict() == run.scheduler.start.state_dict()  # type: ignore[attr-defined]
+
+
+def test_a_scheduler_without_alarms_or_without_a_way_back() -> None:
+    run = scheduled(1.0)
+    with pytest.raises(gfs.ConfigError, match="goes by alarms, and `alarm` is 'off'"):
+        gfs.StabilityMonitor(run.model, run.optimizer, gfs.GFSConfig(alarm="off"))
+    assert run.optimizer.param_groups[0]["lr"] == 0.1 * FIRST
+    with pytest.warns(gfs.GFSWarning, match="there is no way back: nobody knows"):
+        run.monitor.rescuing.leave_out("nobody knows")  # type: ignore[union-attr]
+    assert run.optimizer.param_groups[0]["lr"] == 0.1
+
+
 FALLING = [2.0 - 0.02 * i for i in range(60)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gfs_core as gfs
+from gfs_core.actions.start import FIRST, GROWTH
 from hf_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.hf.rows import Rows
@@ -71,14 +72,13 @@ def train(
         folder,
         per_device_train_batch_size=SIZE,
         max_steps=STEPS,
-        learning_rate=0.01,
         lr_scheduler_type="linear",
         use_cpu=True,
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        **options,
+        **{"learning_rate": 0.01, **options},
     )
     model = Model()
     trainer = Trainer(model, arguments, train_dataset=Rows(SIZE * STEPS * arguments.gradient_accumulation_steps))
@@ -132,6 +132,29 @@ def test_under_guard_a_healthy_run_is_the_same_to_the_bit(tmp_path: Path, accumu
     logged = [m.lr_scale for m in gfs.read_history(tmp_path / "guard" / "h") if m.lr_scale is not None]
     assert len(logged) > 3
     assert set(logged) == {1.0}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_start_rises_to_the_users_rate(tmp_path: Path, accumulate: int) -> None:
+    watching = Watching()
+    train(tmp_path, watching, alarm="log", control="start", gradient_accumulation_steps=accumulate)
+    shares = [used / told for used, told in zip(watching.used, watching.told, strict=True)]
+    assert shares[:35] == pytest.approx([FIRST * GROWTH**i for i in range(35)])
+    assert watching.used[45:] == watching.told[45:]
+    logged = {m.step: m.lr_effective for m in gfs.read_history(tmp_path / "h") if m.lr_effective is not None}
+    assert all(rate == pytest.approx(watching.used[step], rel=1e-4) for step, rate in logged.items())
+
+
+def test_a_start_ends_below_the_rate_at_which_the_loss_is_lost(tmp_path: Path) -> None:
+    watching = Watching()
+    options = {"learning_rate": 1e4, "optim": "sgd", "warmup_steps": 10}
+    with pytest.warns(gfs.GFSWarning, match="the loss was lost at step .* the run went back to the weights of step"):
+        model = train(tmp_path, watching, alarm="log", control="start", **options)
+    shares = [used / told for used, told in zip(watching.used, watching.told, strict=True) if told]
+    assert shares[-10:] == pytest.approx([shares[-1]] * 10)
+    assert shares[-1] < 0.1
+    assert max(watching.used[-10:]) <= 0.11 * max(watching.used)
+    assert all(p.isfinite().all() for p in model.state_dict().values())
 
 
 def test_without_it_the_run_is_lost(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core as gfs
+from gfs_core.actions.start import FIRST, GROWTH
 from lightning_gfs import GFSCallback
 from tests.bitwise import assert_same
 from tests.lightning.trainers import quiet
@@ -130,6 +131,31 @@ def test_under_guard_a_healthy_run_is_the_same_to_the_bit(tmp_path: Path, option
     logged = [m.lr_scale for m in gfs.read_history(tmp_path / "guard" / "h") if m.lr_scale is not None]
     assert len(logged) > 3
     assert set(logged) == {1.0}
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed", "gradient_clip_val": 1.0}, {}])
+def test_a_start_rises_to_the_users_rate(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = Net()
+    trainer = fit(tmp_path, model, "log", "start", **options)
+    assert model.used == pytest.approx([0.01 * min(FIRST * GROWTH**i, 1.0) for i in range(BATCHES)])
+    assert model.used[45:] == [0.01] * (BATCHES - 45)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+    logged = {m.step: m.lr_effective for m in gfs.read_history(tmp_path / "h") if m.lr_effective is not None}
+    assert all(rate == pytest.approx(model.used[step], rel=1e-4) for step, rate in logged.items())
+
+
+def test_a_start_ends_below_the_rate_at_which_the_loss_is_lost(tmp_path: Path) -> None:
+    class High(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 100.0, momentum=0.9)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), "interval": "step"}]
+
+    model = High()
+    with pytest.warns(gfs.GFSWarning, match="the loss was lost at step .* the run went back to the weights of step"):
+        fit(tmp_path, model, "log", "start")
+    limit = 0.1 * max(model.used)
+    assert model.used[-30:] == pytest.approx([limit] * 30)
+    assert all(p.isfinite().all() for p in model.state_dict().values())
 
 
 def test_without_it_the_run_is_lost(tmp_path: Path) -> None:

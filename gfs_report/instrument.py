@@ -9,16 +9,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from gfs_core import ConfigError
 from gfs_core.loss.batches import batch_size
@@ -26,7 +20,6 @@ from gfs_report.jobs import Plan
 from gfs_report.recording import Watched
 
 _VALIDATED = 2  # batches of a validation: enough for the schedulers that go by it
-_JUDGED = 32  # batches of the validation data, on which a job is judged after its last step
 
 
 def lightning(module: Any, plan: Plan, folder: Path) -> None:
@@ -142,14 +135,6 @@ def _lightning_judged(trainer: Any, module: Any) -> list[float] | None:
     return None if loader is None else validation_losses(trainer, module, loader) or None
 
 
-@contextmanager
-def _judging(module: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; the job ends after it, so nothing is put back."""
-    module.eval()
-    with torch.no_grad():
-        yield
-
-
 def transformers(module: Any, plan: Plan, folder: Path) -> None:
     """Change the Trainer in ``module``, which has just been imported."""
     start, train = module.Trainer.__init__, module.Trainer.train
@@ -183,6 +168,7 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
     from hf_gfs import GFSCallback
+    from hf_gfs.rate import validation_losses
 
     warnings.filterwarnings("ignore", message=".*measuring starts cold")  # it is meant to begin late
     handler = trainer.callback_handler
@@ -228,7 +214,7 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
                 "batches_per_epoch": _length(loader),
                 "clipping": args.max_grad_norm or None,
             }
-            job.stepped(kwargs["model"], kwargs["optimizer"], facts, lambda: _transformers_judged(trainer))
+            job.stepped(kwargs["model"], kwargs["optimizer"], facts, lambda: validation_losses(trainer))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             job.leave(kwargs["optimizer"])
@@ -236,19 +222,6 @@ def _transformers_watch(trainer: Any, job: Watched) -> None:
     if job.plan.begin == 0:
         gfs.set_trainer(trainer)
     trainer.add_callback(Watch())
-
-
-def _transformers_judged(trainer: Any) -> list[float] | None:
-    """Losses of validation batches; ``None``: there are none."""
-    if trainer.eval_dataset is None:
-        return None
-    losses: list[float] = []
-    with _judging(trainer.model):
-        for batch in itertools.islice(trainer.get_eval_dataloader(), _JUDGED):
-            inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                losses.append(float(trainer.compute_loss(trainer.model, inputs)))
-    return losses or None
 
 
 def _whole(number: Any) -> int | None:

@@ -3,6 +3,7 @@
 try:
     from hf_gfs.arguments import GFSArguments
     from hf_gfs.callback import GFSCallback
+    from hf_gfs.rate import find_rate
 except ModuleNotFoundError as error:
     if error.name is not None and error.name.partition(".")[0] in ("transformers", "accelerate"):
         raise ModuleNotFoundError(
@@ -10,4 +11,4 @@ except ModuleNotFoundError as error:
         ) from None
     raise
 
-__all__ = ["GFSArguments", "GFSCallback"]
+__all__ = ["GFSArguments", "GFSCallback", "find_rate"]

@@ -313,6 +313,8 @@ class GFSCallback(TrainerCallback):  # type: ignore[misc]
     def _close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+            if _measured.get(self.monitor.model, (0, None))[1] in (None, weakref.ref(self)):
+                _measured.pop(self.monitor.model, None)
         if self._replay is not None:
             self._replay.close()
         if self._reference is not None:

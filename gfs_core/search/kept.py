@@ -29,6 +29,7 @@ class Kept:
         data: loaders and data sets; of data sets, the random streams alone are put back.
         roots: names and objects whose Python state is put back too.
         functions: names and functions that the training calls.
+        skip: what is left alone, such as the examples of a data set.
 
     Raises:
         ConfigError: a weight has no shape yet.
@@ -43,6 +44,7 @@ class Kept:
         data: Iterable[Any] = (),
         roots: Iterable[tuple[str, Any]] = (),
         functions: Iterable[tuple[str, Any]] = (),
+        skip: Iterable[Any] = (),
     ) -> None:
         groups = [] if optimizer is None else optimizer.param_groups
         own = [p for group in groups for p in group["params"]]
@@ -59,7 +61,7 @@ class Kept:
         self._workers = [(d, d._iterator) for d in loaders if isinstance(d, DataLoader)]
         self._python = PythonState(
             [*((name or "model", m) for name, m in model.named_modules()), *roots, *(("data", d) for d in loaders)],
-            self._params,
+            [*self._params, *skip],
             [*functions, *(("data", d) for loader in loaders for d in _sets(loader))],
         )
         self.put_back()
@@ -125,7 +127,11 @@ def parts_of(run: Any, packages: Collection[str], but: tuple[type, ...] = ()) ->
         elif isinstance(node, dict):
             todo += node.values()
         held = getattr(node, "__dict__", None)
-        if isinstance(held, dict) and (node is run or type(node).__module__.partition(".")[0] in packages):
+        if isinstance(held, dict) and (node is run or _packages(node) & set(packages)):
             found.append((type(node).__name__, held))
             todo += held.values()
     return found
+
+
+def _packages(node: Any) -> set[str]:
+    return {kind.__module__.partition(".")[0] for kind in type(node).__mro__}

@@ -39,6 +39,7 @@ PAGES = {
     "rate": "benchmarks.rate",
     "rescue": "benchmarks.rescue",
     "running": "benchmarks.running",
+    "start": "benchmarks.start",
     "tiers": "benchmarks.tiers.page",
     "verdicts": "benchmarks.verdicts",
 }

@@ -87,8 +87,10 @@ def test_rescued_loop(tmp_path: Path) -> None:
     losses = {line.split(":")[0]: float(line.split()[-1]) for line in lines if ": loss" in line}
     assert not losses["log"] < 1
     assert losses["rescue"] < 0.1
+    assert losses["start"] < 0.1
     assert "rescue: step 60: the step was skipped: nothing is updated by it" in lines
-    assert sum("the run went back" in line for line in lines) == 1
+    assert [line.split(":")[0] for line in lines if "the run went back" in line] == ["rescue", "start"]
+    assert sum("as the rate rose; it is kept below" in line for line in lines) == 1
 
 
 def test_second_data(tmp_path: Path) -> None:

@@ -203,23 +203,20 @@ class Rescuing:
 
     def _end_start(self, step: int, start: Start, hook: SkipHook) -> list[str]:
         """End the start: go back to where the rate was about what it is to be, on all processes or on none."""
-        limit, back = start.limit, step - start.back
-        snapshot = self.snapshots.before(back)
-        if start.lost or snapshot is None:
-            near = False
+        limit, snapshot = start.limit, self.snapshots.before(step - start.back)
+        lost = start.lost or not self.rescue.beginning or snapshot is None
+        near = not lost and snapshot is not None and self.snapshots.moved_since(snapshot) < FAR
+        there = self._all_have(-1 if snapshot is None or near else snapshot.step)
+        text = f"the loss was lost at step {step}, as the rate rose; it is kept below {limit:.3g} from now on"
+        if there and snapshot is not None and not near:
+            self._return_to(snapshot, step)
+            text += f"; the run went back to the weights of step {snapshot.step}"
         else:
-            near = self.rescue.beginning and self.snapshots.moved_since(snapshot) < FAR
-        if near:
             self._asked = hook.asked = False
             self.rescue.stayed()
-            return []
-        text = f"the loss was lost at step {step}, as the rate rose; it is kept below {limit:.3g} from now on"
-        if self._all_have(-1 if snapshot is None else snapshot.step) and snapshot is not None:
-            self._return_to(snapshot, step)
-            text += f", and the run went back to the weights of step {snapshot.step}"
-        else:
-            self._asked = hook.asked = False
             text += "; there is no snapshot of the weights trained now to go back to"
+        if near:
+            return []
         start.end(limit)
         self.changed()
         self.notices.warn_always(text)

@@ -214,6 +214,28 @@ def test_a_scheduler_without_alarms_or_without_a_way_back() -> None:
     assert run.optimizer.param_groups[0]["lr"] == 0.1
 
 
+def test_a_loss_that_begins_at_zero_ends_no_start() -> None:
+    """As that of a policy does, which hardly moves its weights in its first steps."""
+    run = Training("log", control="start", make=lambda params: torch.optim.SGD(params, 1e-6))
+    for step in range(RISE + HELD + 5):
+        run.step(said=0.0 if step == 0 else 0.1)
+    assert not any("lost" in text for text in run.told)
+    assert run.monitor.rates.scale() == 1.0
+    assert not run.monitor.rates.start.rising  # type: ignore[union-attr]
+
+
+def test_other_weights_than_those_of_the_snapshots_are_not_gone_back_from() -> None:
+    run = Regression("start").times(30.0).run(0, 20)
+    run.monitor.rescuing.snapshots.drop()  # type: ignore[union-attr]
+    run.run(20, 21)
+    with torch.no_grad():
+        run.model[0].weight.fill_(math.nan)
+    run.monitor.rescuing.snapshots.drop()  # type: ignore[union-attr]
+    run.run(21, 23)
+    assert "there is no snapshot of the weights trained now to go back to" in run.said[21]
+    assert run.shares[-1] == pytest.approx(SHARE * run.shares[20], rel=1e-3)
+
+
 FALLING = [2.0 - 0.02 * i for i in range(60)]
 
 

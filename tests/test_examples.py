@@ -82,6 +82,21 @@ def test_find_rate(tmp_path: Path) -> None:
     assert after < 0.25 < 1 < before
 
 
+def test_lightning_find_rate(tmp_path: Path) -> None:
+    lines = run(tmp_path, "lightning/find_rate.py").splitlines()
+    before, after = (float(line.split()[-1]) for line in lines if line.startswith("rate "))
+    assert any(line.startswith("FoundRate(") for line in lines)
+    assert after < 0.25 < 2 < before
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_huggingface_find_rate(tmp_path: Path) -> None:
+    lines = run(tmp_path, "huggingface/find_rate.py").splitlines()
+    [after] = [float(line.split()[-1]) for line in lines if line.startswith("rate ")]
+    assert any(line.startswith("FoundRate(") for line in lines)
+    assert after < 2.9  # 3.8 at the trainer's default rate
+
+
 def test_rescued_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "rescued_loop.py").splitlines()
     losses = {line.split(":")[0]: float(line.split()[-1]) for line in lines if ": loss" in line}

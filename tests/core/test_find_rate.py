@@ -123,6 +123,68 @@ def test_a_tensor_rate_and_a_loader_with_workers_are_as_they_were() -> None:
     assert float(rate) == pytest.approx(1e-3)
 
 
+def test_a_step_of_several_batches_is_that_of_one_large_batch() -> None:
+    whole, parts = Job(0.05), Job(0.05)
+    parts.loader.size = whole.loader.size // 2
+    for job in (whole, parts):
+        job.model[2].p = 0.0
+        job.loader = [*job.loader]  # type: ignore[assignment]  # in one order
+    found = whole.find()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=20)
+    before = scaler.state_dict()
+    again, scaled = parts.find(accumulate=2), whole.find(scaler=scaler)
+    assert scaler.state_dict() == before
+    for other in (again, scaled):
+        losses = [[p.loss for p in each.ramp.points] for each in (found, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert other.ramp.points[50].gradient == pytest.approx(found.ramp.points[50].gradient, rel=1e-3)
+    ratios = [[p.ratio for p in each.ramp.points if p.ratio is not None] for each in (found, again)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.05)
+    assert again.rate == pytest.approx(found.rate, rel=0.05)
+
+
+def test_weights_that_are_not_trained_and_streams_of_the_data_are_as_they_were() -> None:
+    job = Job(0.02, scheduled=False)
+    teacher = copy.deepcopy(job.model).requires_grad_(False)
+    model = nn.ModuleList([job.model, teacher])
+
+    class Noisy(torch.utils.data.Dataset[Batch]):
+        def __init__(self) -> None:
+            self.stream = np.random.default_rng(4)
+
+        def __len__(self) -> int:
+            return 600
+
+        def __getitem__(self, i: int) -> Batch:
+            return job_x[i] + 0.1 * float(self.stream.normal()), job_y[i]
+
+    job_x, job_y = job.loader.x, job.loader.y
+    data = Noisy()
+    loader = DataLoader(data, 64, shuffle=True)
+
+    def average() -> None:
+        for held, p in zip(teacher.parameters(), job.model.parameters(), strict=False):
+            held.lerp_(p.detach(), 0.1)
+
+    before = copy.deepcopy([model.state_dict(), data.stream.bit_generator.state, torch.get_rng_state()])
+    gfs_core.find_rate(model, job.optimizer, job.loss_of, loader, STEPS, before_step=average)
+    assert_same([model.state_dict(), data.stream.bit_generator.state, torch.get_rng_state()], before)
+
+
+def test_an_error_at_one_rate_alone_is_a_lost_run() -> None:
+    job = Job(0.02)
+
+    def checked(batch: Batch) -> Tensor:
+        out = job.model(batch[0])
+        if out.abs().max() > 40:
+            raise ValueError("no probabilities")
+        return nn.functional.cross_entropy(out, batch[1])
+
+    found = gfs_core.find_rate(job.model, job.optimizer, checked, job.loader, STEPS, scheduler=job.scheduler)
+    assert 0.03 < found.rate < 2
+    assert any("counts as lost: ValueError: no probabilities" in text for text in found.unsure)
+
+
 def test_a_search_that_fails_leaves_everything_as_it_was() -> None:
     job = Job(0.02)
     before, calls = job.state(), 0
@@ -193,6 +255,8 @@ def test_a_wrong_argument_is_said() -> None:
     job = Job(0.02)
     with pytest.raises(ConfigError, match="iterator"):
         gfs_core.find_rate(job.model, job.optimizer, job.loss_of, iter(job.loader), STEPS)
+    with pytest.raises(ConfigError, match="accumulate"):
+        job.find(accumulate=0)
     with pytest.raises(ConfigError, match="no batch"):
         gfs_core.find_rate(job.model, job.optimizer, job.loss_of, [], STEPS)
     with pytest.raises(ConfigError, match="≥ 100"):

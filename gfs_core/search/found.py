@@ -141,8 +141,8 @@ def search(trainings: Trainings, clock: Callable[[], float]) -> FoundRate:
     if choice is None:
         low, high = min(p.rate for p in tried), max(p.rate for p in tried)
         raise MeasurementError(
-            f"no rate was found: the loss was lost in all pilots, at rates from {low:.2g} to {high:.2g}; check the "
-            "loss and the data, or begin from a lower rate"
+            f"no rate was found: the loss was lost in all pilots, or ended no lower than it began, at rates from "
+            f"{low:.2g} to {high:.2g}; check the loss and the data, or begin from a lower rate"
         )
     cost = Cost(spent[0], sum(spent[1:]), clock() - began)
     found = FoundRate(

@@ -33,7 +33,7 @@ class Pilot:
         rate: the largest learning rate of its schedule.
         steps: that it was to have.
         taken: that it had; fewer where it was lost.
-        first: loss at its start.
+        first: loss at its start, on what it is judged on if that is known there, or else of its first batch.
         losses: of each batch on which it was judged; the same ones in all pilots of a search. Empty: it was lost.
     """
 
@@ -42,6 +42,25 @@ class Pilot:
     taken: int
     first: float
     losses: tuple[float, ...]
+
+    @staticmethod
+    def of(
+        rate: float, steps: int, losses: Sequence[float], judged: Sequence[float], start: float | None = None
+    ) -> Pilot:
+        """The pilot of a run.
+
+        Args:
+            rate: the largest of its schedule.
+            steps: that it was to have.
+            losses: of the steps that it had.
+            judged: on which it is judged; empty: it was lost.
+            start: mean loss at its start, on what it is judged on. Who ends no lower has lost what was there, as a
+                pretrained model can without a high loss.
+        """
+        if start is None:
+            return Pilot(rate, steps, len(losses), losses[0], tuple(judged))
+        learnt = bool(judged) and fmean(judged) < start
+        return Pilot(rate, steps, len(losses), start, tuple(judged) if learnt else ())
 
     @property
     def loss(self) -> float:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +127,7 @@ class Trials:
         self._schedule = training.schedule
         self.steps, self.users = len(self._schedule), max(s.rate for s in self._schedule)
         self.judged_on = "validation" if training.validated else "training"
+        self._before: list[float] | None = None
         self._errors: list[tuple[str, Exception]] = []
         if not 0 < self.users < math.inf:
             raise ConfigError(f"the largest learning rate of the schedule must be > 0 and finite, got {self.users}")
@@ -160,8 +162,14 @@ class Trials:
         name, factors = f"pilot at {rate:.2g}", [rate / self.users] * steps
         trial = self._run(Trial(name, shape, factors, False, self._progress))
         losses = [p.loss for p in trial.points]
-        judged = () if trial.lost else tuple(losses[-_LAST:] if trial.judged is None else trial.judged)
-        return Pilot(rate, steps, len(losses), losses[0], judged)
+        judged = [] if trial.lost else losses[-_LAST:] if trial.judged is None else trial.judged
+        return Pilot.of(rate, steps, losses, judged, self._start())
+
+    def _start(self) -> float | None:
+        """Mean loss on the validation data before the training, or rather after a step at a rate of 0."""
+        if self._training.validated and self._before is None:
+            self._before = self._run(Trial("start", self._schedule[:1], [0.0], False, self._progress)).judged
+        return fmean(self._before) if self._before else None
 
     def _run(self, trial: Trial) -> Trial:
         try:

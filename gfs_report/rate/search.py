@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gfs_core import ConfigError
@@ -113,7 +114,9 @@ class _Jobs:
         for name in _OF_A_STEP:
             self.facts.pop(name, None)
         self.steps, self.users = len(self.schedule), max(self.schedule)
-        self.judged_on = "training" if self.facts.pop("judged", None) is None else "validation"
+        judged = self.facts.pop("judged", None)
+        self.judged_on = "training" if judged is None else "validation"
+        self._start = fmean(judged) if judged else None  # after one step, and so nearly that of the untrained model
         if self.steps < FEWEST:
             raise ConfigError(f"the job takes {self.steps} steps, too few to try anything out: {FEWEST} are the least")
         if not self.users > 0:
@@ -134,7 +137,7 @@ class _Jobs:
         judged: list[float] = []
         if outcome is not None and outcome.ended != "diverged":
             judged = outcome.facts.get("judged") or losses[-_LAST:]
-        return Pilot(rate, steps, len(losses), losses[0], tuple(judged))
+        return Pilot.of(rate, steps, losses, judged, self._start)
 
     def _run(self, name: str, plan: jobs.Plan) -> tuple[Run, jobs.Outcome | None]:
         """What a run has logged, and how it ended; ``None``: it failed on the way, as some do whose loss is lost."""

@@ -185,6 +185,32 @@ def test_an_error_at_one_rate_alone_is_a_lost_run() -> None:
     assert any("counts as lost: ValueError: no probabilities" in text for text in found.unsure)
 
 
+def test_a_pretrained_model_is_not_destroyed() -> None:
+    """At high rates the losses are alike, above that at the start; the pilots go down until they are below it."""
+
+    def pretrained(rate: float, steps: int) -> Pilot:
+        least, at = (1.1, 0.03) if rate > 2e-4 else (0.8, 1e-4)
+        end = least + 0.1 * math.log10(rate / at) ** 2
+        return Pilot.of(rate, steps, [2.0] * steps, [end], start=1.0)
+
+    tried = search(pretrained, 0.03, 1000, lambda more: more <= 2000)
+    choice = choose([p for p in tried if p.steps == tried[-1].steps])
+    assert choice is not None
+    assert choice.rate == pytest.approx(MARGIN * 0.03 / APART**5)
+    assert choice.cliff == pytest.approx(0.03 / APART**4)
+
+
+def test_pilots_begin_where_the_validation_data_say() -> None:
+    job = Job(0.02)
+    job.model.eval()
+    with torch.no_grad():
+        start = np.mean([float(job.loss_of(batch)) for batch in job.validation])
+    job.model.train()
+    found = job.find()
+    assert [p.first for p in found.pilots] == pytest.approx([start] * len(found.pilots))
+    assert job.find(validation=None).pilots[0].first == pytest.approx(found.ramp.points[0].loss)
+
+
 def test_a_search_that_fails_leaves_everything_as_it_was() -> None:
     job = Job(0.02)
     before, calls = job.state(), 0

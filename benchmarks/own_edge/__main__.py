@@ -14,39 +14,37 @@ from functools import partial
 import torch
 
 import gfs_core as gfs
-from benchmarks.lib.store import Store
+from benchmarks.lib.store import Row, Store
 from benchmarks.own_edge import ramps
 from benchmarks.own_edge.combinations import CONSTANT, Combination, combinations
 from benchmarks.own_edge.fits import compared
 from benchmarks.own_edge.page import render
 from benchmarks.own_edge.picture import draw
-from benchmarks.own_edge.rows import BEGINS, FAST, NAME, SEEDS, SLOW, SLOWER, SLOWEST, SPEEDS
+from benchmarks.own_edge.rows import BEGINS, CLOSELY, FAST, FASTEST, NAME, SEEDS, SLOW, SLOWER
 
 
 def run(store: Store, combination: Combination) -> None:
     """All runs of a combination."""
-    onsets = []
+    closely = combination.key in CLOSELY
+
+    def ramp(growth: float, seed: int, begins: float = BEGINS[0]) -> Row:
+        solve = growth == SLOW or (closely and seed == 0 and begins == BEGINS[0])
+        key = (*combination.key, growth, begins, seed)
+        return store.add("ramps", key, partial(ramps.ramp, combination, growth, begins, seed, solve))
+
+    slow = [ramp(SLOW, seed) for seed in SEEDS]
     for seed in SEEDS:
-        for growth in SPEEDS:
-            row = store.add(
-                "ramps", (*combination.key, growth, BEGINS[0], seed),
-                partial(ramps.ramp, combination, growth, BEGINS[0], seed, growth == SLOW or seed == 0),
-            )  # fmt: skip
-            if growth == SLOW:
-                onsets.append(row["onset"])
-    for begins in BEGINS[1:]:
-        store.add(
-            "ramps", (*combination.key, FAST, begins, 0), partial(ramps.ramp, combination, FAST, begins, 0, False)
-        )
+        ramp(FAST, seed)
+    for seed in SEEDS if closely else SEEDS[:1]:
+        ramp(FASTEST, seed)
     if combination.problem == CONSTANT:
         return
-    if combination.key in SLOWEST:
-        store.add(
-            "ramps", (*combination.key, SLOWER, BEGINS[0], 0),
-            partial(ramps.ramp, combination, SLOWER, BEGINS[0], 0, True),
-        )  # fmt: skip
-    if onsets[0] is not None:
-        store.add("held", combination.key, partial(ramps.held, combination, onsets[0], 0))
+    if closely:
+        ramp(SLOWER, 0)
+        for begins in BEGINS[1:]:
+            ramp(FAST, 0, begins)
+    if slow[0]["onset"] is not None:
+        store.add("held", combination.key, partial(ramps.held, combination, slow[0]["onset"], 0))
     for seed in SEEDS:
         losses = store.add("reference", (*combination.key, seed), partial(ramps.reference, combination, seed))
         if seed == 0:
@@ -67,7 +65,8 @@ def main() -> None:
             if (spent := time.process_time() - began) > 1:
                 name, seconds = " | ".join(combination.key), store.results.get("seconds", {})
                 store.put("seconds", seconds | {name: seconds.get(name, 0) + round(spent)})
-    store.put("fits", compared(store.results))
+    for part, chosen in (("fits: others", False), ("fits: chosen on", True)):
+        store.put(part, compared(store.results, chosen))
     store.write_page(render(store.results))
     draw(store.results)
 

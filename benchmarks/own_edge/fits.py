@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.own_edge.combinations import Combination
 from benchmarks.own_edge.rows import FAST, SEEDS, SLOW, SPEEDS, Found, controls_in, found_in, quotients, spread
 from gfs_core.search.ramp import knee_of
 
@@ -16,6 +17,11 @@ WINDOW = 30.0  # times below the largest ratio: what is fitted, as in find_rate
 SMOOTH = 5  # ratios, of which the median is taken
 ROOM = 2.0  # between the knee and the rate at which the loss was lost
 NEAR = 0.7  # of the level: where the other way has its onset
+CHOSEN = {
+    *(("digits, MLP", optimizer, "64") for optimizer in ("SGD", "momentum", "AdamW", "RMSprop")),
+    *(("digits, CNN", optimizer, "64") for optimizer in ("SGD", "momentum", "AdamW")),
+    ("digits, MLP", "SGD", "all"),
+}  # the first that were made: the ways were thought of with their ratios before the eyes
 Curve = tuple[list[float], list[float], float | None]  # rates, ratios, the rate at which the loss was lost
 Fit = Callable[[Curve], float | None]
 
@@ -73,11 +79,23 @@ def by_level(curve: Curve) -> float | None:
     return onset if abs(slope) < 0.5 else None
 
 
+def lines_then_level(curve: Curve) -> float | None:
+    """Whether there is a knee, by lines; the median behind it is the level, and the onset where it is reached."""
+    rates, ratios, end = curve
+    knee = with_room(curve)
+    if knee is None:
+        return None
+    top = (end or ROOM * rates[-1]) / ROOM
+    level = median(v for r, v in zip(rates, ratios, strict=True) if r >= knee and (r <= top or r == knee))
+    return next((r for r, v in zip(rates, smooth(ratios), strict=True) if v >= NEAR * level), None)
+
+
 FITS: dict[str, Fit] = {
     "as in `find_rate`": by_largest,
     "window by running medians": by_medians,
     "… and room to the loss": with_room,
-    "level first": by_level,
+    "… and the onset where 0.7 of the level is reached": lines_then_level,
+    "the level first, then where 0.7 of it is reached": by_level,
 }
 
 
@@ -89,19 +107,21 @@ def curve_of(f: Found, growth: float, seed: int, begins: float = 0.01) -> Curve:
     return [r for r, _ in known], [v for _, v in known], row["end"]
 
 
-def compared(results: dict[str, Any]) -> dict[str, list[str]]:
-    """A row of the table for each way."""
-    found, controls = found_in(results), controls_in(results)
+def _made(f: Found) -> list[tuple[Combination, float, int]]:
+    return [(f.of, growth, seed) for growth in SPEEDS for seed in SEEDS if f.ramp(growth, seed)]
+
+
+def compared(results: dict[str, Any], chosen: bool) -> dict[str, list[str]]:
+    """A row of the table for each way, on the combinations on which the ways were chosen, or on the others."""
+    found, controls = [f for f in found_in(results) if (f.of.key in CHOSEN) == chosen], controls_in(results)
     rows = {}
     for name, fit in FITS.items():
-        onsets = {
-            (f.of, growth, seed): fit(curve_of(f, growth, seed)) for f in found for growth in SPEEDS for seed in SEEDS
-        }
-        shares = [[onsets[f.of, g, s] is not None for f in found for s in SEEDS] for g in SPEEDS]
+        onsets = {key: fit(curve_of(f, *key[1:])) for f in found for key in _made(f)}
+        shares = [[onset is not None for (_, g, _), onset in onsets.items() if g == growth] for growth in SPEEDS]
         apart = quotients((onsets[f.of, SLOW, 1], onsets[f.of, SLOW, 0]) for f in found)
         fast = quotients((onsets[f.of, FAST, s], onsets[f.of, SLOW, s]) for f in found for s in SEEDS)
         best = quotients((f.best(s), onsets[f.of, SLOW, s]) for f in found for s in SEEDS)
-        wrong = [fit(curve_of(f, g, s)) is not None for f in controls for g in SPEEDS for s in SEEDS]
+        wrong = [fit(curve_of(f, *key[1:])) is not None for f in controls for key in _made(f)]
         rows[name] = [
             *(f"{sum(share)} of {len(share)}" for share in shares), f"{spread(apart):.2f}",
             f"{median(fast):.2f} ± {spread(fast):.2f}", f"{median(best):.2g}", f"{spread(best):.2f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
@@ -11,6 +12,7 @@ from benchmarks.own_edge.rows import (
     BEGINS,
     FAST,
     FASTEST,
+    NEAR,
     SEEDS,
     SLOW,
     SLOWER,
@@ -67,21 +69,24 @@ def _levels(found: list[Found]) -> list[str]:
     for f in found:
         slow = [f.ramp(SLOW, seed) for seed in SEEDS]
         lost = [r["end"] / r["onset"] if r["end"] and r["onset"] else None for r in slow]
-        solved = f.solved()
-        quotient = median(p[1] / p[2] for p in solved if p[2] > 0) if solved else None
+        running = [p.running / p.ratio for p in f.solved() if p.ratio > 0]
+        solved = [[p.ratio for p in f.solved(*where)] for where in ((NEAR,), (math.inf, NEAR))]
         rows.append(
             [
                 *_name(f),
                 _both(r["onset"] for r in slow),
-                _both(r["level"] for r in slow),
-                number(median(p[2] for p in solved) if solved else None),
-                number(quotient),
-                "; ".join(_both(r["slopes"]) if r["slopes"] else "–" for r in slow),
                 _both(lost),
+                _both(r["slopes"][0] if r["slopes"] else None for r in slow),
+                _both(r["level"] for r in slow),
+                *(number(median(values) if values else None) for values in solved),
+                number(median(running) if running else None),
+                _both(r["slopes"][1] if r["slopes"] else None for r in slow),
+                number(f.slope()),
             ]
         )
-    head = ["problem", "optimizer", "batch", "onset η", "level, running", "level, solved", "running / solved"]
-    return table([*head, "slopes before, behind", "lost at / onset"], rows)
+    head = ["problem", "optimizer", "batch", "onset η", "lost at / onset", "slope before", "level, running"]
+    head += ["solved, to 3 × onset", "solved, beyond", "running / solved", "slope behind, running", "solved"]
+    return table(head, rows)
 
 
 def _theories(found: list[Found]) -> list[str]:
@@ -107,15 +112,16 @@ GROUPS: dict[str, Callable[[Found], bool]] = {
 
 def _by_theory(found: list[Found]) -> list[str]:
     rows = []
-    for name, belongs in GROUPS.items():
-        some = [values for f in found if belongs(f) and (values := f.theories())]
-        cells = []
-        for theory in THEORIES:
-            values = [v[theory] for v in some if theory in v]
-            hits = sum(WITHIN[0] <= v <= WITHIN[1] for v in values)
-            cells.append(f"{median(values):.2g} ({hits} of {len(values)})" if values else "–")
-        rows.append([name, *cells])
-    return table(["", *THEORIES], rows)
+    for place, upto in (("up to 3 × onset", NEAR), ("up to half the lost rate", math.inf)):
+        for name, belongs in GROUPS.items():
+            some = [values for f in found if belongs(f) and (values := f.theories(upto))]
+            cells = []
+            for theory in THEORIES:
+                values = [v[theory] for v in some if theory in v]
+                hits = sum(WITHIN[0] <= v <= WITHIN[1] for v in values)
+                cells.append(f"{median(values):.2g} ({hits} of {len(values)})" if values else "–")
+            rows.append([place, name, *cells])
+    return table(["", "", *THEORIES], rows)
 
 
 def _speeds(found: list[Found]) -> list[str]:
@@ -184,13 +190,13 @@ def _three(factors: list[float]) -> list[str]:
 
 
 def _fits(found: list[Found], results: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, part in results.get("fits", {}).items():
-        rows.append([name, *part])
-    lines = table(
-        ["fit", *(f"found, {g - 1:.0%}" for g in SPEEDS), "seeds apart, decades", "3 % / 1 %", "best / onset: median",
-         "its spread, decades", "found where there is no knee"], rows
-    ) if rows else []  # fmt: skip
+    rows = [
+        [where, name, *row]
+        for where in ("others", "chosen on")
+        for name, row in results.get(f"fits: {where}", {}).items()
+    ]
+    head = ["", "fit", *(f"found, {g - 1:.0%}" for g in SPEEDS), "seeds apart, decades", "3 % / 1 %"]
+    lines = table([*head, "best / onset: median", "its spread, decades", "found where there is no knee"], rows)
     controls = [
         [*_name(f), _both(f.ramp(SLOW, s)["onset"] for s in SEEDS), _both(f.ramp(SLOW, s)["end"] for s in SEEDS)]
         for f in controls_in(results)

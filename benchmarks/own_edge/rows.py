@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median, stdev
-from typing import Any
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.lib.store import Row
 from benchmarks.own_edge.combinations import CONSTANT, Combination, combinations
@@ -15,18 +17,21 @@ NAME = "own_edge"
 SEEDS = (0, 1)
 SLOW, FAST, FASTEST = SPEEDS = (1.01, 1.03, 1.1)
 SLOWER = 1.003
-SLOWEST = [
+CLOSELY = [
     ("digits, MLP", "SGD", "64"),
     ("digits, MLP", "momentum", "64"),
     ("digits, MLP", "AdamW", "64"),
+    ("digits, MLP", "RMSprop", "64"),
+    ("digits, CNN", "SGD", "64"),
     ("digits, CNN", "momentum", "64"),
     ("digits, CNN", "AdamW", "64"),
     ("digits, deep tanh, squared", "SGD", "64"),
     ("digits, deep tanh, squared", "momentum", "64"),
     ("matrix factors, squared", "momentum", "64"),
     ("matrix factors, squared", "AdamW", "64"),
-]  # that have a ramp of this speed too
+]  # that have ramps at all speeds and from all beginnings
 BEGINS = (0.01, 0.1, 0.001)
+NEAR = 3.0  # times the onset: up to there it is called the beginning of the level
 LARGE = 256  # examples, from which on a batch is called large
 THEORIES = {
     "2/η": "λη/2",
@@ -36,6 +41,22 @@ THEORIES = {
     "batch sharpness, 2(1 − β)/η": "batch sharpness · η/(2(1 − β))",
     "mean square": "(λ + f·σ²/λ)·η/(2(1 + β)), running estimate",
 }
+
+
+class Point(NamedTuple):
+    """A step of a ramp at which the curvature was solved.
+
+    Attributes:
+        rate: over the onset.
+        running: the running stability ratio.
+        ratio: the solved one.
+        batch: batch sharpness over the threshold.
+    """
+
+    rate: float
+    running: float
+    ratio: float
+    batch: float
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,8 @@ class Found:
 
     @property
     def made(self) -> bool:
-        """Whether all of its ramps are there."""
-        return all(self.ramp(growth, seed) for growth in SPEEDS for seed in SEEDS)
+        """Whether its ramps at 1 and 3 % are there."""
+        return all(self.ramp(growth, seed) for growth in (SLOW, FAST) for seed in SEEDS)
 
     @property
     def large(self) -> bool:
@@ -81,36 +102,45 @@ class Found:
         """Whether it has BatchNorm."""
         return "BatchNorm" in self.of.problem
 
-    def solved(self) -> list[list[float]]:
-        """Rate, running ratio, solved ratio and batch sharpness at the points at and above the onset, of both seeds."""
-        rows = [self.ramp(SLOW, seed) for seed in SEEDS]
-        return [
-            point
-            for row in rows
-            if row.get("onset") is not None
-            for point in row.get("solved", [])
-            if point[0] >= 0.99 * row["onset"] and point[2] is not None and point[3] is not None
-        ]
+    def points(self, growth: float = SLOW, seed: int = 0) -> list[Point]:
+        """The points of a ramp that were solved, at and above its onset."""
+        row = self.ramp(growth, seed)
+        onset = row.get("onset")
+        if onset is None:
+            return []
+        made = [Point(p[0] / onset, *p[1:]) for p in row.get("solved", []) if p[2] is not None and p[3] is not None]
+        return [p for p in made if p.rate >= 0.99]
+
+    def solved(self, upto: float = math.inf, above: float = 0.0) -> list[Point]:
+        """Those of both seeds at 1 % a step, between these multiples of the onset."""
+        return [p for seed in SEEDS for p in self.points(SLOW, seed) if above < p.rate <= upto]
+
+    def slope(self) -> float | None:
+        """Slope of the solved ratio over the rate above the onset, in logarithms; mean of both seeds."""
+        lines = []
+        for seed in SEEDS:
+            known = [(math.log(p.rate), math.log(p.ratio)) for p in self.points(SLOW, seed) if p.ratio > 0]
+            if len(known) > 3:
+                lines.append(float(np.polyfit(*zip(*known, strict=True), 1)[0]))
+        return fmean(lines) if lines else None
 
     def level(self, growth: float) -> float | None:
         """The solved level in the ramp of this speed, seed 0."""
-        row = self.ramp(growth)
-        onset = row.get("onset")
-        known = [p[2] for p in row.get("solved", []) if onset and p[0] >= 0.99 * onset and p[2] is not None]
+        known = [p.ratio for p in self.points(growth)]
         return median(known) if known else None
 
-    def theories(self) -> dict[str, float]:
-        """What is 1 by each theory, at the level; medians over the points of both seeds."""
-        points = self.solved()
+    def theories(self, upto: float = math.inf) -> dict[str, float]:
+        """What is 1 by each theory; medians over the points of both seeds up to this multiple of the onset."""
+        points = self.solved(upto)
         if not points:
             return {}
         beta, edge = self.of.kind.beta, self.of.kind.edge
         small = (1 + beta) / (1 - beta)
-        ratio, batch = (median(p[i] for p in points) for i in (2, 3))
+        ratio, batch = median(p.ratio for p in points), median(p.batch for p in points)
         noisy = [v for seed in SEEDS if (v := self.ramp(SLOW, seed).get("noisy")) is not None]
         found = {"2/η": ratio * edge / 2, "2(1 + β)/η": ratio, "2(1 − β)/η": ratio * small}
         found |= {"batch sharpness, 2(1 + β)/η": batch, "batch sharpness, 2(1 − β)/η": batch * small}
-        return found | ({"mean square": median(noisy)} if noisy else {})
+        return found | ({"mean square": median(noisy)} if noisy and math.isinf(upto) else {})
 
 
 def found_in(results: dict[str, Any]) -> list[Found]:

@@ -30,17 +30,30 @@ CLOSELY = [
     ("matrix factors, squared", "momentum", "64"),
     ("matrix factors, squared", "AdamW", "64"),
 ]  # that have ramps at all speeds and from all beginnings
+LATER = {
+    ("digits, CNN", "momentum", "16"),
+    ("digits, CNN", "AdamW", "16"),
+    ("digits, CNN", "Adam", "64"),
+    ("digits, CNN", "momentum", "512"),
+    ("digits, CNN", "AdamW", "512"),
+    ("digits, MLP", "SGD", "512"),
+    ("digits, BatchNorm CNN", "SGD", "64"),
+    ("digits, BatchNorm CNN", "momentum", "256"),
+    ("characters, GRU", "AdamW", "32"),
+    *(("characters, transformer", optimizer, "32") for optimizer in ("SGD", "momentum", "AdamW")),
+    *(("Fashion-MNIST, CNN", optimizer, "64") for optimizer in ("SGD", "momentum", "AdamW")),
+}  # that were made after the mean of onset and end had been thought of
 BEGINS = (0.01, 0.1, 0.001)
 NEAR = 3.0  # times the onset: up to there it is called the beginning of the level
 LARGE = 256  # examples, from which on a batch is called large
-THEORIES = {
-    "2/η": "λη/2",
-    "2(1 + β)/η": "λη/(2(1 + β))",
-    "2(1 − β)/η": "λη/(2(1 − β))",
-    "batch sharpness, 2(1 + β)/η": "batch sharpness · η/(2(1 + β))",
-    "batch sharpness, 2(1 − β)/η": "batch sharpness · η/(2(1 − β))",
-    "mean square": "(λ + f·σ²/λ)·η/(2(1 + β)), running estimate",
-}
+THEORIES = (
+    "2/η",
+    "2(1 + β)/η",
+    "2(1 − β)/η",
+    "batch sharpness, 2(1 + β)/η",
+    "batch sharpness, 2(1 − β)/η",
+    "mean square",
+)
 
 
 class Point(NamedTuple):

@@ -154,7 +154,7 @@ A knee needs twelve ratios, six of them in the first part. A linear warm-up spen
 last decade of the rate, so they are there from 100 steps on at every second step; that the onset comes out two to
 three times too high is the speed of the warm-up. With the defaults there are 7 to 14 ratios, and no knee. But the
 median of the last quarter's ratios is about the level of the slow ramp: 1.5 times it after 100 steps and 1.0 times
-after 200, where there are any in that quarter (the defaults left some to 3 of 18 there). So a run can learn its own
+after 200, where there are any in that quarter (the defaults left some to 4 of 19 there). So a run can learn its own
 level from its own warm-up, as a median and not as a knee, provided that the rate is above the onset; whether it is,
 the warm-up does not tell with the defaults.
 """

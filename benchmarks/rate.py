@@ -23,7 +23,7 @@ from benchmarks.lib.data import Batch, digits, fashion_mnist, sentence_data, spl
 from benchmarks.lib.models import Characters, Rows, Sentences, cnn, dense, digits_cnn
 from benchmarks.lib.store import Row, Store, rounded
 from benchmarks.lib.tables import table
-from benchmarks.lib.trainings import adamw, entropy, epochs, gradient, sgd, squared
+from benchmarks.lib.trainings import adamw, entropy, gradient, sgd, squared
 from benchmarks.zoo.parts import Recurrent, cosine
 
 SEEDS = 2
@@ -56,16 +56,20 @@ class Workload:
     loss: Callable[[nn.Module, Batch], Tensor] = entropy
 
 
-@dataclass(frozen=True)
 class Batches:
-    """Batches in the same order each time."""
+    """Batches of all examples, in a new order each time."""
 
-    data: Batch
-    size: int
-    seed: int
+    def __init__(self, data: Batch, size: int, seed: int) -> None:
+        self.data, self.size = data, size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data[1]) // self.size
 
     def __iter__(self) -> Iterator[Batch]:
-        return epochs(self.data, self.size, torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(len(self.data[1]), generator=self.generator)
+        for rows in order.split(self.size)[: len(self)]:
+            yield self.data[0][rows], self.data[1][rows]
 
 
 def bn_cnn(channels: int = 1, size: int = 8) -> nn.Module:
@@ -160,7 +164,8 @@ def validation_of(workload: Workload) -> list[Batch]:
 def trained(workload: Workload, rate: float, seed: int) -> float:
     """Validation loss after a whole training; infinite where it was lost."""
     model, optimizer, schedule = start(workload, rate, seed)
-    for batch in itertools.islice(Batches(workload.data()[0], workload.batch, seed), workload.steps):
+    passes = itertools.repeat(Batches(workload.data()[0], workload.batch, seed))
+    for batch in itertools.islice(itertools.chain.from_iterable(passes), workload.steps):
         loss = workload.loss(model, batch)
         if not math.isfinite(loss.item()):
             return math.inf
@@ -196,7 +201,7 @@ def searched(workload: Workload, users: float, seed: int) -> Row:
             "level": None if knee is None else knee.ratio,
             "end": found.ramp.end,
             "cliff": found.choice.cliff,
-            "pilots": [[p.rate, p.steps, p.taken, p.loss] for p in found.pilots],
+            "pilots": [[p.rate, p.steps, p.share, p.taken, p.loss] for p in found.pilots],
             "cost": found.cost.steps / workload.steps,
             "seconds": found.cost.seconds,
         },

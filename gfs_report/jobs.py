@@ -94,6 +94,7 @@ class Plan:
         schedule: number of steps over which its own schedule is recorded among the facts; 0: as many as its trainer
             would take; ``None``: it is not recorded.
         judge: whether losses of validation batches are computed after the last step, for the facts.
+        share: of the training data, that the job goes through again and again; 1: all of them.
     """
 
     steps: int
@@ -104,6 +105,7 @@ class Plan:
     rates: list[float] | None = None
     schedule: int | None = None
     judge: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from gfs_core import ConfigError, FoundRate, GFSWarning, Measurement
 from gfs_core.search.kept import Kept, parts_of
+from gfs_core.search.part import part_of
 from gfs_core.search.schedule import Setting, recorded
 from gfs_core.search.steering import Steering
 from gfs_core.search.trial import JUDGED, MEASURED, Progress, Trial, Trials, check_alone, check_optimizer, check_steps
@@ -143,6 +144,9 @@ class _Train:
         ratios = _Ratios(loss_fn=self.loss_fn, **asdict(MEASURED)) if trial.measures else None
         watch = _Watch(self.trainer, trial, ratios)
         try:
+            loader_of = self.trainer.get_train_dataloader
+            self.trainer.get_train_dataloader = lambda: part_of(loader_of(), trial.share)
+            self.trainer.args.max_steps = len(self.schedule)  # a part of the data has shorter epochs
             self._train([watch, *([] if ratios is None else [ratios])])
         finally:
             watch.close()

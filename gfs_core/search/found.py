@@ -46,7 +46,7 @@ class FoundRate:
         judged_on: ``"validation"``, or ``"training"``: the losses of the last steps of a pilot.
         ramp: what the rising rate has shown.
         pilots: the short runs, in their order.
-        choice: what the longest pilots point to.
+        choice: what the last pilots point to, those with the same data.
         cost: steps and seconds.
         unsure: what is not known, a sentence each.
     """
@@ -92,7 +92,8 @@ class FoundRate:
             "end": self.ramp.end,
             "ramp": [[_finite(v) for v in point] for point in self.ramp.points],
             "pilots": [
-                {"rate": p.rate, "steps": p.steps, "taken": p.taken, "loss": _finite(p.loss)} for p in self.pilots
+                {"rate": p.rate, "steps": p.steps, "share": p.share, "taken": p.taken, "loss": _finite(p.loss)}
+                for p in self.pilots
             ],
             "cliff": self.choice.cliff,
             "cost": {**vars(self.cost), "steps": self.cost.steps},
@@ -110,8 +111,11 @@ class Trainings(Protocol):
     def ramp(self, first: float, growth: float, most: int) -> Ramp:
         """A training whose rate rises from ``first`` by a factor in each step, ``most`` times, or until it is lost."""
 
-    def pilot(self, rate: float, steps: int) -> Pilot:
-        """A training of so many steps whose schedule, in its shape, comes to this rate."""
+    def pilot(self, rate: float, steps: int, share: float) -> Pilot:
+        """A training of so many steps whose schedule, in its shape, comes to this rate.
+
+        ``share``: of the training data, that it goes through as often as the whole training would; 1: all of them.
+        """
 
 
 def search(trainings: Trainings, clock: Callable[[], float]) -> FoundRate:
@@ -130,14 +134,13 @@ def search(trainings: Trainings, clock: Callable[[], float]) -> FoundRate:
     ramp = trainings.ramp(ramps.FIRST * users, growth, most)
     spent = [len(ramp.points)]
 
-    def run(rate: float, length: int) -> Pilot:
-        pilot = trainings.pilot(rate, length)
+    def run(rate: float, length: int, share: float) -> Pilot:
+        pilot = trainings.pilot(rate, length, share)
         spent.append(pilot.taken)
         return pilot
 
     tried = runs.search(run, ramp.start, steps, lambda more: sum(spent) + more <= steps)
-    longest = tried[-1].steps
-    choice = choose([p for p in tried if p.steps == longest])
+    choice = choose([p for p in tried if p.share == tried[-1].share], steps)
     if choice is None:
         low, high = min(p.rate for p in tried), max(p.rate for p in tried)
         raise MeasurementError(
@@ -148,20 +151,25 @@ def search(trainings: Trainings, clock: Callable[[], float]) -> FoundRate:
     found = FoundRate(
         choice.rate, (choice.low, choice.high), users, steps, trainings.judged_on, ramp, tuple(tried), choice, cost
     )
-    return _with_doubts(found, longest)
+    return _with_doubts(found)
 
 
-def _with_doubts(found: FoundRate, longest: int) -> FoundRate:
+def _with_doubts(found: FoundRate) -> FoundRate:
     """The same with what is not known of it."""
-    choice, ramp, out = found.choice, found.ramp, list[str]()
-    if longest < found.steps:
+    choice, ramp, last, out = found.choice, found.ramp, found.pilots[-1], list[str]()
+    if last.steps < found.steps:
+        data = "all of the data" if last.share == 1 else "a part of the data as small"
+        lower = (last.steps / found.steps) ** runs.DRIFT
         out.append(
-            f"The pilots had {longest} of the {found.steps} steps: in the whole training another rate may be best."
+            f"The pilots had {last.steps} of the {found.steps} steps, over {data}: in the whole training another rate "
+            f"may be best. Theirs is taken times {lower:.2g}, as longer trainings want lower ones."
         )
+    if last.share == 1 < len({p.share for p in found.pilots}):
+        out.append("Pilots on a part of the data learnt nothing: the choice rests on others that went through all.")
     if choice.flat:
         out.append("The losses of the pilots at neighbouring rates are too alike to tell which rate is best.")
     if choice.cliff is not None:
-        lowered = f"; the rate is {runs.MARGIN:g} times the best one tried" if choice.parabola is None else ""
+        lowered = f"; of the best one tried {runs.MARGIN:g} are taken" if choice.parabola is None else ""
         out.append(f"A pilot was lost at a rate of {choice.cliff:.2g}{lowered}.")
     if choice.parabola is None and choice.cliff is None:
         out.append("The best pilot has no worse one on either side: the range is open.")

@@ -19,6 +19,7 @@ from gfs_core.optimizers.thresholds import parameters_of, unwrap
 from gfs_core.run.monitor import StabilityMonitor
 from gfs_core.search.found import FoundRate
 from gfs_core.search.kept import Kept
+from gfs_core.search.part import part_of
 from gfs_core.search.schedule import recorded
 from gfs_core.search.trial import JUDGED, MEASURED, Trial, Trials, check_alone, check_optimizer, check_steps
 
@@ -40,17 +41,18 @@ def find_rate(
     """Find the learning rate of a training before it begins, by trying it out.
 
     A ramp, a training whose rate rises from a hundredth of the present one on, shows where the loss is lost and from
-    which rate on the stability ratio no longer follows the rate. Then short pilots, each a whole run of the schedule in
-    its shape, are compared at rates half a decade apart. A search costs about one training at 500 steps, and less of a
-    longer one. Afterwards everything is as it was, bitwise: weights, buffers, gradients, the optimizer, the scheduler,
-    random streams, and the Python state of the model, the loss and the loaders.
+    which rate on the stability ratio no longer follows the rate. Then pilots are compared at rates half a decade apart:
+    each is the training in small, a tenth of the steps over a tenth of the data, with the schedule in its shape. A
+    search costs about half a training. Afterwards everything is as it was, bitwise: weights, buffers, gradients, the
+    optimizer, the scheduler, random streams, and the Python state of the model, the loss and the loaders.
 
     Args:
         model: the module, as training will begin with it.
         optimizer: its torch optimizer, or a wrapper of one. The largest rate of its groups is the one spoken of; all
             of them are multiplied by the same factor.
         loss_of: ``loss_of(batch)`` returns a 0-dim tensor, the mean over the batch.
-        batches: the training data, gone through again and again: a ``DataLoader``, a list.
+        batches: the training data, gone through again and again: a ``DataLoader``, a list. Where its length is not
+            known, or a ``DataLoader`` has a batch sampler of its own, pilots go through all of it.
         steps: optimizer steps of the training.
         scheduler: learning-rate scheduler of ``optimizer``, stepped once per optimizer step; ``None``: constant rates.
         validation: batches that the pilots are judged on, with the model in eval mode; the first 32 are used.
@@ -130,7 +132,7 @@ class _Loop:
     def run(self, trial: Trial) -> None:
         """Train from the start until the trial is over."""
         monitor: StabilityMonitor | None = None
-        data = self._data()
+        data = self._data(trial.share)
         try:
             if trial.measures:
                 monitor = StabilityMonitor(self.model, self.optimizer, MEASURED, alone=True)
@@ -152,10 +154,11 @@ class _Loop:
             if monitor is not None:
                 monitor.close()
 
-    def _data(self) -> Iterator[Any]:
+    def _data(self, share: float) -> Iterator[Any]:
+        batches = part_of(self.batches, share)
         while True:
             empty = True
-            for batch in self.batches:
+            for batch in batches:
                 empty = False
                 yield batch
             if empty:

@@ -1,23 +1,27 @@
-"""Short runs of the whole schedule at rates half a decade apart, and the rate that they point to.
+"""Short runs of the whole training in small at rates half a decade apart, and the rate that they point to.
 
-The first pilot is where the ramp points. Others follow, up and down, until the best one has a worse or a lost one on
-either side. A parabola through the logarithms of their losses has its lowest point at the rate wanted. Where the next
-rate up was lost there is a cliff and no parabola: the best rate is then lowered by a margin. While the losses are alike
-the pilots are run again, twice as long.
+A pilot has a tenth of the steps, over a tenth of the data: it sees each example as often as the training will, and so
+it overfits where the training will. The first is where the ramp points. Others follow, down and up, until the best one
+has a worse or a lost one on either side. A parabola through the logarithms of their losses has its lowest point at the
+best rate of pilots. Where the next rate up was lost there is a cliff and no parabola: the best rate is then lowered by
+a margin. Longer trainings want lower rates (arXiv 2409.19913): the rate for all of the steps is lower by a power of
+the length.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 APART = math.sqrt(10)  # from one rate to the next
 MARGIN = 0.5  # on the best rate, below one that was lost
-_SHARE = 5  # a pilot has this part of the training's steps …
-_SHORTEST, _LONGEST = 100, 300  # … and so many at least and at most
-_AT_MOST = 8  # rates
+DRIFT = 0.15  # the best rate falls with this power of the steps
+_SHARE = 10  # a pilot has this part of the training's steps …
+_SHORTEST = 30  # … and so many at least
+_FEWEST, _AT_MOST = 3, 8  # rates
+_LEARNT = 0.05  # of the first loss; a pilot that has gained less has learnt nothing
 _FLAT = 0.02  # relative difference of losses, below which they are alike …
 _NOISY = 0.1  # … and below which they are where batches differ as much
 _LIKE = 0.05  # the same, of a rate within the range of the recommended one
@@ -35,6 +39,7 @@ class Pilot:
         taken: that it had; fewer where it was lost.
         first: loss at its start, on what it is judged on if that is known there, or else of its first batch.
         losses: of each batch on which it was judged; the same ones in all pilots of a search. Empty: it was lost.
+        share: of the training data that it sees, each example as often as the training would; 1: all of them.
     """
 
     rate: float
@@ -42,10 +47,16 @@ class Pilot:
     taken: int
     first: float
     losses: tuple[float, ...]
+    share: float = 1.0
 
     @staticmethod
     def of(
-        rate: float, steps: int, losses: Sequence[float], judged: Sequence[float], start: float | None = None
+        rate: float,
+        steps: int,
+        losses: Sequence[float],
+        judged: Sequence[float],
+        start: float | None = None,
+        share: float = 1.0,
     ) -> Pilot:
         """The pilot of a run.
 
@@ -56,16 +67,22 @@ class Pilot:
             judged: on which it is judged; empty: it was lost.
             start: mean loss at its start, on what it is judged on. Who ends no lower has lost what was there, as a
                 pretrained model can without a high loss.
+            share: of the training data.
         """
         if start is None:
-            return Pilot(rate, steps, len(losses), losses[0], tuple(judged))
+            return Pilot(rate, steps, len(losses), losses[0], tuple(judged), share)
         learnt = bool(judged) and fmean(judged) < start
-        return Pilot(rate, steps, len(losses), start, tuple(judged) if learnt else ())
+        return Pilot(rate, steps, len(losses), start, tuple(judged) if learnt else (), share)
 
     @property
     def loss(self) -> float:
         """The mean loss on which it was judged; infinite where it was lost."""
         return fmean(self.losses) if self.losses and all(map(math.isfinite, self.losses)) else math.inf
+
+    @property
+    def learnt(self) -> bool:
+        """Whether its loss has fallen."""
+        return self.first - self.loss > _LEARNT * abs(self.first)
 
 
 @dataclass(frozen=True)
@@ -90,57 +107,48 @@ class Choice:
     parabola: tuple[float, float, float] | None
 
 
-def first_steps(steps: int) -> int:
-    """Steps of the first pilots, of a training of so many."""
-    return min(max(steps // _SHARE, _SHORTEST), _LONGEST, steps)
+def steps_of(steps: int) -> int:
+    """Steps of a pilot, of a training of so many."""
+    return min(max(steps // _SHARE, _SHORTEST), steps)
 
 
-def search(run: Callable[[float, int], Pilot], start: float, steps: int, afford: Callable[[int], bool]) -> list[Pilot]:
-    """Run pilots until the best is between two worse ones, and again twice as long while they are alike.
+def search(
+    run: Callable[[float, int, float], Pilot], start: float, steps: int, afford: Callable[[int], bool]
+) -> list[Pilot]:
+    """Run pilots until the best is between two worse ones.
 
     Args:
-        run: runs a pilot at a rate, for so many steps.
+        run: runs a pilot at a rate, for so many steps, over a share of the data.
         start: rate of the first.
         steps: of the training.
-        afford: whether so many steps more may be spent; asked before pilots are lengthened.
+        afford: whether so many steps more may be spent; asked before all pilots but the first few.
 
     Returns:
-        All pilots, in the order in which they were run.
+        All pilots, in the order in which they were run: with the same share of the data; or, where a part of them
+        taught nothing of the rest, as of ratings of other users, all with that and then all with the whole.
     """
-    length = first_steps(steps)
-    pilots = [run(start, length)]
-    _enclose(run, pilots, length, lambda more: True)
-    while True:
-        latest = [p for p in pilots if p.steps == length]
-        choice = choose(latest)
-        if choice is None or not choice.flat:
-            return pilots
-        good = [p for p in held(latest) if p.loss < math.inf]
-        best = min(good, key=lambda p: p.loss)
-        again = [p.rate for p in good if p is best or _alike(p, best)]
-        if len(again) < 2 or 2 * length > steps or not afford(2 * length * len(again)):
-            return pilots
-        length *= 2
-        pilots += [run(rate, length) for rate in again]
-        _enclose(run, pilots, length, afford)
+    length = steps_of(steps)
+    pilots = _enclosed(lambda rate: run(rate, length, length / steps), start, lambda: afford(length))
+    if any(p.learnt for p in pilots):
+        return pilots
+    return pilots + _enclosed(lambda rate: run(rate, length, 1.0), start, lambda: afford(length))
 
 
-def _enclose(
-    run: Callable[[float, int], Pilot], pilots: list[Pilot], length: int, afford: Callable[[int], bool]
-) -> None:
-    """Add pilots of one length until the best has one on either side, or no more may be spent."""
-    lost = [p.rate for p in pilots if p.loss == math.inf]  # a rate that was lost once is not tried again
-    while len(own := held([p for p in pilots if p.steps == length])) < _AT_MOST:
+def _enclosed(run: Callable[[float], Pilot], start: float, afford: Callable[[], bool]) -> list[Pilot]:
+    """Pilots until the best has one on either side, or no more may be spent."""
+    pilots = [run(start)]
+    while len(pilots) < _AT_MOST:
+        own = held(pilots)
         best = min(own, key=lambda p: p.loss)
-        tried = [p.rate for p in own] + lost
         down, up = best.rate / APART, best.rate * APART
-        wanted = [down] if best.loss == math.inf else [up, down]
-        missing = [r for r in wanted if not any(math.isclose(r, t, rel_tol=0.1) for t in tried)]
+        wanted = [down] if best.loss == math.inf else [down, up] if best.learnt else [up]
+        missing = [r for r in wanted if not any(math.isclose(r, p.rate, rel_tol=0.1) for p in own)]
         if best.loss == math.inf and not missing:
-            missing = [min(tried) / APART]
-        if not missing or not afford(length):
-            return
-        pilots.append(run(missing[0], length))
+            missing = [own[0].rate / APART]
+        if not missing or (len(pilots) >= _FEWEST and not afford()):
+            break
+        pilots.append(run(missing[0]))
+    return pilots
 
 
 def held(pilots: Sequence[Pilot]) -> list[Pilot]:
@@ -149,20 +157,18 @@ def held(pilots: Sequence[Pilot]) -> list[Pilot]:
     fell = [p.first - p.loss < _BEHIND * best for p in pilots]
     lowest = min((p.rate for p in pilots if p.loss == min(q.loss for q in pilots)), default=0.0)
     # Below the best rate a pilot has learnt little because it was slow.
-    out = [
-        Pilot(p.rate, p.steps, p.taken, p.first, ()) if behind and p.rate > lowest else p
-        for p, behind in zip(pilots, fell, strict=True)
-    ]
+    out = [replace(p, losses=()) if behind and p.rate > lowest else p for p, behind in zip(pilots, fell, strict=True)]
     return sorted(out, key=lambda p: p.rate)
 
 
-def choose(pilots: Sequence[Pilot]) -> Choice | None:
-    """The rate that these pilots, of one length, point to; ``None``: all of them were lost."""
+def choose(pilots: Sequence[Pilot], steps: int) -> Choice | None:
+    """The rate of a training of so many steps that these pilots, of one length, point to; ``None``: all were lost."""
     ordered = held(pilots)
     good = [p for p in ordered if p.loss < math.inf]
     if not good:
         return None
     best = min(good, key=lambda p: p.loss)
+    lower = (best.steps / steps) ** DRIFT
     cliff = min((p.rate for p in ordered if p.loss == math.inf and p.rate > best.rate), default=None)
     near = [p for p in good if p is not best and max(p.rate, best.rate) / min(p.rate, best.rate) < 1.1 * APART]
     flat = any(_alike(p, best) for p in near)
@@ -171,12 +177,14 @@ def choose(pilots: Sequence[Pilot]) -> Choice | None:
     if not above or not below:
         rate = MARGIN * best.rate if cliff is not None and cliff < 1.1 * APART * best.rate else best.rate
         low = min([rate / _HALF, *(p.rate for p in below if _worse(p, best) < _LIKE)])
-        return Choice(rate, low, best.rate if rate < best.rate else rate * _HALF, cliff, flat, None)
+        high = best.rate if rate < best.rate else rate * _HALF
+        return Choice(lower * rate, lower * low, lower * high, cliff, flat, None)
     parabola = _parabola([below[-1], best, above[0]])
     curvature, at, _ = parabola
     reach = max(math.sqrt(_LIKE / curvature), math.log(_HALF)) if curvature > 0 else math.log(APART)
     low, high = max(at - reach, math.log(below[-1].rate)), min(at + reach, math.log(above[0].rate))
-    return Choice(math.exp(at), math.exp(low), math.exp(high), cliff, flat, parabola)
+    rate, low, high = (lower * math.exp(x) for x in (at, low, high))
+    return Choice(rate, low, high, cliff, flat, parabola)
 
 
 def _parabola(three: Sequence[Pilot]) -> tuple[float, float, float]:

@@ -45,6 +45,7 @@ class Trial:
         factors: by which the rates of each step are multiplied.
         measures: whether the stability ratio is to be measured, with the options of :data:`MEASURED`.
         progress: called with the name and the steps taken.
+        share: of the training data, that it goes through again and again; 1: all of them.
 
     Attributes:
         points: its steps so far.
@@ -53,9 +54,15 @@ class Trial:
     """
 
     def __init__(
-        self, name: str, settings: Sequence[Setting], factors: Sequence[float], measures: bool, progress: Progress
+        self,
+        name: str,
+        settings: Sequence[Setting],
+        factors: Sequence[float],
+        measures: bool,
+        progress: Progress,
+        share: float = 1.0,
     ) -> None:
-        self.name, self.measures = name, measures
+        self.name, self.measures, self.share = name, measures, share
         self._settings, self._factors, self._progress = settings, factors, progress
         self.points: list[Point] = []
         self.judged: list[float] | None = None
@@ -156,14 +163,14 @@ class Trials:
         factors = [first * growth**i / self.users for i in range(min(most, self.steps))]
         return Ramp.of(self._run(Trial("ramp", [peak] * len(factors), factors, True, self._progress)).points)
 
-    def pilot(self, rate: float, steps: int) -> Pilot:
-        """A training of so many steps whose schedule, in its shape, comes to this rate."""
+    def pilot(self, rate: float, steps: int, share: float) -> Pilot:
+        """A training of so many steps whose schedule, in its shape, comes to this rate, over a share of the data."""
         shape = [self._schedule[step * self.steps // steps] for step in range(steps)]
         name, factors = f"pilot at {rate:.2g}", [rate / self.users] * steps
-        trial = self._run(Trial(name, shape, factors, False, self._progress))
+        trial = self._run(Trial(name, shape, factors, False, self._progress, share))
         losses = [p.loss for p in trial.points]
         judged = [] if trial.lost else losses[-_LAST:] if trial.judged is None else trial.judged
-        return Pilot.of(rate, steps, losses, judged, self._start())
+        return Pilot.of(rate, steps, losses, judged, self._start(), share)
 
     def _start(self) -> float | None:
         """Mean loss on the validation data before the training, or rather after a step at a rate of 0."""

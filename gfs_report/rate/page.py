@@ -42,8 +42,9 @@ def _sections(found: FoundForJob) -> list[Section]:
         _pilots(rate),
         Table(
             "The pilots",
-            "Short runs of the job's own schedule in its shape, in their order, with the same seed.",
-            ("largest rate", "steps", f"loss on {rate.judged_on} data"),
+            "The job in small: a part of its steps, over as large a part of its data where that can be had, with its "
+            "schedule in its shape. In their order, with the same seed.",
+            ("largest rate", "steps", "data", f"loss on {rate.judged_on} data"),
             [_row(p) for p in rate.pilots],
         ),
         *_ramp(rate),
@@ -51,17 +52,17 @@ def _sections(found: FoundForJob) -> list[Section]:
     ]
 
 
-def _row(pilot: Pilot) -> tuple[str, str, str]:
+def _row(pilot: Pilot) -> tuple[str, str, str, str]:
     steps = f"{pilot.taken}" if pilot.taken == pilot.steps else f"{pilot.taken} of {pilot.steps}"
-    return f"{pilot.rate:.3g}", steps, f"{pilot.loss:.4g}" if math.isfinite(pilot.loss) else "lost"
+    loss = f"{pilot.loss:.4g}" if math.isfinite(pilot.loss) else "lost"
+    return f"{pilot.rate:.3g}", steps, f"{pilot.share:.0%}", loss
 
 
 def _pilots(found: FoundRate) -> Picture:
     lines = []
-    lengths = sorted({p.steps for p in found.pilots}, reverse=True)
-    for colour, length in zip(COLOURS, lengths, strict=False):
-        held = sorted((p.rate, p.loss) for p in found.pilots if p.steps == length and math.isfinite(p.loss))
-        name = f"pilots of {length} steps"
+    for colour, share in zip(COLOURS, sorted({p.share for p in found.pilots}, reverse=True), strict=False):
+        held = sorted((p.rate, p.loss) for p in found.pilots if p.share == share and math.isfinite(p.loss))
+        name = "pilots" if share < 1 else "pilots on all data"
         lines.append(Line(name, _curve([r for r, _ in held], [v for _, v in held]), colour, "points"))
     if found.choice.parabola is not None and all(p.loss > 0 for p in found.pilots):
         curvature, at, least = found.choice.parabola
@@ -73,7 +74,7 @@ def _pilots(found: FoundRate) -> Picture:
     return Picture(
         "Pilots",
         f"Loss at the end over the largest rate of the schedule; the parabola is through the logarithms of the best "
-        f"pilot and its neighbours. Recommended: {found.rate:.2g}, range {low:.2g} to {high:.2g}.",
+        f"pilot and its neighbours. Recommended for all steps: {found.rate:.2g}, range {low:.2g} to {high:.2g}.",
         "loss",
         lines,
         log=all(p.loss > 0 for p in found.pilots),

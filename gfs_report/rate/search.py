@@ -128,16 +128,17 @@ class _Jobs:
         run, _ = self._run("ramp", jobs.Plan(most, _RAMP, rates=rates))
         return Ramp.of(points_of(run))
 
-    def pilot(self, rate: float, steps: int) -> Pilot:
-        """A training of so many steps whose schedule, in its shape, comes to this rate."""
+    def pilot(self, rate: float, steps: int, share: float) -> Pilot:
+        """A training of so many steps whose schedule, in its shape, comes to this rate, over a share of the data."""
         rates = [rate / self.users * self.schedule[i * self.steps // steps] for i in range(steps)]
-        plan = jobs.Plan(steps, begin=steps + 1, rates=rates, judge=True)
-        run, outcome = self._run(f"pilot-{rate:.3g}-{steps}", plan)
+        plan = jobs.Plan(steps, begin=steps + 1, rates=rates, judge=True, share=share)
+        data = "" if share < 1 else "-all-data"
+        run, outcome = self._run(f"pilot-{rate:.3g}-{steps}{data}", plan)
         losses = [point.loss for point in points_of(run)]
         judged: list[float] = []
         if outcome is not None and outcome.ended != "diverged":
             judged = outcome.facts.get("judged") or losses[-_LAST:]
-        return Pilot.of(rate, steps, losses, judged, self._start)
+        return Pilot.of(rate, steps, losses, judged, self._start, share)
 
     def _run(self, name: str, plan: jobs.Plan) -> tuple[Run, jobs.Outcome | None]:
         """What a run has logged, and how it ended; ``None``: it failed on the way, as some do whose loss is lost."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gfs_core
 from gfs_core import ConfigError, FoundRate, MeasurementError
-from gfs_core.search.pilots import APART, MARGIN, Pilot, choose, search
+from gfs_core.search.pilots import APART, DRIFT, MARGIN, Pilot, choose, search
 from gfs_core.search.ramp import Point, Ramp, is_lost
 from gfs_core.search.schedule import recorded
 from tests.bitwise import assert_same
@@ -34,6 +35,9 @@ class Loader:
     def __init__(self, x: Tensor, y: Tensor, size: int = 64) -> None:
         self.x, self.y, self.size = x, y, size
         self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return len(self.x) // self.size
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.x), generator=self.generator)
@@ -188,13 +192,14 @@ def test_an_error_at_one_rate_alone_is_a_lost_run() -> None:
 def test_a_pretrained_model_is_not_destroyed() -> None:
     """At high rates the losses are alike, above that at the start; the pilots go down until they are below it."""
 
-    def pretrained(rate: float, steps: int) -> Pilot:
+    def pretrained(rate: float, steps: int, share: float) -> Pilot:
         least, at = (1.1, 0.03) if rate > 2e-4 else (0.8, 1e-4)
         end = least + 0.1 * math.log10(rate / at) ** 2
-        return Pilot.of(rate, steps, [2.0] * steps, [end], start=1.0)
+        return Pilot.of(rate, steps, [2.0] * steps, [end], start=1.0, share=share)
 
     tried = search(pretrained, 0.03, 1000, lambda more: more <= 2000)
-    choice = choose([p for p in tried if p.steps == tried[-1].steps])
+    assert {p.share for p in tried} == {0.1}
+    choice = choose(tried, 100)
     assert choice is not None
     assert choice.rate == pytest.approx(MARGIN * 0.03 / APART**5)
     assert choice.cliff == pytest.approx(0.03 / APART**4)
@@ -337,12 +342,12 @@ def test_the_knee_is_where_the_ratio_stops_following(growth: float) -> None:
 
 
 def pilots(losses: dict[float, float], steps: int = 100) -> list[Pilot]:
-    return [Pilot(rate, steps, steps, 2.3, (v,) if v < math.inf else ()) for rate, v in losses.items()]
+    return [Pilot(rate, steps, steps, 2.3, (v,) if v < math.inf else (), 0.1) for rate, v in losses.items()]
 
 
 def test_the_parabola_has_its_lowest_point_where_the_losses_say() -> None:
     curve = {0.1 * APART**i: 0.1 * math.exp(0.3 * (math.log(0.1 * APART**i) - math.log(0.15)) ** 2) for i in (-1, 0, 1)}
-    choice = choose(pilots(curve))
+    choice = choose(pilots(curve), 100)
     assert choice is not None
     assert choice.rate == pytest.approx(0.15)
     assert choice.parabola == pytest.approx((0.3, math.log(0.15), math.log(0.1)))
@@ -353,22 +358,104 @@ def test_the_parabola_has_its_lowest_point_where_the_losses_say() -> None:
 
 def test_below_a_rate_that_was_lost_the_best_one_is_lowered() -> None:
     for above in (math.inf, 1.9):  # lost outright, or a run that has gained less than half
-        choice = choose(pilots({0.1: 0.3, 0.316: 0.2, 1.0: above}))
+        choice = choose(pilots({0.1: 0.3, 0.316: 0.2, 1.0: above}), 100)
         assert choice is not None
         assert choice.rate == pytest.approx(MARGIN * 0.316)
         assert choice.cliff == 1.0
         assert choice.high <= 0.316
-    assert choose(pilots({0.1: math.inf})) is None
+    assert choose(pilots({0.1: math.inf}), 100) is None
 
 
-def test_pilots_are_lengthened_while_their_losses_are_alike() -> None:
-    def flat(rate: float, steps: int) -> Pilot:
-        wide = 0.001 if steps < 400 else 0.2
-        return pilots({rate: 0.5 + wide * math.log(rate / 0.1) ** 2}, steps)[0]
+def test_of_a_longer_training_the_rate_is_lower() -> None:
+    three = pilots({0.1: 0.3, 0.316: 0.2, 1.0: 0.4})
+    short, long = choose(three, 100), choose(three, 1000)
+    assert short is not None
+    assert long is not None
+    assert long.rate == pytest.approx(short.rate / 10**DRIFT)
+    assert (long.low, long.high) == pytest.approx((short.low / 10**DRIFT, short.high / 10**DRIFT))
+    assert long.parabola == short.parabola  # of the pilots themselves
 
-    tried = search(flat, 0.1, 1000, lambda more: more <= 2000)
-    assert sorted({p.steps for p in tried}) == [200, 400]
-    assert len(search(flat, 0.1, 1000, lambda more: False)) == 3  # no more may be spent
+
+def searched(loss: Callable[[float, float], float], steps: int, budget: float = math.inf) -> list[Pilot]:
+    """The pilots of a search whose losses are told by rate and share."""
+    spent: list[int] = []
+
+    def run(rate: float, taken: int, share: float) -> Pilot:
+        spent.append(taken)
+        return replace(pilots({rate: loss(rate, share)}, taken)[0], share=share)
+
+    return search(run, 0.1, steps, lambda more: sum(spent) + more <= budget)
+
+
+def test_pilots_enclose_the_best_rate() -> None:
+    def least_at(best: float) -> list[Pilot]:
+        return searched(lambda rate, share: 0.5 + 0.1 * abs(math.log10(rate / best)), 2000)
+
+    for best, count in ((0.1, 3), (0.01, 4), (1.0, 5)):
+        tried = least_at(best)
+        assert {(p.steps, p.share) for p in tried} == {(200, 0.1)}
+        assert len(tried) == count
+        rates = sorted(p.rate for p in tried)
+        assert rates[0] < 0.9 * best < 1.1 * best < rates[-1]
+
+
+def test_a_rate_that_teaches_nothing_is_too_low() -> None:
+    tried = searched(lambda rate, share: 2.31 - 0.01 * rate if rate < 0.5 else 0.4 + abs(math.log(rate)), 2000)
+    assert min((p.loss, p.rate) for p in tried)[1] == pytest.approx(1.0)
+    assert min(p.rate for p in tried) == pytest.approx(0.1)
+
+
+def test_where_a_part_of_the_data_teaches_nothing_pilots_go_through_all() -> None:
+    tried = searched(lambda rate, share: 2.4 if share < 1 else 0.3 + 0.1 * abs(math.log(rate / 0.03)), 1000)
+    shares = [p.share for p in tried]
+    assert shares == sorted(shares)
+    assert set(shares) == {0.1, 1.0}
+    choice = choose([p for p in tried if p.share == 1], 100)
+    assert choice is not None
+    assert choice.rate == pytest.approx(0.0316, rel=0.2)
+
+
+def test_a_search_stops_at_the_cost_of_a_training() -> None:
+    falls = lambda rate, share: 2.0 / (1 + rate)  # noqa: E731
+    assert len(searched(falls, 1000)) == 8
+    assert len(searched(falls, 1000, 550)) == 5
+    assert len(searched(falls, 1000, 0)) == 3
+
+
+@pytest.mark.parametrize("loader", [False, True], ids=["own", "DataLoader"])
+def test_a_pilot_sees_a_part_of_the_data_as_often_as_the_training_sees_all(loader: bool) -> None:
+    job = Job(0.02)
+    batches: Any = Loader(job.loader.x, job.loader.y, 36)  # 39 batches: 300 steps are 7.7 passes
+    if loader:
+        batches = DataLoader(TensorDataset(job.loader.x, job.loader.y), 36, shuffle=True, drop_last=True)
+    seen: list[tuple[float, ...]] = []
+
+    def loss_of(batch: Batch) -> Tensor:
+        if job.model.training:
+            seen.append(tuple(batch[0][:, 20].tolist()))
+        return job.loss_of(batch)
+
+    found = gfs_core.find_rate(
+        job.model, job.optimizer, loss_of, batches, STEPS, scheduler=job.scheduler, validation=job.validation
+    )
+    assert [(p.steps, p.share) for p in found.pilots] == [(30, 0.1)] * len(found.pilots)
+    first = seen[-sum(p.taken for p in found.pilots) :][: found.pilots[0].taken]
+    assert len(set(first)) == 4
+    assert first == (first[:4] * 8)[:30]
+
+
+def test_where_few_examples_are_learnt_by_heart_the_rate_is_not_that_of_their_first_passes() -> None:
+    def job(rate: float) -> Job:
+        made = Job(rate, adaptive=True)
+        torch.manual_seed(0)
+        made.model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
+        made.optimizer = torch.optim.AdamW(made.model.parameters(), rate)
+        made.scheduler = CosineAnnealingLR(made.optimizer, STEPS)
+        made.loader = Loader(made.loader.x[:320], made.loader.y[:320], 32)
+        return made
+
+    tuned = min(job(3e-3 * APART**i).train() for i in range(-2, 3))
+    assert job(3e-3).train(job(3e-3).find().factor) < 1.3 * tuned
 
 
 def test_a_schedule_is_read_off_and_put_back() -> None:
@@ -381,15 +468,3 @@ def test_a_schedule_is_read_off_and_put_back() -> None:
     assert max(s.rate for s in settings) == pytest.approx(0.02)
     assert settings[-1].rate < 1e-6
     assert settings[0].other[0]["momentum"] == pytest.approx(0.95)
-
-
-def test_lengthened_pilots_are_not_enclosed_beyond_the_cost_of_a_training() -> None:
-    spent: list[int] = []
-
-    def falls(rate: float, steps: int) -> Pilot:  # the longer, the higher the best rate: it is never enclosed
-        spent.append(steps)
-        best = 0.1 if steps == 200 else 30.0
-        return pilots({rate: 0.5 + (0.001 if steps == 200 else 0.02) * math.log(rate / best) ** 2}, steps)[0]
-
-    search(falls, 0.1, 1000, lambda more: sum(spent) + more <= 2000)
-    assert sum(spent) <= 2000

@@ -165,10 +165,10 @@ def test_the_trainer_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyP
     runs = _Jobs(jobs.target("hf.py"), None, Path("out"), 100.0, lambda what, step, of: None)
     assert (runs.steps, runs.users, runs.judged_on) == (120, 0.01, "validation")
     assert runs.schedule[:3] == pytest.approx([0, 0.01 / 12, 0.02 / 12])
-    pilot = runs.pilot(0.1, 60)
-    assert (pilot.taken, pilot.steps) == (60, 60)
+    pilot = runs.pilot(0.1, 60, 1.0)
+    assert (pilot.taken, pilot.steps, pilot.share) == (60, 60, 1.0)
     assert pilot.loss < 1.2 < pilot.first
-    rates = read_run(tmp_path / "out/pilot-0.1-60").logged["learning_rate"].values
+    rates = read_run(tmp_path / "out/pilot-0.1-60-all-data").logged["learning_rate"].values
     np.testing.assert_allclose(rates, [10 * runs.schedule[2 * i] for i in range(60)])
 
 
@@ -181,3 +181,27 @@ def test_what_cannot_be_searched_is_said(target: str, steps: int | None, text: s
 
     with pytest.raises(ConfigError, match=text):
         find(jobs.target(target), steps=steps)
+
+
+@pytest.mark.parametrize("framework", ["lightning", "hugging face"])
+def test_a_pilot_of_a_job_sees_a_part_of_its_data_again_and_again(
+    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = "print('seen', sorted({}[:, 20].tolist()))"
+    if framework == "lightning":  # 22 batches, shuffled, for 5 epochs
+        script = LIGHTNING.replace("64, drop_last=True", "64, drop_last=True, shuffle=True")
+        call = "        return nn.functional.cross_entropy(self.net(batch[0])"
+        script = script.replace(call, f"        {note.format('batch[0]')}\n{call}")
+    else:  # 44 batches of 32, for 120 steps
+        call = "        logits = self.net(x)"
+        script = HUGGING_FACE.replace(call, f"        {note.format('x')}\n{call}")
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    runs = _Jobs(jobs.target("train.py", [str(LR)]), None, Path("out"), 100.0, lambda what, step, of: None)
+    steps = 40
+    assert runs.pilot(0.05, steps, 0.18).taken == steps
+    lines = (tmp_path / "out/pilot-0.05-40/output.txt").read_text().splitlines()
+    seen = [line for line in lines if line.startswith("seen")][:steps]
+    count = 4 if framework == "lightning" else 8
+    assert len(set(seen)) == count
+    assert seen == seen[:count] * (steps // count)

@@ -283,11 +283,11 @@ def render(results: dict[str, Any]) -> str:
 
 
 REMARKS = [
-    "Where the excess is large, the best rate of a fifth of the steps is not that of all. With AdamW on digits",
-    "short runs gain from rates at which long ones do worse. Of the sentences the reference has two valleys, at",
-    "0.001 and at 0.3, and between them networks that overfit late, which no pilot lives to see; a pilot at 0.3",
-    "learns too little. Trainings of 300 steps have pilots of 100, so that a search costs more than one training",
-    "there.",
+    "With pilots of a fifth of the steps over all of the data, lengthened while they were alike, the same searches had",
+    "a median excess of 1.1 % and 1.6 %, at worst 54 % and 73 %, for 82 % and 77 % of a training in the median and 200 %",
+    "at most. What is here was chosen on trainings of its own, among them short data sets that are learnt by heart.",
+    "Of the sentences the reference has two valleys, at 0.001 and at 0.3, and between them networks that overfit; a",
+    "pilot at 0.3 learns too little.",
     "",
 ]
 

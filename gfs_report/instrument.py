@@ -16,7 +16,6 @@ from typing import Any
 
 from gfs_core import ConfigError
 from gfs_core.loss.batches import batch_size
-from gfs_core.search.part import part_of
 from gfs_report.jobs import Plan
 from gfs_report.recording import Watched
 
@@ -81,10 +80,7 @@ def _lightning_watch(root: str, job: Watched) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             _lightning_schedule(trainer, job)
-            if job.plan.share < 1:
-                trainer.fit_loop.max_epochs = -1  # its epochs are shorter; the plan counts the steps
-                for loader in _compat.training_loaders(trainer):
-                    part_of(loader, job.plan.share)
+            _compat.keep_share(trainer, job.plan.share)
             if job.plan.begin == 0:
                 job.begin(list(self.gfs.monitors.values()))
 
@@ -142,6 +138,8 @@ def _lightning_judged(trainer: Any, module: Any) -> list[float] | None:
 
 def transformers(module: Any, plan: Plan, folder: Path) -> None:
     """Change the Trainer in ``module``, which has just been imported."""
+    from hf_gfs.rate import sharing
+
     start, train = module.Trainer.__init__, module.Trainer.train
 
     @functools.wraps(start)
@@ -162,12 +160,9 @@ def transformers(module: Any, plan: Plan, folder: Path) -> None:
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             setattr(arguments, name, type(getattr(arguments, name))("no"))
         arguments.load_best_model_at_end = arguments.push_to_hub = False
-        if plan.share < 1:
-            loader_of = trainer.get_train_dataloader
-            trainer.get_train_dataloader = lambda: part_of(loader_of(), plan.share)
-            arguments.max_steps = plan.steps  # its epochs are shorter
         _transformers_watch(trainer, job)
-        train(trainer)
+        with sharing(trainer, plan.share, plan.steps):
+            train(trainer)
         job.leave()
 
     module.Trainer.__init__, module.Trainer.train = started, watched

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from gfs_core import ConfigError, FoundRate, GFSWarning, Measurement
 from gfs_core.search.kept import Kept, parts_of
-from gfs_core.search.part import part_of
+from gfs_core.search.part import examples_of
 from gfs_core.search.schedule import Setting, recorded
 from gfs_core.search.steering import Steering
 from gfs_core.search.trial import JUDGED, MEASURED, Progress, Trial, Trials, check_alone, check_optimizer, check_steps
@@ -93,6 +93,29 @@ def validation_losses(trainer: Any) -> list[float] | None:
     return losses or None
 
 
+@contextlib.contextmanager
+def sharing(trainer: Any, share: float, steps: int) -> Iterator[None]:
+    """Context in which training goes through a share of its data, again and again for at least so many steps."""
+    changed: list[tuple[Any, Any]] = []
+    loader_of = trainer.get_train_dataloader
+
+    def loader_of_share() -> Any:
+        loader = loader_of()
+        if (examples := examples_of(loader, share)) is not None:
+            batches = loader.batch_sampler
+            changed.append((batches, batches.sampler))
+            batches.sampler = examples
+        return loader
+
+    if share < 1:
+        trainer.get_train_dataloader, trainer.args.max_steps = loader_of_share, steps
+    try:
+        yield
+    finally:
+        for batches, sampler in changed:
+            batches.sampler = sampler
+
+
 def _check(trainer: Any) -> None:
     """Refuse what cannot be searched, as far as it is known before ``train``.
 
@@ -144,10 +167,8 @@ class _Train:
         ratios = _Ratios(loss_fn=self.loss_fn, **asdict(MEASURED)) if trial.measures else None
         watch = _Watch(self.trainer, trial, ratios)
         try:
-            loader_of = self.trainer.get_train_dataloader
-            self.trainer.get_train_dataloader = lambda: part_of(loader_of(), trial.share)
-            self.trainer.args.max_steps = len(self.schedule)  # a part of the data has shorter epochs
-            self._train([watch, *([] if ratios is None else [ratios])])
+            with sharing(self.trainer, trial.share, len(self.schedule)):
+                self._train([watch, *([] if ratios is None else [ratios])])
         finally:
             watch.close()
 

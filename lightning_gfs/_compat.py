@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from gfs_core.search.part import part_of
 
 _FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
 
@@ -97,6 +100,17 @@ def training_loaders(trainer: Any) -> list[Any]:
     """The loaders that training takes its batches from; empty where that private attribute is missing."""
     loaders = getattr(trainer.fit_loop, "_combined_loader", None)
     return list(getattr(loaders, "flattened", ()))
+
+
+def keep_share(trainer: Any, share: float) -> None:
+    """From the start of training on, let it go through a share of its data again and again, without an end."""
+    if share == 1:
+        return
+    trainer.fit_loop.max_epochs = -1
+    loaders = trainer.fit_loop._combined_loader
+    loaders.flattened = [part_of(loader, share) for loader in loaders.flattened]
+    with torch.random.fork_rng(devices=[]):  # what this draws was drawn for all of the data already
+        iter(trainer.fit_loop._data_fetcher)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import torch
 
 from gfs_core import ConfigError, FoundRate, GFSWarning, Measurement
 from gfs_core.search.kept import Kept, parts_of
-from gfs_core.search.part import part_of
 from gfs_core.search.schedule import Setting, recorded
 from gfs_core.search.steering import Steering
 from gfs_core.search.trial import JUDGED, MEASURED, Progress, Trial, Trials, check_alone, check_optimizer, check_steps
@@ -230,9 +229,7 @@ class _Watch(_Base):
         self.steering = Steering(self.trial, trainer.optimizers[0])
         self.validation = _compat.validation_loader(trainer)
         trainer.limit_val_batches = 0
-        trainer.fit_loop.max_epochs = -1  # those of a part of the data are shorter; the trial counts the steps
-        for loader in _compat.training_loaders(trainer):
-            part_of(loader, self.trial.share)
+        _compat.keep_share(trainer, self.trial.share)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the rates of the step."""

@@ -150,6 +150,7 @@ def test_the_rate_is_that_of_the_same_training_as_a_plain_loop(tmp_path: Path, r
     found = find_rate(InOrder(base.model, base.args, train_dataset=base.train_dataset, eval_dataset=base.eval_dataset))
     set_seed(0)
     model = Net()
+    set_seed(base.args.seed)  # as train does, for the same dropout
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
     batches: DataLoader[Any] = DataLoader(DIGITS[HELD_OUT:], SIZE)  # type: ignore[arg-type]
     other = gfs_core.find_rate(
@@ -164,7 +165,8 @@ def test_the_rate_is_that_of_the_same_training_as_a_plain_loop(tmp_path: Path, r
     )
     assert (found.steps, found.users) == (other.steps, other.users) == (STEPS, rate)
     losses = [[p.loss for p in each.ramp.points][:10] for each in (found, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # other dropout
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert found.rate == pytest.approx(other.rate, rel=0.1)  # of a few steps at high rates, which are chaotic
     assert sum(p.ratio is not None for p in found.ramp.points) > len(found.ramp.points) / 3
     assert all(p.gradient is not None and p.gradient > 0 for p in found.ramp.points if p.ratio is not None)
     assert other.range[0] < found.rate < other.range[1]

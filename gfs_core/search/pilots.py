@@ -26,7 +26,7 @@ _FLAT = 0.02  # relative difference of losses, below which they are alike …
 _NOISY = 0.1  # … and below which they are where batches differ as much
 _LIKE = 0.05  # the same, of a rate within the range of the recommended one
 _BEHIND = 0.5  # of what the best pilot gained; who gained less counts as lost
-_HALF = 10**0.125  # a range is at least this factor to either side: no finer than the pilots tell
+_HALF = 10**0.2  # a range is at least this factor to either side: no finer than the pilots tell
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def hugging_face_trainer(folder: Path) -> Any:
 
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(16, (8, 6))]
     config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    arguments = TrainingArguments(str(folder / "out"), max_steps=20, report_to=[], use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(str(folder / "out"), max_steps=100, report_to=[], use_cpu=True, disable_tqdm=True)
     return Trainer(GPT2LMHeadModel(config), arguments, train_dataset=rows)
 
 

@@ -159,6 +159,7 @@ OURS: dict[str, Method] = {
     "warmup, cosine": _ours(control="warmup"),
     "CDAT, cosine": _ours(control="cdat"),
 }
+LIMITS = ("cap, cosine", "follow, cosine", "warmup, cosine", "CDAT, cosine")  # that keep a ratio below a limit
 METHODS = PEERS | OURS
 _MODULES = {"schedulefree": "schedulefree", "prodigyopt": "prodigyopt", "gen-optim": "GeN", "zclip": "zclip"}
 

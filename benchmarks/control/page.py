@@ -9,7 +9,19 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from benchmarks.control.methods import FINDER, GUARD, LAZY, METHODS, OURS, PEERS, PLATEAU, REFERENCE, SEARCH, START
+from benchmarks.control.methods import (
+    FINDER,
+    GUARD,
+    LAZY,
+    LIMITS,
+    METHODS,
+    OURS,
+    PEERS,
+    PLATEAU,
+    REFERENCE,
+    SEARCH,
+    START,
+)
 from benchmarks.control.price import MEASURED
 from benchmarks.control.rows import Cell, cell, cells, middle, percent
 from benchmarks.control.runs import SEEDS, SHIFTS, rate_at, stored_best
@@ -18,7 +30,6 @@ from benchmarks.control.workloads import LANGUAGE, LENGTH, SHORT, STEPS, WORKLOA
 from benchmarks.lib import plots
 from benchmarks.lib.tables import table
 
-LIMITS = ("cap, cosine", "follow, cosine", "warmup, cosine", "CDAT, cosine")  # controls that keep a ratio below a limit
 FREE = ("schedule-free", "Prodigy + cosine", "GeN", "calibrated NadamW", FINDER)  # that are to need no rate
 HIGH = (2, 3)  # half decades: ×10 and ×30
 HEAD = f"""# Control of the learning rate

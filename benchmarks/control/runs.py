@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,14 +11,15 @@ from importlib.metadata import version
 from typing import Any
 
 from benchmarks.control import finders
-from benchmarks.control.methods import FINDER, GUARD, METHODS, REFERENCE, SEARCH, available
+from benchmarks.control.methods import FINDER, GUARD, LIMITS, METHODS, REFERENCE, SEARCH, available
 from benchmarks.control.price import priced
 from benchmarks.control.training import trained
-from benchmarks.control.workloads import LANGUAGE, SMALL, WORKLOADS
+from benchmarks.control.workloads import LANGUAGE, WORKLOADS
 from benchmarks.lib.store import FOLDER, Row, Store
 
 SEEDS = 3  # of the small workloads; the language models have one
 SHIFTS = {-2: "×0.1", 0: "×1", 2: "×10", 3: "×30"}  # half decades from the tuned rate
+FIRST = (0, 2)  # of the language models, in the first pass
 GRID, LANGUAGE_GRID, WIDEST = 4, 2, 6  # half decades to either side of the usual rate that are tried for the best
 
 
@@ -85,26 +87,25 @@ def _code(key: str) -> Row:
     return {"code": code_of(METHODS[key].source)}
 
 
-def passes(share: int, of: int) -> Iterator[tuple[str, int, int]]:
-    """Workload, seed and multiple in their order: each pass is a whole comparison, the first one of all workloads."""
-    small, language = ([n for i, n in enumerate(group) if i % of == share] for group in (SMALL, LANGUAGE))
-    for name in small:
-        yield from ((name, 0, shift) for shift in SHIFTS)
-    for name in language:
-        yield from ((name, 0, shift) for shift in (0, 2))
-    for seed in range(1, SEEDS):
-        yield from ((name, seed, shift) for name in small for shift in SHIFTS)
-        if seed == 1:
-            yield from ((name, 0, shift) for name in language for shift in (3, -2))
+def passes(share: int, of: int) -> Iterator[list[tuple[str, int, int]]]:
+    """Workload, seed and multiple, a pass at a time; the first one is a whole comparison."""
+    names = [name for i, name in enumerate(WORKLOADS) if i % of == share]
+    for seed in range(SEEDS):
+        places = []
+        for name, shift in itertools.product(names, SHIFTS):
+            if name not in LANGUAGE:
+                places.append((name, seed, shift))
+            elif seed < 2 and (shift in FIRST) == (seed == 0):
+                places.append((name, 0, shift))
+        yield places
 
 
 def run_all(store: Store, names: list[str], share: int, of: int) -> None:
-    """Make the runs of these methods that are missing, of this share of the workloads."""
-    for name, seed, shift in passes(share, of):
-        best = tuned(store, name, seed)
-        for key in names:
-            if available(key):
-                run(store, name, key, shift, best, seed)
+    """Make the runs of these methods that are missing, of this share of the workloads; the limits last in each pass."""
+    for places in passes(share, of):
+        for group in ([n for n in names if n not in LIMITS], [n for n in names if n in LIMITS]):
+            for (name, seed, shift), key in itertools.product(places, filter(available, group)):
+                run(store, name, key, shift, tuned(store, name, seed), seed)
 
 
 def row_of(results: dict[str, Any], name: str, key: str, shift: int, seed: int) -> Row | None:

@@ -142,7 +142,7 @@ def one_hot(model: nn.Module, batch: Batch) -> Tensor:
     return squared(model, (batch[0], nn.functional.one_hot(batch[1], 10).float()))
 
 
-SMALL = {
+_ALL = {
     "ReLU network, squared loss, momentum, 128": Workload(
         large_images, lambda: nn.Sequential(nn.Flatten(), dense(784, 100, 100, 10, act=nn.ReLU)), sgd, 0.01, 128,
         loss=one_hot,
@@ -154,14 +154,13 @@ SMALL = {
     ),
     "tanh network, momentum, full batch": Workload(taught, lambda: dense(20, 96, 96, 2), sgd, 0.05, 1024, loss=squared),
     "factors of ratings, AdamW, 256": Workload(ratings, Factors, adamw, 1e-2, 256, loss=squared),
-    "sentences, transformer, AdamW, 32": Workload(
-        lambda: sentences()[0], lambda: Sentences(*sentences()[1:]), adamw, 1e-3, 32
-    ),
-}  # fmt: skip
-LANGUAGE = {
     "word GPT, 1.1 M weights, AdamW, 4": Workload(
         manual_words, lambda: Attention(WORDS, SHORT, 144, 2), adamw, 1e-3, 4
     ),
     "byte GPT, 1.1 M weights, AdamW, 4": Workload(manual_bytes, lambda: Attention(256, LENGTH, 200, 2), adamw, 1e-3, 4),
-}
-WORKLOADS = {name: replace(workload, steps=STEPS) for name, workload in {**SMALL, **LANGUAGE}.items()}
+    "sentences, transformer, AdamW, 32": Workload(
+        lambda: sentences()[0], lambda: Sentences(*sentences()[1:]), adamw, 1e-3, 32
+    ),
+}  # fmt: skip
+WORKLOADS = {name: replace(workload, steps=STEPS) for name, workload in _ALL.items()}  # in the order of the runs
+LANGUAGE = [name for name in WORKLOADS if "GPT" in name]

@@ -138,7 +138,7 @@ def _ours(warmup: float = 0.0, **options: Any) -> Method:
 
 REFERENCE = "warm-up + cosine"
 FINDER, SEARCH = "LR finder + cosine", "find_rate + cosine"
-GUARD, START = "guard + cosine", "start + guard, cosine"
+GUARD, START = "guard + cosine", "start + cosine"
 PEERS: dict[str, Method] = {
     REFERENCE: Method(warmup=WARMUP, priced=False),
     "constant": Method(cosine=False, priced=False),
@@ -152,7 +152,7 @@ PEERS: dict[str, Method] = {
 }
 OURS: dict[str, Method] = {
     GUARD: _ours(WARMUP, control="guard"),
-    START: _ours(control="start", alarm="rescue"),
+    START: _ours(control="start"),
     SEARCH: Method(warmup=WARMUP, priced=False, source="gfs_core"),
     "cap, cosine": _ours(control="cap"),
     "follow, cosine": _ours(control="follow"),
@@ -165,13 +165,6 @@ _MODULES = {"schedulefree": "schedulefree", "prodigyopt": "prodigyopt", "gen-opt
 
 
 def available(name: str) -> bool:
-    """Whether what a method needs is there: its package, or its control."""
-    method = METHODS[name]
-    if method.source in _MODULES:
-        return importlib.util.find_spec(_MODULES[method.source]) is not None
-    if name == START:
-        with contextlib.suppress(gfs.ConfigError):
-            gfs.GFSConfig(control="start", alarm="rescue")  # type: ignore[arg-type,unused-ignore]
-            return True
-        return False
-    return True
+    """Whether the package that a method comes from is installed."""
+    source = METHODS[name].source
+    return source not in _MODULES or importlib.util.find_spec(_MODULES[source]) is not None

@@ -56,8 +56,8 @@ METHODS_TEXT = f"""## The methods
 - *schedule-free*: SGD or AdamW of its package, warm-up of {WARMUP:.0%}. *GeN*: its package over the workload's own
   optimizer, every {LAZY} steps, with its linear fading. *ZClip*: its package as it comes. For ScheduleFree+ there is no
   package yet.
-- *guard*: `control="guard"` over warm-up and cosine. *start + guard*: `control="start"` with `alarm="rescue"` over a
-  cosine without a warm-up of its own. *find_rate*: the rate that it recommends from the base rate on, with warm-up and
+- *guard*: `control="guard"` over warm-up and cosine. *start*: `control="start"` (which guards, too) over a cosine
+  without a warm-up of its own. *find_rate*: the rate that it recommends from the base rate on, with warm-up and
   cosine. *cap*, *follow*, *warmup*, *CDAT*: these controls over a cosine. All with every other default.
 """
 COSTS = f"""## What they cost

@@ -66,18 +66,21 @@ def test_processes_that_share_results_keep_each_others_rows(tmp_path: Path) -> N
 def test_the_excess_of_a_method_is_that_over_the_best_reference_and_a_lost_run_has_an_infinite_one() -> None:
     name = "BatchNorm CNN, momentum, 32"
     losses = {-1: 0.5, 0: 0.25, 1: 0.5}
+    runs = {"×1": 0.3, "×10": 9.0, "×30": None}
     found = cells(
         {
-            "reference": {f"{name} | {at} | 0": {"loss": loss, "lost": False} for at, loss in losses.items()},
-            "runs": {
-                f"{name} | constant | ×1 | 0": {"loss": 0.3, "lost": False},
-                f"{name} | constant | ×10 | 0": {"loss": 9.0, "lost": True},
-            },
+            "untrained": {f"{name} | 0": {"loss": 9.5}},
+            "reference": {f"{name} | {at} | 0": {"loss": loss} for at, loss in losses.items()},
+            "runs": {f"{name} | constant | {times} | 0": {"loss": loss} for times, loss in runs.items()},
         },
         "constant",
     )
-    assert {shift: cell.middle for (_, shift), cell in found.items()} == {0: pytest.approx(0.2), 2: math.inf}
-    assert [str(cell) for cell in found.values()] == ["+20 %", "†"]
+    assert {shift: cell.middle for (_, shift), cell in found.items()} == {
+        0: pytest.approx(0.2),
+        2: math.inf,
+        3: math.inf,
+    }
+    assert [str(cell) for cell in found.values()] == ["+20 %", "†", "†"]
 
 
 def test_each_row_is_a_line_of_the_file() -> None:

@@ -78,7 +78,7 @@ def searched(workload: Workload, rate: float, seed: int) -> Row:
             workload.steps, scheduler=training.schedule, validation=validation_of(workload),
         )  # fmt: skip
     except gfs.MeasurementError as error:
-        return {"loss": None, "lost": True, "rate": None, "error": str(error)[:80]}
+        return {"loss": None, "rate": None, "error": str(error)[:80]}
     cost = {
         "cost": found.cost.steps / workload.steps,
         "search_seconds": round(time.thread_time() - began, 2),

@@ -12,6 +12,8 @@ from benchmarks.control.runs import SEEDS, SHIFTS, row_of, stored_best
 from benchmarks.control.workloads import WORKLOADS
 from benchmarks.lib.store import Row
 
+LEAST = 0.1  # of what the tuned reference gains: who gains less is lost
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -37,9 +39,12 @@ class Cell:
         return percent(self.middle) + (f" †{self.lost}" if self.lost and not math.isinf(self.middle) else "")
 
 
-def excess(row: Row, best: Row) -> float:
-    """Relative excess of the loss of a run over that of the tuned reference."""
-    return math.inf if row["lost"] or row["loss"] is None else float(row["loss"] / best["loss"] - 1)
+def excess(row: Row, best: Row, untrained: Row) -> float:
+    """Relative excess of the loss of a run over that of the tuned reference; infinite where it has come to nothing."""
+    loss = row["loss"]
+    if loss is None or untrained["loss"] - loss < LEAST * (untrained["loss"] - best["loss"]):
+        return math.inf
+    return float(loss / best["loss"] - 1)
 
 
 def cell(results: dict[str, Any], name: str, key: str, shift: int) -> Cell | None:
@@ -48,8 +53,9 @@ def cell(results: dict[str, Any], name: str, key: str, shift: int) -> Cell | Non
     for seed in range(SEEDS):
         best = stored_best(results, name, seed)
         row = row_of(results, name, key, shift, seed)
-        if best is not None and row is not None:
-            found.append(excess(row, results["reference"][f"{name} | {best} | {seed}"]))
+        if best is not None and row is not None and f"{name} | {seed}" in results.get("untrained", {}):
+            reference = results["reference"][f"{name} | {best} | {seed}"]
+            found.append(excess(row, reference, results["untrained"][f"{name} | {seed}"]))
     return Cell(tuple(found)) if found else None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.control import finders
 from benchmarks.control.methods import FINDER, GUARD, LIMITS, METHODS, REFERENCE, SEARCH, available
 from benchmarks.control.price import priced
-from benchmarks.control.training import trained
+from benchmarks.control.training import trained, untrained
 from benchmarks.control.workloads import LANGUAGE, WORKLOADS
 from benchmarks.lib.store import FOLDER, Row, Store
 
@@ -45,7 +45,7 @@ def tuned(store: Store, name: str, seed: int) -> int:
     while True:
         for at in range(low, high + 1):
             row = reference(store, name, at, seed)
-            losses[at] = math.inf if row["lost"] else row["loss"]
+            losses[at] = math.inf if row["loss"] is None else row["loss"]
         best = min(losses, key=lambda at: losses[at])
         if best == low > -WIDEST:
             low -= 1
@@ -106,6 +106,8 @@ def run_all(store: Store, names: list[str], share: int, of: int) -> None:
         for group in ([n for n in names if n not in LIMITS], [n for n in names if n in LIMITS]):
             for (name, seed, shift), key in itertools.product(places, filter(available, group)):
                 run(store, name, key, shift, tuned(store, name, seed), seed)
+                before = functools.partial(untrained, WORKLOADS[name], METHODS[REFERENCE], seed)
+                store.add("untrained", (name, seed), before)
 
 
 def row_of(results: dict[str, Any], name: str, key: str, shift: int, seed: int) -> Row | None:
@@ -126,6 +128,6 @@ def stored_best(results: dict[str, Any], name: str, seed: int) -> int | None:
     losses = {}
     for stored, row in results.get("reference", {}).items():
         own, at, of = stored.split(" | ")
-        if own == name and int(of) == seed and not row["lost"]:
+        if own == name and int(of) == seed and row["loss"] is not None:
             losses[int(at)] = row["loss"]
     return min(losses, key=lambda at: losses[at]) if losses else None

@@ -77,7 +77,6 @@ class Training:
         self.losses: list[float] = []
         self.did: dict[str, int] = {}
         self.ended: Callable[[], object] = lambda: None
-        self.first = self.validation()
         self._act = method.acts(self) if method.acts is not None else None
 
     def loss_of(self, batch: Batch) -> Tensor:
@@ -123,19 +122,20 @@ class Training:
         return digest.hexdigest()[:12]
 
 
-def trained(workload: Workload, method: Method, rate: float, seed: int, steps: int) -> Row:
-    """What is stored of a whole training.
+def untrained(workload: Workload, method: Method, seed: int) -> Row:
+    """The loss before the first step."""
+    return {"loss": rounded(Training(workload, method, workload.rate, seed, workload.steps).validation(), 5)}
 
-    A training is *lost* where its loss on the validation data is not finite, or not below that before the first step.
-    """
+
+def trained(workload: Workload, method: Method, rate: float, seed: int, steps: int) -> Row:
+    """What is stored of a whole training."""
     began = time.thread_time()
     training = Training(workload, method, rate, seed, steps)
     for _ in training.run():
         pass
     seconds, loss = time.thread_time() - began, training.validation()
     return {
-        "loss": rounded(loss, 5),
-        "lost": not loss < training.first,
+        "loss": rounded(loss, 5),  # ``None`` where it is not finite
         "rate": rounded(rate, 4),
         "steps": len(training.losses),
         "seconds": round(seconds, 2),

@@ -38,9 +38,9 @@ HEAD = f"""# Control of the learning rate
 
 {len(WORKLOADS)} trainings of {STEPS} steps on which no constant of the package was chosen. The *tuned* rate is the best
 of rates half a decade apart under a warm-up of {WARMUP:.0%} and a cosine, of this workload and seed, chosen on the
-validation data themselves. Each method then begins from that rate times 0.1, 1, 10 and 30 (10^1.5 = 31.6). *Excess*: of
-the validation loss at the end over that of the tuned reference. A run is lost (†) where that loss is not finite, or less
-than {LEAST:.0%} of what the reference gained was gained; it counts as an infinite excess.
+validation data themselves. Each method then begins from that rate times 0.1, 1, 10 and 30 (10^1.5 = 31.6). *Excess*:
+of the validation loss at the end over that of the tuned reference. A run is lost (†) where that loss is not finite, or
+less than {LEAST:.0%} of what the reference gained was gained; it counts as an infinite excess.
 
 At equal time: a method that takes time beside the training itself has fewer steps, as many as take the time of {STEPS}
 without it ([below](#what-they-cost)). What looks for a rate before the training has all steps; its cost is given apart.

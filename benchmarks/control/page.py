@@ -226,9 +226,8 @@ def workloads(results: dict[str, Any]) -> list[str]:
 
 Named by their optimizer and batch. Two networks for Fashion-MNIST; an update of rank 4 of a transformer that was
 trained on the prose of Python's manual, for {SHORT} bytes at a time of Python's source; a GRU on that manual's
-characters; regression to a random network, with noise; ratings as inner products of embeddings; sentences of the manual
-by their topic. And two language models of 1.1 million weights, on {SHORT} words and {LENGTH} bytes of the manual at a
-time: they have one seed.
+characters; regression to a random network, with noise; ratings as inner products of embeddings. And two language
+models of 1.1 million weights, on {SHORT} words and {LENGTH} bytes of the manual at a time: they have one seed.
 """
     return [text, *table(["workload", "seeds", "tuned rate", "its loss in validation"], rows), ""]
 

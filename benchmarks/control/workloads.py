@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.data import Batch, fashion_mnist, next_tokens, sentence_data, split, text, text_bytes
-from benchmarks.lib.models import Sentences, dense
+from benchmarks.lib.data import Batch, fashion_mnist, next_tokens, split, text, text_bytes
+from benchmarks.lib.models import dense
 from benchmarks.lib.trainings import adamw, entropy, gradient, sgd, squared
 from benchmarks.rate import Batches, Data, Workload, bn_cnn
 from benchmarks.zoo.parts import Attention, LowRank, Recurrent
@@ -44,12 +44,6 @@ def characters() -> tuple[Data, int]:
     """Pieces of Python's manual, and the size of their alphabet."""
     data, alphabet = text(9000, 16)
     return split(data, 500), alphabet
-
-
-@functools.cache
-def sentences() -> tuple[Data, int, int]:
-    train, validation, words, classes = sentence_data()
-    return (train, validation), words, classes
 
 
 @functools.cache
@@ -159,9 +153,6 @@ _ALL = {
         manual_words, lambda: Attention(WORDS, SHORT, 144, 2), adamw, 1e-3, 4
     ),
     "byte GPT, 1.1 M weights, AdamW, 4": Workload(manual_bytes, lambda: Attention(256, LENGTH, 200, 2), adamw, 1e-3, 4),
-    "sentences, transformer, AdamW, 32": Workload(
-        lambda: sentences()[0], lambda: Sentences(*sentences()[1:]), adamw, 1e-3, 32
-    ),
 }  # fmt: skip
 WORKLOADS = {name: replace(workload, steps=STEPS) for name, workload in _ALL.items()}  # in the order of the runs
 LANGUAGE = [name for name in WORKLOADS if "GPT" in name]

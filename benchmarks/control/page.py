@@ -135,11 +135,12 @@ def goals(results: dict[str, Any]) -> list[str]:
         verdict = "not measured" if reached is None else "reached" if reached else "**missed**"
         out.append(f"- {goal}: {verdict}. {what}")
 
-    same = {shift: healthy(results, shift) for shift in (-2, 0)}
-    equal, count = (sum(c[i] for c in same.values()) for i in (0, 1))
-    each = ", ".join(f"{SHIFTS[s]} {e} of {c}" for s, (e, c) in same.items())
-    say("`guard` at a healthy rate: the same run to the bit", equal == count if count else None,
-        f"The weights at the end are bitwise those of the run without it in {equal} of {count} ({each}).")  # fmt: skip
+    equal, touched = healthy(results)
+    count = len(equal) + len(touched)
+    others = "; ".join(touched)
+    say("`guard` at a healthy rate (×0.1, ×1): the same run to the bit", not touched if count else None,
+        f"The weights at the end are bitwise those of the run without it in {len(equal)} of {count}"
+        + (f"; not in: {others}." if touched else "."))  # fmt: skip
 
     def high(key: str) -> float:
         return median(excesses(found[key], HIGH) or [math.nan])
@@ -197,16 +198,19 @@ def _search_goal(
     return []
 
 
-def healthy(results: dict[str, Any], shift: int) -> tuple[int, int]:
-    """Runs under the guard whose weights are bitwise those of the run without it, and all."""
-    equal = count = 0
-    for name, seed in itertools.product(WORKLOADS, range(SEEDS)):
+def healthy(results: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Runs under the guard that end at the very weights of those without it, and what it did in the others."""
+    equal, touched = list[str](), list[str]()
+    for name, shift, seed in itertools.product(WORKLOADS, (-2, 0), range(SEEDS)):
         best = stored_best(results, name, seed)
         own = results.get("healthy", {}).get(f"{name} | {SHIFTS[shift]} | {seed}")
         plain = results["reference"].get(f"{name} | {(best or 0) + shift} | {seed}")
-        if own and plain:
-            equal, count = equal + (own["weights"] == plain["weights"]), count + 1
-    return equal, count
+        if own and plain and own["weights"] == plain["weights"]:
+            equal.append(name)
+        elif own and plain:
+            did = ", ".join(f"{own[what]} {what}" for what in ("skipped", "lowered", "rollbacks") if what in own)
+            touched.append(f"{name}, {SHIFTS[shift]} ({did}; loss {percent(own['loss'] / plain['loss'] - 1)})")
+    return equal, touched
 
 
 def priced(results: dict[str, Any], name: str, key: str) -> dict[str, Any] | None:

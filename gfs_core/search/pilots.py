@@ -128,13 +128,13 @@ def search(
         taught nothing of the rest, as of ratings of other users, all with that and then all with the whole.
     """
     length = steps_of(steps)
-    pilots = _enclosed(lambda rate: run(rate, length, length / steps), start, lambda: afford(length))
+    pilots = enclosed(lambda rate: run(rate, length, length / steps), start, lambda: afford(length))
     if any(p.learnt for p in pilots):
         return pilots
-    return pilots + _enclosed(lambda rate: run(rate, length, 1.0), start, lambda: afford(length))
+    return pilots + enclosed(lambda rate: run(rate, length, 1.0), start, lambda: afford(length))
 
 
-def _enclosed(run: Callable[[float], Pilot], start: float, afford: Callable[[], bool]) -> list[Pilot]:
+def enclosed(run: Callable[[float], Pilot], start: float, afford: Callable[[], bool]) -> list[Pilot]:
     """Pilots until the best has one on either side, or no more may be spent."""
     pilots = [run(start)]
     while len(pilots) < _AT_MOST:

@@ -1,0 +1,1 @@
+"""Ways to choose a learning rate by short runs, compared."""

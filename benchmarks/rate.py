@@ -286,7 +286,7 @@ REMARKS = [
     "With pilots of a fifth of the steps over all of the data, run again twice as long while they were alike, the same",
     "searches had a median excess of 1.1 % on the first workloads (36 within 15 %, 54 % at worst) and of 1.6 % on the",
     "second ones (34, 73 %), for 82 % and 77 % of a training in the median and 200 % at most. How pilots are run was",
-    "chosen on other trainings still, where those of a tenth of steps and data were better: pilots.md.",
+    "chosen on the second ones and 16 more, where those of a tenth of steps and data were better: pilots.md.",
     "Of the sentences the reference has two valleys, at 0.001 and at 0.3, and between them networks that overfit; a",
     "pilot at 0.3 learns too little.",
     "",

@@ -373,7 +373,7 @@ def test_of_a_longer_training_the_rate_is_lower() -> None:
     short, long = choose(three, 100), choose(three, 1000)
     assert short is not None
     assert long is not None
-    assert long.rate == pytest.approx(short.rate / 10**DRIFT)
+    assert long.rate == pytest.approx(0.71 * short.rate, rel=0.01)
     assert (long.low, long.high) == pytest.approx((short.low / 10**DRIFT, short.high / 10**DRIFT))
     assert long.parabola == short.parabola  # of the pilots themselves
 
@@ -461,7 +461,7 @@ def test_where_few_examples_are_learnt_by_heart_the_rate_is_not_that_of_their_fi
         return made
 
     tuned = min(job(3e-3 * APART**i).train() for i in (-1, 0, 1))
-    assert job(3e-3).train(job(3e-3).find().factor) < 1.3 * tuned
+    assert job(0.03).train(job(0.03).find().factor) < 1.15 * tuned  # 1.4 with pilots that see all of the data
 
 
 def test_a_schedule_is_read_off_and_put_back() -> None:

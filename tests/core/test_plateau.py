@@ -1,0 +1,123 @@
+"""A lower rate where the loss rests: tried out, kept where it helps, let up where it does not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from gfs_core.actions.plateau import FIRST, Plateau
+
+
+def run(plateau: Plateau, steps: int, loss: Callable[[float], float], rate: float = 0.1) -> list[tuple[int, str]]:
+    """Steps at a user's rate; a step's loss follows from the share that it was taken at."""
+    said = []
+    for step in range(steps):
+        share = plateau.step(rate)
+        if text := plateau.add(loss(share)):
+            said.append((step, text))
+    return said
+
+
+def noisy(level: Callable[[float], float], spread: float = 0.1, seed: int = 0) -> Callable[[float], float]:
+    """Losses about a level that the share sets."""
+    draws = random.Random(seed)
+    return lambda share: level(share) * (1 + spread * draws.uniform(-1, 1))
+
+
+def falling(start: float, by: float, seed: int = 0) -> Callable[[float], float]:
+    """Losses that fall by a part in each step, whatever the share."""
+    draws, now = random.Random(seed), [start]
+
+    def loss(share: float) -> float:
+        now[0] *= 1 - by
+        return now[0] * (1 + 0.1 * draws.uniform(-1, 1))
+
+    return loss
+
+
+def test_a_lower_rate_is_kept_where_the_loss_rests_higher_the_higher_the_rate_is() -> None:
+    plateau = Plateau()
+    said = run(plateau, 400, noisy(lambda share: 1.0 + share))
+    assert said[0] == (FIRST - 1, "the mean loss rests at 1.98: 0.333 of the user's rate is tried out")
+    assert said[1] == (279, "the mean loss fell from 1.98 to 1.34: the lower rate is kept")
+    assert plateau.share == pytest.approx(1 / 9)  # the next third is tried out by now
+    run(plateau, 20_000, noisy(lambda share: 1.0 + share))
+    assert plateau.share in (pytest.approx(1 / 27), pytest.approx(1 / 81))  # a gain of 3 % is told from the noise
+
+
+def test_a_rate_that_is_not_to_blame_is_let_up_and_tries_become_rare() -> None:
+    plateau = Plateau()
+    said = run(plateau, 10_000, noisy(lambda share: 1.0))
+    assert plateau.share == 1.0
+    assert 2 <= len([text for _, text in said if "tried out" in text]) <= 8
+    assert {text.split(":")[1] for _, text in said if "stayed near" in text} == {" the rate is 1 of the user's again"}
+    starts = [step for step, text in said if "tried out" in text]
+    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert all(later > 1.5 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+
+
+def test_a_loss_that_falls_is_left_alone() -> None:
+    for seed in range(5):
+        plateau = Plateau()
+        assert run(plateau, 3000, falling(5.0, 0.002, seed)) == []
+        assert plateau.share == 1.0
+
+
+def test_a_slow_rise_is_no_reason_to_keep_a_lower_rate() -> None:
+    plateau = Plateau()
+    run(plateau, 3000, falling(1.0, -0.0005))
+    assert plateau.share in (1.0, pytest.approx(1 / 3))  # between tries, or in one
+    assert plateau.state_dict()["_thirds"] == 0
+
+
+def test_a_schedule_of_the_users_own_is_left_alone() -> None:
+    plateau = Plateau()
+    for step in range(5000):
+        plateau.step(0.1 if step < 150 else 0.1 * 0.9 ** (step // 150))  # it stays at each for longer than a try takes
+        assert not plateau.add(1.0 + 0.01 * (step % 7))
+        assert plateau.share == 1.0
+
+
+def test_a_warm_up_is_no_schedule_that_falls() -> None:
+    plateau, losses = Plateau(), noisy(lambda share: 1.0 + share)
+    for step in range(300):
+        share = plateau.step(0.1 * min(1.0, (step + 1) / 50))
+        plateau.add(losses(share))
+    assert plateau.share == pytest.approx(1 / 3)
+
+
+def test_a_try_ends_with_the_stretch_at_one_rate() -> None:
+    plateau = Plateau()
+    run(plateau, 250, noisy(lambda share: 1.0 + share))
+    assert plateau.share == pytest.approx(1 / 3)
+    plateau.step(0.05)
+    assert plateau.share == 1.0
+
+
+def test_a_gain_that_is_small_beside_what_the_loss_has_fallen_is_none() -> None:
+    plateau = Plateau()
+    run(plateau, 50_000, noisy(lambda share: share, spread=0.01))  # gains 2/3, 2/9, 2/27, 2/81; then 0.008 of 1
+    assert plateau.state_dict()["_thirds"] == 4
+
+
+def test_losses_that_are_not_finite_are_passed_over() -> None:
+    plateau = Plateau()
+    values = iter([float("nan"), float("inf")] * 50 + [1.0] * 100)
+    run(plateau, 200, lambda share: next(values))
+    assert plateau.share == 1.0
+    assert plateau.state_dict()["_taken"] == 100
+
+
+def test_the_state_goes_on_at_any_step() -> None:
+    for cut in (3, 150, 230, 290, 600):
+        whole, first, then = Plateau(), Plateau(), Plateau()
+        losses = noisy(lambda share: 1.0 + share, seed=3)
+        expected = run(whole, 1500, losses)
+        losses = noisy(lambda share: 1.0 + share, seed=3)
+        said = run(first, cut, losses)
+        then.load_state_dict(first.state_dict())
+        said += [(cut + step, text) for step, text in run(then, 1500 - cut, losses)]
+        assert said == expected
+        assert then.state_dict() == whole.state_dict()

@@ -9,6 +9,7 @@ from gfs_core.errors import ConfigError
 
 Tier: TypeAlias = Literal["directional", "running", "batch_sharpness", "sharpness", "midpoint", "gfs", "gfs_full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)  # cheapest first
+BY_LOSSES = ("guard", "start", "plateau")  # values of the option `control` that go by losses and alarms
 Policy: TypeAlias = Literal["observe", "cap", "follow", "warmup", "cdat"]  # by measurements
 _SHORT_BESIDE_FULL = 10  # steps between short-horizon GFS sharpnesses at tier gfs_full; the full one is much dearer
 _LARGEST_FACTOR = 1e300  # upper limit of an option, so that products with it do not overflow
@@ -96,11 +97,12 @@ class GFSConfig:
         "checked now and then, everything else in float32, and all of it instead of float16; training: everything as "
         "training computes it; float32: everything in float32.",
     )
-    control: Literal["observe", "guard", "start", "cap", "follow", "warmup", "cdat"] = _option(
+    control: Literal["observe", "guard", "start", "plateau", "cap", "follow", "warmup", "cdat"] = _option(
         "observe",
         "What is done with the learning rate: observe, nothing; guard, nothing while the run is healthy, and a third "
         "where an alarm shows in the loss, with a way back to a snapshot, as with alarm rescue; start, guard, and at "
-        "first the rate rises to the user's from a hundredth of it, as far as the run bears it; cap, held below the "
+        "first the rate rises to the user's from a hundredth of it, as far as the run bears it; plateau, guard, and a "
+        "third of the rate where the loss has come to rest and falls with it; cap, held below the "
         "rate at which the stability ratio would be `margin`; follow, put there, in the shape of the schedule; warmup, "
         "cap until nothing is held back any more; cdat, put at `margin` of the critical rate along the steps. The "
         "user's scheduler and logged rate stay as they are.",
@@ -158,7 +160,7 @@ class GFSConfig:
                 f"control={self.control!r} needs a stability ratio, and there is none with tier={self.tier!r}; "
                 "use tier='running' or a dearer one"
             )
-        if self.control in ("guard", "start") and self.alarm == "off":
+        if self.control in BY_LOSSES and self.alarm == "off":
             raise ConfigError(
                 f"control={self.control!r} goes by alarms, and `alarm` is 'off'; use 'log', 'warn' or 'stop'"
             )
@@ -171,7 +173,7 @@ class GFSConfig:
     @property
     def guarded(self) -> bool:
         """Whether trouble lowers the rate, and the run may go back to a snapshot."""
-        return self.control in ("guard", "start") or self.alarm == "rescue"
+        return self.control in BY_LOSSES or self.alarm == "rescue"
 
     def intervals(self) -> dict[str, int]:
         """Optimizer steps between measurements of each tier that is on, cheapest first."""

@@ -1,7 +1,7 @@
 """A lower learning rate where the loss has come to rest: tried out, and kept where it made the loss fall.
 
-At a constant rate the loss of noisy steps comes to rest at a level that the rate sets. A lower rate leaves it, unless the
-loss rests for another reason. So it is measured: a third of the rate is used for a while, and kept if the loss fell
+At a constant rate the loss of noisy steps comes to rest at a level that the rate sets. A lower rate leaves it, unless
+the loss rests for another reason. So it is measured: a third of the rate is used for a while, and kept if the loss fell
 clearly. Otherwise the rate is let up again, and the next try waits twice as long.
 
 Losses are compared by the means of blocks of steps in a row, whose scatter holds the correlation of neighbours too (the

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from gfs_core.actions.base import TrainerHandle
 from gfs_core.actions.catalog import actions_for
 from gfs_core.actions.rate import Control
-from gfs_core.config import GFSConfig
+from gfs_core.config import BY_LOSSES, GFSConfig
 from gfs_core.detectors.base import Alert
 from gfs_core.detectors.early_warning import EarlyWarning
 from gfs_core.errors import ConfigError
@@ -66,8 +66,8 @@ class StabilityMonitor:
         schedule: when each signal is due, and the budget.
         measuring: the signals with their state.
         watch: the early warning.
-        rescuing: skips steps, lowers the rate and goes back, with ``control="guard"`` or ``"start"``,
-            ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
+        rescuing: skips steps, lowers the rate and goes back, with ``control="guard"``, ``"start"``
+            or ``"plateau"``, ``alarm="skip"`` or ``"rescue"``; ``None``: nothing does.
         recorder: holds the latest readings, for the record of an alarm.
         requests: an alarm's requests to a plain loop; see :attr:`should_stop` and :attr:`wants_checkpoint`.
         remarks: texts that are added to the reasons of every measurement.
@@ -132,7 +132,7 @@ class StabilityMonitor:
         self._losses = RecentLosses(None if warning is None else self.ranks)
         self.rescuing: Rescuing | None = None
         if self.config.guarded or self.config.alarm == "skip" or self.rates.start is not None:
-            shares, notices = (self.rates.lowered, self.rates.start), self.notices
+            shares, notices = (self.rates.lowered, self.rates.start, self.rates.plateau), self.notices
             self.rescuing = Rescuing(model, optimizer, self.watch, *shares, self.ranks, notices, self._changed)
         self.journal = Journal(self._settings, self._label, self.notices)
         if self.config.history and (self.ranks is None or self.ranks.rank == 0):
@@ -529,9 +529,9 @@ def _second_data(probe: Iterable[Any] | SecondData, optimizer: Any, config: GFSC
         raise ConfigError(f"there is a loader for `probe=`, and the config says probe={config.probe!r}; leave one out")
     scheduler = scheduler_of(optimizer)
     policy = config.control if scheduler is None else scheduler.control.policy
-    if policy not in ("observe", "guard", "start"):
+    if policy not in ("observe", *BY_LOSSES):
         raise ConfigError(
             f"control={policy!r} goes by the curvature of the loss that is trained, and `probe=` is a loader of other "
-            "data; use control='observe', 'guard' or 'start', or probe='batch'"
+            "data; use control='observe', 'guard', 'start' or 'plateau', or probe='batch'"
         )
     return second

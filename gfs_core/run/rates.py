@@ -6,14 +6,15 @@ import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from gfs_core.actions.lowered import Lowered
+from gfs_core.actions.plateau import Plateau
 from gfs_core.actions.rate import Control
 from gfs_core.actions.start import Start
-from gfs_core.config import GFSConfig
+from gfs_core.config import BY_LOSSES, GFSConfig, Policy
 from gfs_core.errors import ConfigError
 from gfs_core.optimizers.learning_rate import LearningRateHook, RateControl, rate_of
 from gfs_core.optimizers.thresholds import unwrap
@@ -47,6 +48,7 @@ class Rates:
     Attributes:
         control: decides the scale.
         lowered: the share of the rate after trouble; ``None``: trouble does not lower it.
+        plateau: the share of the rate where the loss rests; ``None``: that does not lower it.
         start: the share of the rate in the first part of the training; ``None``: it is the user's from the first step.
         why: why the control has no stability ratio yet.
 
@@ -56,7 +58,7 @@ class Rates:
 
     def __init__(self, optimizer: Any, config: GFSConfig, adaptive: bool, notices: Notices) -> None:
         self.optimizer, self.notices = optimizer, notices
-        policy = "observe" if config.control == "guard" or config.control == "start" else config.control
+        policy: Policy = "observe" if config.control in BY_LOSSES else cast(Policy, config.control)
         self.control = Control(policy, config.margin, adaptive)
         self.start = Start() if config.control == "start" and not unrescuable(optimizer) else None
         self.why = "no measurement was made"
@@ -64,7 +66,7 @@ class Rates:
         self._scheduler = scheduler_of(optimizer)
         self._hook: LearningRateHook | None = None
         if self._scheduler is not None:
-            if config.control not in ("observe", "guard"):
+            if config.control not in ("observe", "guard", "plateau"):
                 raise ConfigError(
                     f"control={config.control!r} beside an EdgeOfStabilityLR, which controls the rate already: use one"
                 )
@@ -76,6 +78,7 @@ class Rates:
                 )
         guarded = config.guarded or self.start is not None
         self.lowered = Lowered() if guarded and not unrescuable(optimizer) else None
+        self.plateau = Plateau() if config.control == "plateau" and self.lowered is not None else None
         if self.lowered is not None or policy != "observe":
             self.act(self.control)
 
@@ -93,7 +96,7 @@ class Rates:
         """Let ``control`` scale each step of the optimizer."""
         self.close()
         self.control = control
-        acting = [self.lowered] if self.scheduled else [control, self.lowered, self.start]
+        acting = [self.lowered, self.plateau, *([] if self.scheduled else [control, self.start])]
         self._hook = LearningRateHook(self.optimizer, _Together([c for c in acting if c is not None]))
 
     def base_lr(self) -> float:
@@ -107,16 +110,17 @@ class Rates:
         if self._hook is not None and self._hook.passed_by > 0:
             return 1.0
         start = 1.0 if self.start is None else self.start.share(self.base_lr())
-        return self.control.scale(self.base_lr()) * start * self._after_trouble()
+        return self.control.scale(self.base_lr()) * start * self._lowered()
 
-    def _after_trouble(self) -> float:
-        return 1.0 if self.lowered is None else self.lowered.share
+    def _lowered(self) -> float:
+        """What is left of the rate after trouble, and where the loss rests."""
+        return math.prod(of.share for of in (self.lowered, self.plateau) if of is not None)
 
     def scaled(self, scale: float) -> AbstractContextManager[None]:
         """A context in which the optimizer holds the rates that the coming step uses, at this scale."""
         if self._hook is None:
             return contextlib.nullcontext()
-        return self._hook.scaled(scale if self._scheduler is None else self._after_trouble())
+        return self._hook.scaled(scale if self._scheduler is None else self._lowered())
 
     def effective(self) -> float | None:
         """The rate that the coming step uses.

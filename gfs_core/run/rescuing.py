@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gfs_core.actions.lowered import FALLS, Lowered
+from gfs_core.actions.plateau import Plateau
 from gfs_core.actions.rescue import Decision, Rescue
 from gfs_core.actions.start import Start
 from gfs_core.detectors.base import Alert, AlertLevel
@@ -37,6 +38,7 @@ class Rescuing:
         watch: the early warning; it is put back with the weights.
         lowered: the share of the user's rate; ``None``: steps are skipped only, there are no rollbacks.
         start: lets the rate rise at first; ``None``: there is no start.
+        plateau: lowers the rate where the loss rests; ``None``: that is left as it is.
         ranks: the processes that train together; ``None``: this process only.
         notices: reports what is done and what cannot be.
         changed: called after a rollback, and when a start has ended: other weights, or another rate, are used now.
@@ -52,11 +54,12 @@ class Rescuing:
         watch: Watch,
         lowered: Lowered | None,
         start: Start | None,
+        plateau: Plateau | None,
         ranks: Ranks | None,
         notices: Notices,
         changed: Callable[[], None],
     ) -> None:
-        self.watch, self.lowered, self.start, self.ranks = watch, lowered, start, ranks
+        self.watch, self.lowered, self.start, self.plateau, self.ranks = watch, lowered, start, plateau, ranks
         self.notices, self.changed = notices, changed
         self.rescue = Rescue(lowered is not None)
         self.snapshots = Snapshots(model, optimizer)
@@ -135,7 +138,7 @@ class Rescuing:
         elif self._wants_snapshot(step, level, start):
             done += self._keep(step)
         self._buffers.note()
-        return done
+        return done + self._rests(level, losses)
 
     def _start_with(self, losses: list[float]) -> Start | None:
         """The start, if it lasts, after it has taken in these losses."""
@@ -149,6 +152,18 @@ class Rescuing:
                 "whatever happens; give `loss=` to `monitor.step`"
             )
         return start
+
+    def _rests(self, level: int, losses: list[float]) -> list[str]:
+        """Let a lower rate be tried out where the loss rests; trouble ends that."""
+        if self.plateau is None:
+            return []
+        if level == AlertLevel.ALARM:
+            self.plateau.restart()
+            return []
+        said = [text for loss in losses if (text := self.plateau.add(loss))]
+        for text in said:
+            self.notices.warn_always(text)
+        return said
 
     def _wants_snapshot(self, step: int, level: int, start: Start | None) -> bool:
         if self.lowered is None:
@@ -265,7 +280,8 @@ class Rescuing:
         """What the next decision depends on. Snapshots are not saved: the first one of a resumed run is taken anew."""
         lowered = None if self.lowered is None else self.lowered.state_dict()
         start = None if self.start is None else self.start.state_dict()
-        return {"rescue": self.rescue.state_dict(), "lowered": lowered, "start": start}
+        plateau = None if self.plateau is None else self.plateau.state_dict()
+        return {"rescue": self.rescue.state_dict(), "lowered": lowered, "start": start, "plateau": plateau}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
@@ -274,4 +290,6 @@ class Rescuing:
             self.lowered.load_state_dict(state["lowered"])
         if self.start is not None and state.get("start") is not None:
             self.start.load_state_dict(state["start"])
+        if self.plateau is not None and state.get("plateau") is not None:
+            self.plateau.load_state_dict(state["plateau"])
         self.snapshots.drop()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import warnings
 from collections.abc import Callable
+from statistics import fmean
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
+import gfs_core as gfs
 from gfs_core.actions.plateau import FIRST, Plateau
+from tests.bitwise import assert_same
+from tests.rates import tell_rates
 
 
 def run(plateau: Plateau, steps: int, loss: Callable[[float], float], rate: float = 0.1) -> list[tuple[int, str]]:
@@ -54,8 +63,8 @@ def test_a_rate_that_is_not_to_blame_is_let_up_and_tries_become_rare() -> None:
     assert 2 <= len([text for _, text in said if "tried out" in text]) <= 8
     assert {text.split(":")[1] for _, text in said if "stayed near" in text} == {" the rate is 1 of the user's again"}
     starts = [step for step, text in said if "tried out" in text]
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    assert all(later > 1.5 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(gaps))
 
 
 def test_a_loss_that_falls_is_left_alone() -> None:
@@ -121,3 +130,56 @@ def test_the_state_goes_on_at_any_step() -> None:
         said += [(cut + step, text) for step, text in run(then, 1500 - cut, losses)]
         assert said == expected
         assert then.state_dict() == whole.state_dict()
+
+
+class Digits:
+    """Digits in batches of 16 at a constant rate that is far too high to end at."""
+
+    def __init__(self, control: str) -> None:
+        torch.manual_seed(0)
+        images, labels = load_digits(return_X_y=True)
+        self.x, self.y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+        self.model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.15, momentum=0.9)
+        config = gfs.GFSConfig(tier="running", control=control, alarm="log", max_overhead=None)  # type: ignore[arg-type]
+        self.monitor = gfs.StabilityMonitor(self.model, self.optimizer, config)
+        self.losses: list[float] = []
+        self.used: list[float] = []
+        self.said: list[str] = []
+        tell_rates(self.optimizer, self.used)
+
+    def run(self, start: int, stop: int) -> Digits:
+        for step in range(start, stop):
+            rows = torch.randint(len(self.y), (16,), generator=torch.Generator().manual_seed(step))
+            loss = self.loss_of((self.x[rows], self.y[rows]))
+            self.optimizer.zero_grad()
+            loss.backward()
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                self.monitor.step(self.loss_of, (self.x[rows], self.y[rows]), step, loss=loss)
+            self.said += [str(w.message) for w in seen if "mean loss" in str(w.message)]
+            self.optimizer.step()
+            self.losses.append(loss.item())
+        return self
+
+    def loss_of(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+
+def test_a_run_whose_rate_is_too_high_to_end_at_ends_lower_and_the_users_rate_stays_his() -> None:
+    alone, run = (Digits(control).run(0, 600) for control in ("guard", "plateau"))
+    assert fmean(run.losses[-100:]) < 0.7 * fmean(alone.losses[-100:])
+    assert run.used[-1] <= 0.15 / 3 * 1.001
+    assert run.optimizer.param_groups[0]["lr"] == 0.15
+    assert "0.333 of the user's rate is tried out" in run.said[0]
+
+
+def test_a_run_is_resumed_in_the_middle_of_a_try() -> None:
+    whole, first, then = Digits("plateau").run(0, 400), Digits("plateau").run(0, 250), Digits("plateau")
+    assert first.used[-1] < 0.15  # it is trying
+    then.model.load_state_dict(first.model.state_dict())
+    then.optimizer.load_state_dict(first.optimizer.state_dict())
+    then.monitor.load_state_dict(first.monitor.state_dict())
+    then.run(250, 400)
+    assert then.used == whole.used[250:]
+    assert_same(then.model.state_dict(), whole.model.state_dict())

@@ -35,6 +35,7 @@ PAGES = {
     "own_edge": "benchmarks.own_edge.page",
     "peers": "benchmarks.peers.page",
     "peers_cuda": "benchmarks.peers.page",
+    "plateau": "benchmarks.plateau",
     "price": "benchmarks.price",
     "rate": "benchmarks.rate",
     "rescue": "benchmarks.rescue",

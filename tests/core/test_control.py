@@ -610,7 +610,7 @@ def test_the_budget_waits_until_the_control_has_started() -> None:
         ({"control": "cap", "tier": "directional"}, "control='cap' needs a stability ratio"),
         ({"margin": 1.5}, r"`margin` must be in \(0, 1\], the edge of stability; got 1.5"),
         ({"control": "guard", "alarm": "off"}, "control='guard' goes by alarms"),
-        ({"control": "edge"}, "`control` must be one of 'observe', 'guard', 'start', 'cap'"),
+        ({"control": "edge"}, "`control` must be one of 'observe', 'guard', 'start', 'plateau', 'cap'"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:

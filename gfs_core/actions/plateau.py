@@ -5,8 +5,10 @@ the loss rests for another reason. So it is measured: a third of the rate is use
 clearly. Otherwise the rate is let up again, and the next try waits twice as long.
 
 Losses are compared by the means of blocks of steps in a row, whose scatter holds the correlation of neighbours too (the
-method of batch means). A block has a hundredth of the steps so far. So a short run and a long one are judged alike.
-Only a rate that stays at the largest so far is lowered: a schedule that has begun to fall is left to itself.
+method of batch means). A block has a hundredth of the steps so far. So a short run and a long one are judged alike. The
+loss *rests* where the mean of the last quarter of the run is, for sure, hardly below that of the quarter before. A rate
+that is lowered while the loss still falls makes it fall faster for a while, and slower in the end. Only a rate that
+stays at the largest so far is lowered: a schedule that has begun to fall is left to itself.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from typing import Any
 
 from gfs_core.actions.lowered import FALL
 
-# None of these was varied in a table.
-LOOKED = 8  # blocks that are compared with as many before them
+# None of these was varied in a table but the first two: benchmarks/plateau.md.
+STRETCH = 25  # blocks that are compared with as many before them to tell whether the loss rests
+RESTS = 0.02  # of what the loss has fallen so far, that it falls at most from one to the other
+TRIED = 8  # blocks for which a lower rate is judged, after as many in which the loss comes down
 SHORTEST, PARTS = 5, 100  # losses in a block at least; it has one such part of the steps so far
-FIRST = 200  # losses before a rate is lowered
-FALLS, CLEAR = 2.0, 3.0  # standard errors from which on a loss still falls, and from which on a lower rate has helped
-GAIN = 0.01  # of what the loss has fallen so far, that a lower rate has to gain besides
+CLEAR = 3.0  # standard errors by which a lower rate has to gain …
+GAIN = 0.01  # … and this part of what the loss has fallen so far
 
 
 class Plateau:
@@ -38,7 +41,7 @@ class Plateau:
         self.last = 1.0
         self._thirds = 0  # that have helped
         self._before: list[float] = []  # means of the blocks before a try; empty: none is under way
-        self._means: deque[float] = deque(maxlen=2 * LOOKED)  # of the blocks of this stretch, at one rate
+        self._means: deque[float] = deque(maxlen=2 * STRETCH)  # of the blocks of this stretch, at one rate
         self._block: list[float] = []  # losses of the block that is being filled
         self._taken = 0  # losses
         self._wait = self._waited = 0  # blocks before the next try, and those of this stretch
@@ -69,9 +72,9 @@ class Plateau:
         self._best = min(self._best, mean)
         self._means.append(mean)
         self._waited += 1
-        if len(self._means) < 2 * LOOKED:
-            return ""
-        return self._end() if self._before else self._begin()
+        if self._before:
+            return self._end() if len(self._means) == 2 * TRIED else ""
+        return self._begin() if len(self._means) == 2 * STRETCH else ""
 
     def step(self, rate: float) -> float:
         """The share for a step at the user's rate ``rate`` that is taken now; no try outlives a change of his rate."""
@@ -92,32 +95,32 @@ class Plateau:
         self._waited = 0
 
     def _begin(self) -> str:
-        """Try a lower rate, unless the loss still falls."""
-        earlier, later = self._halves()
-        if self._taken < FIRST or self._waited < self._wait or self._rate < self._peak:
+        """Try a lower rate, if the loss rests."""
+        means = [*self._means]
+        fallen, error = _fall(means[:STRETCH], means[STRETCH:])
+        if self._waited < self._wait or self._rate < self._peak:
             return ""
-        if _apart(earlier, later, FALLS):
+        if fallen + error > RESTS * self._progress:
             return ""
-        self._before = later
+        self._before = means[-2 * TRIED :]
         self._stretch()
-        return f"the mean loss rests at {fmean(later):.3g}: {self.share:.3g} of the user's rate is tried out"
+        return f"the mean loss rests at {fmean(self._before):.3g}: {self.share:.3g} of the user's rate is tried out"
 
     def _end(self) -> str:
-        """Keep the lower rate if it has helped; its first blocks, in which the loss comes down, do not count."""
-        before, (_, now) = self._before, self._halves()
-        gained = fmean(before) - fmean(now)
-        assert self._first is not None
-        helped = _apart(before, now, CLEAR) and gained > GAIN * (self._first - self._best)
+        """Keep the lower rate if it has helped."""
+        before, now = self._before, [*self._means][TRIED:]
+        fallen, error = _fall(before, now)
         self.restart()
-        if helped:
+        if fallen > max(CLEAR * error, GAIN * self._progress):
             self._thirds, self._wait = self._thirds + 1, 0
             return f"the mean loss fell from {fmean(before):.3g} to {fmean(now):.3g}: the lower rate is kept"
-        self._wait = max(2 * self._wait, 4 * LOOKED)
+        self._wait = max(2 * self._wait, 4 * STRETCH)
         return f"the mean loss stayed near {fmean(before):.3g}: the rate is {self.share:.3g} of the user's again"
 
-    def _halves(self) -> tuple[list[float], list[float]]:
-        means = [*self._means]
-        return means[:LOOKED], means[LOOKED:]
+    @property
+    def _progress(self) -> float:
+        """How far the loss has fallen."""
+        return 0.0 if self._first is None else self._first - self._best
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as numbers and lists."""
@@ -131,10 +134,10 @@ class Plateau:
         """
         for name in vars(self):
             value = state[name]
-            setattr(self, name, deque(value, maxlen=2 * LOOKED) if name == "_means" else value)
+            setattr(self, name, deque(value, maxlen=2 * STRETCH) if name == "_means" else value)
 
 
-def _apart(earlier: Sequence[float], later: Sequence[float], errors: float) -> bool:
-    """Whether the second mean lies below the first by more than so many standard errors."""
+def _fall(earlier: Sequence[float], later: Sequence[float]) -> tuple[float, float]:
+    """How far the mean has fallen, and the standard error of that."""
     error = math.sqrt(variance(earlier) / len(earlier) + variance(later) / len(later))
-    return fmean(earlier) - fmean(later) > errors * error
+    return fmean(earlier) - fmean(later), error

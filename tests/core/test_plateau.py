@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gfs_core as gfs
-from gfs_core.actions.plateau import FIRST, Plateau
+from gfs_core.actions.plateau import Plateau
 from tests.bitwise import assert_same
 from tests.rates import tell_rates
 
@@ -48,50 +47,49 @@ def falling(start: float, by: float, seed: int = 0) -> Callable[[float], float]:
 
 def test_a_lower_rate_is_kept_where_the_loss_rests_higher_the_higher_the_rate_is() -> None:
     plateau = Plateau()
-    said = run(plateau, 400, noisy(lambda share: 1.0 + share))
-    assert said[0] == (FIRST - 1, "the mean loss rests at 1.98: 0.333 of the user's rate is tried out")
-    assert said[1] == (279, "the mean loss fell from 1.98 to 1.34: the lower rate is kept")
-    assert plateau.share == pytest.approx(1 / 9)  # the next third is tried out by now
+    said = run(plateau, 700, noisy(lambda share: 1.0 + share))
+    assert said == [
+        (414, "the mean loss rests at 2.01: 0.333 of the user's rate is tried out"),
+        (494, "the mean loss fell from 2.01 to 1.35: the lower rate is kept"),
+    ]
+    assert plateau.share == pytest.approx(1 / 3)
     run(plateau, 20_000, noisy(lambda share: 1.0 + share))
-    assert plateau.share in (pytest.approx(1 / 27), pytest.approx(1 / 81))  # a gain of 3 % is told from the noise
+    assert plateau.share == pytest.approx(1 / 81)  # a gain of 2 % is told from the noise
 
 
 def test_a_rate_that_is_not_to_blame_is_let_up_and_tries_become_rare() -> None:
     plateau = Plateau()
-    said = run(plateau, 10_000, noisy(lambda share: 1.0))
+    said = run(plateau, 20_000, noisy(lambda share: 1.0))
     assert plateau.share == 1.0
-    assert 2 <= len([text for _, text in said if "tried out" in text]) <= 8
     assert {text.split(":")[1] for _, text in said if "stayed near" in text} == {" the rate is 1 of the user's again"}
     starts = [step for step, text in said if "tried out" in text]
-    gaps = [b - a for a, b in itertools.pairwise(starts)]
-    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(gaps))
+    assert starts == [414, 1632, 13921]
 
 
 def test_a_loss_that_falls_is_left_alone() -> None:
     for seed in range(5):
         plateau = Plateau()
-        assert run(plateau, 3000, falling(5.0, 0.002, seed)) == []
+        assert run(plateau, 2000, falling(5.0, 0.002, seed)) == []
         assert plateau.share == 1.0
 
 
 def test_a_slow_rise_is_no_reason_to_keep_a_lower_rate() -> None:
     plateau = Plateau()
     run(plateau, 3000, falling(1.0, -0.0005))
-    assert plateau.share in (1.0, pytest.approx(1 / 3))  # between tries, or in one
     assert plateau.state_dict()["_thirds"] == 0
 
 
 def test_a_schedule_of_the_users_own_is_left_alone() -> None:
     plateau = Plateau()
     for step in range(5000):
-        plateau.step(0.1 if step < 150 else 0.1 * 0.9 ** (step // 150))  # it stays at each for longer than a try takes
+        plateau.step(0.1 * 0.9 ** (step // 250))
         assert not plateau.add(1.0 + 0.01 * (step % 7))
         assert plateau.share == 1.0
 
 
 def test_a_warm_up_is_no_schedule_that_falls() -> None:
     plateau, losses = Plateau(), noisy(lambda share: 1.0 + share)
-    for step in range(300):
+    for step in range(450):
         share = plateau.step(0.1 * min(1.0, (step + 1) / 50))
         plateau.add(losses(share))
     assert plateau.share == pytest.approx(1 / 3)
@@ -99,7 +97,7 @@ def test_a_warm_up_is_no_schedule_that_falls() -> None:
 
 def test_a_try_ends_with_the_stretch_at_one_rate() -> None:
     plateau = Plateau()
-    run(plateau, 250, noisy(lambda share: 1.0 + share))
+    run(plateau, 450, noisy(lambda share: 1.0 + share))
     assert plateau.share == pytest.approx(1 / 3)
     plateau.step(0.05)
     assert plateau.share == 1.0
@@ -120,7 +118,7 @@ def test_losses_that_are_not_finite_are_passed_over() -> None:
 
 
 def test_the_state_goes_on_at_any_step() -> None:
-    for cut in (3, 150, 230, 290, 600):
+    for cut in (3, 300, 450, 500, 1200):
         whole, first, then = Plateau(), Plateau(), Plateau()
         losses = noisy(lambda share: 1.0 + share, seed=3)
         expected = run(whole, 1500, losses)
@@ -167,19 +165,19 @@ class Digits:
 
 
 def test_a_run_whose_rate_is_too_high_to_end_at_ends_lower_and_the_users_rate_stays_his() -> None:
-    alone, run = (Digits(control).run(0, 600) for control in ("guard", "plateau"))
-    assert fmean(run.losses[-100:]) < 0.7 * fmean(alone.losses[-100:])
+    alone, run = (Digits(control).run(0, 700) for control in ("guard", "plateau"))
+    assert fmean(run.losses[-100:]) < 0.5 * fmean(alone.losses[-100:])
     assert run.used[-1] <= 0.15 / 3 * 1.001
     assert run.optimizer.param_groups[0]["lr"] == 0.15
     assert "0.333 of the user's rate is tried out" in run.said[0]
 
 
 def test_a_run_is_resumed_in_the_middle_of_a_try() -> None:
-    whole, first, then = Digits("plateau").run(0, 400), Digits("plateau").run(0, 250), Digits("plateau")
+    whole, first, then = Digits("plateau").run(0, 540), Digits("plateau").run(0, 460), Digits("plateau")
     assert first.used[-1] < 0.15  # it is trying
     then.model.load_state_dict(first.model.state_dict())
     then.optimizer.load_state_dict(first.optimizer.state_dict())
     then.monitor.load_state_dict(first.monitor.state_dict())
-    then.run(250, 400)
-    assert then.used == whole.used[250:]
+    then.run(460, 540)
+    assert then.used == whole.used[460:]
     assert_same(then.model.state_dict(), whole.model.state_dict())

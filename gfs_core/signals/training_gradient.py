@@ -91,7 +91,8 @@ def _known(step: StepContext, lab: Lab) -> tuple[Vector, float]:
     own = objective.gradient()[1]
     if settled and not usual:
         return own, 1.0
-    facts.micro_batches, facts.uses = len(step.batches), 0
+    # It is compared again once the factor of clipping is known: a scaler's division by its scale looks like clipping.
+    facts.micro_batches, facts.uses = len(step.batches), 0 if step.clipped is not None else _COMPARE_EVERY
     factor = None if taken is None else _multiple(objective, own, taken)
     facts.of_step = _kind(factor, step, facts.of_step)
     if taken is None or not factor or facts.of_step == "other":

@@ -264,6 +264,30 @@ def test_a_running_ratio_from_the_gradient_of_training_however_that_is_scaled(
 # --- steps that wait --------------------------------------------------------------------------------------------------
 
 
+def test_a_gradient_scaler_that_divides_by_its_scale_is_no_clipping() -> None:
+    """A scale of a power of two changes no bit of the gradients."""
+    ratios = []
+    for scale in (1.0, 2.0**16):
+        model = net(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        config = gfs.GFSConfig(tier="running", every=1, max_overhead=None, alarm="off")
+        monitor = tuned(gfs.StabilityMonitor(model, optimizer, config), whole=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        batch = X.float(), Y
+        found = []
+        for step in range(12):
+            loss = cross_entropy(model, batch)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            found.append(monitor.step(lambda b: cross_entropy(model, b), batch, step, loss=loss))  # noqa: B023
+            scaler.step(optimizer)
+            scaler.update()
+        ratios.append([None if m is None else m.running_stability_ratio for m in found])
+    assert ratios[0][-1] is not None
+    assert ratios[0] == ratios[1]
+
+
 def waiting(*losses: float, rate: float | None = 0.1) -> Waiting:
     """After steps with these losses."""
     made = Waiting()

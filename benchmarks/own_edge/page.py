@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
+from benchmarks.lib.store import Row
 from benchmarks.lib.tables import table
 from benchmarks.own_edge.rows import (
     BEGINS,
@@ -27,7 +28,20 @@ from benchmarks.own_edge.rows import (
     spread,
     typical,
 )
-from benchmarks.own_edge.text import AFTER, FIT, HEAD, HELD, HOW, LEVELS, RATES, REPEATABLE, SPEED, THEORY, WARMUP
+from benchmarks.own_edge.text import (
+    AFTER,
+    ALARMS,
+    FIT,
+    HEAD,
+    HELD,
+    HOW,
+    LEVELS,
+    RATES,
+    REPEATABLE,
+    SPEED,
+    THEORY,
+    WARMUP,
+)
 
 WITHIN = (0.75, 1.25)
 WARM = [(length, interval) for length in (50, 100, 200) for interval in ("2", "10", "default")]
@@ -48,9 +62,20 @@ def render(results: dict[str, Any]) -> str:
         FIT, *_fits(found, results), "",
         RATES, *_rates(found), "",
         WARMUP, *_warmups(found), "",
+        ALARMS, *_alarms(results["alarms"]), "",
         f"Environment: {environment}; {minutes:.0f} minutes of one core in all.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _alarms(rows: dict[str, Row]) -> list[str]:
+    cells = [
+        [name, r["false"], r["learnt, healthy"], f"{r['warned']:.2f}", f"{r['lead']:g}", r["learnt, danger"]]
+        for name, r in rows.items()
+    ]
+    steps = next(iter(rows.values()))["steps"]
+    head = ["", f"false alarms in {steps:,} steps", "learnt in, of 14", "warned", "lead, median", "learnt in, of 66"]
+    return table(head, cells)
 
 
 def _brief(found: list[Found]) -> list[str]:

@@ -158,3 +158,15 @@ after 200, where there are any in that quarter (the defaults left some to 4 of 1
 level from its own warm-up, as a median and not as a knee, provided that the rate is above the onset; whether it is,
 the warm-up does not tell with the defaults.
 """
+ALARMS = """## What it is worth to the early warning
+
+    OMP_NUM_THREADS=1 python -m benchmarks.zoo.own_edge
+
+The trainings of [health.md](health.md) and three seeds of each danger of [danger.md](danger.md), with the ratio at
+every tenth step. A level is learnt while the rate rises, from twelve ratios over a factor of four on. A swing at the
+edge is then one at 0.7 to 1.6 times the level in place of these ratios themselves, and thresholds of gradients are
+multiplied by 0.7 where the ratio is above 1.6 times the level, and by 1.5 where it is below half of it. These numbers
+were set beforehand. *Warned*: share of the breaks, the mean over the kinds. A level is learnt in few of the trainings,
+and what it changes is no gain. So the early warning has no level of the run's own: it holds what the run came through
+before.
+"""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from benchmarks.zoo.training import Stream
 from gfs_core import Alert, AlertLevel, EarlyWarning, Profile, Reading
@@ -27,7 +27,13 @@ class Alarm(NamedTuple):
     rule: str
 
 
-def alerts(stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True) -> Iterator[Alert]:
+def alerts(
+    stream: Stream,
+    profile: Profile | None = None,
+    every: int = 1,
+    curvature: bool = True,
+    make: Callable[[Profile | None], EarlyWarning] = EarlyWarning,
+) -> Iterator[Alert]:
     """What the early warning says of a stream.
 
     Args:
@@ -35,8 +41,9 @@ def alerts(stream: Stream, profile: Profile | None = None, every: int = 1, curva
         profile: the thresholds; ``None``: those of the package.
         every: steps between readings of gradients.
         curvature: whether it reads the stability ratios too.
+        make: makes it from its thresholds.
     """
-    warning = EarlyWarning(profile)
+    warning = make(profile)
     for step in range(len(stream.loss)):
         readings = [Reading(STEP_RATE, step, float(stream.rate[step])), Reading(LOSS, step, float(stream.loss[step]))]
         if curvature:
@@ -51,13 +58,11 @@ def alerts(stream: Stream, profile: Profile | None = None, every: int = 1, curva
                 yield alert
 
 
-def early_warning(
-    stream: Stream, profile: Profile | None = None, every: int = 1, curvature: bool = True
-) -> list[Alarm]:
+def early_warning(stream: Stream, profile: Profile | None = None, **how: Any) -> list[Alarm]:
     """The alarms of the early warning; the arguments are those of :func:`alerts`."""
     found, rule = list[Alarm](), ""
     began: int | None = None
-    for alert in alerts(stream, profile, every, curvature):
+    for alert in alerts(stream, profile, **how):
         if alert.level is AlertLevel.ALARM and began is None:
             began, rule = alert.step, alert.rule
         if alert.level is not AlertLevel.ALARM and began is not None:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.advice.remedies import REMEDIES
 from benchmarks.control.rows import cells
+from benchmarks.control.runs import GRID
 from benchmarks.lib.store import FOLDER, SharedStore, Store, dumped, rounded
 from benchmarks.lib.tables import table
 from benchmarks.render import PAGES, page
@@ -65,7 +66,7 @@ def test_processes_that_share_results_keep_each_others_rows(tmp_path: Path) -> N
 
 def test_the_excess_of_a_method_is_that_over_the_best_reference_and_a_lost_run_has_an_infinite_one() -> None:
     name = "BatchNorm CNN, momentum, 32"
-    losses = {-1: 0.5, 0: 0.25, 1: 0.5}
+    losses = {at: 0.25 if at == 0 else 0.5 for at in range(-GRID, GRID + 1)}
     runs = {"×1": 0.3, "×10": 9.0, "×30": None}
     found = cells(
         {

@@ -250,26 +250,30 @@ def costs(results: dict[str, Any]) -> list[str]:
 
 
 def limits(results: dict[str, Any]) -> list[str]:
-    """Whether a control that keeps a ratio below a limit is best anywhere."""
+    """Who is best where, and whether a control that keeps a ratio below a limit is so anywhere."""
     found = {key: cells(results, key) for key in METHODS}
-    best: Counter[str] = Counter()
+    controls = [key for key in OURS if key != SEARCH]
+    best, among = Counter[str](), Counter[str]()
     ahead: dict[str, list[str]] = {key: [] for key in LIMITS}
-    places = sorted(
-        {place for own in found.values() for place in own}, key=lambda p: (list(WORKLOADS).index(p[0]), p[1])
-    )
+    places = [p for p in itertools.product(WORKLOADS, SHIFTS) if any(p in own for own in found.values())]
     for place in places:
         there = {key: own[place].middle for key, own in found.items() if place in own}
+        held = {key: there[key] for key in controls if key in there}
         first = min(there, key=lambda key: there[key])
         best[first] += 1
+        if held:
+            among[min(held, key=lambda key: held[key])] += 1
         if first in LIMITS:
             second = min(value for key, value in there.items() if key not in LIMITS)
             ahead[first].append(f"{place[0]}, {SHIFTS[place[1]]} ({percent(there[first])} beside {percent(second)})")
     text = f"""## Who is best where
 
-Of {len(places)} workloads and multiples, how often a method has the least excess of all.
+Of {len(places)} workloads and multiples: how often a method has the least excess of all, and how often of the controls
+alone.
 """
-    rows = [[key, best[key]] for key in METHODS if found[key]]
-    out = [text, *table(["method", "times"], rows), "", "Of the controls by a limit:", ""]
+    rows = [[key, best[key], among[key] if key in controls else ""] for key in METHODS if found[key]]
+    out = [text, *table(["method", "of all", "of the controls"], rows), ""]
+    out += ["Where a control by a limit is best of all, beside the best of the others:", ""]
     out += [f"- *{key}*: " + ("; ".join(where) or "nowhere") + "." for key, where in ahead.items() if found[key]]
     return [*out, ""]
 

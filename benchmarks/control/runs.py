@@ -124,10 +124,13 @@ def row_of(results: dict[str, Any], name: str, key: str, shift: int, seed: int) 
 
 
 def stored_best(results: dict[str, Any], name: str, seed: int) -> int | None:
-    """As :func:`tuned`, of what is stored."""
+    """As :func:`tuned`, of what is stored; ``None``: not all rates of the grid were tried."""
     losses = {}
     for stored, row in results.get("reference", {}).items():
         own, at, of = stored.split(" | ")
-        if own == name and int(of) == seed and row["loss"] is not None:
-            losses[int(at)] = row["loss"]
-    return min(losses, key=lambda at: losses[at]) if losses else None
+        if own == name and int(of) == seed:
+            losses[int(at)] = math.inf if row["loss"] is None else row["loss"]
+    reach = LANGUAGE_GRID if name in LANGUAGE else GRID
+    if not losses.keys() >= set(range(-reach, reach + 1)):
+        return None
+    return min(losses, key=lambda at: losses[at])

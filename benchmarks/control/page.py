@@ -261,7 +261,7 @@ def limits(results: dict[str, Any]) -> list[str]:
         held = {key: there[key] for key in controls if key in there}
         first = min(there, key=lambda key: there[key])
         best[first] += 1
-        if held:
+        if held and min(held.values()) < math.inf:
             among[min(held, key=lambda key: held[key])] += 1
         if first in LIMITS:
             second = min(value for key, value in there.items() if key not in LIMITS)

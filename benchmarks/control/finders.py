@@ -19,16 +19,17 @@ from benchmarks.control.methods import FINDER, METHODS, SEARCH
 from benchmarks.control.training import Training, trained
 from benchmarks.lib.data import Batch
 from benchmarks.lib.store import Row, rounded
+from benchmarks.lib.trainings import epochs
 from benchmarks.rate import Batches, Workload, validation_of
 
 
 class _Endless(IterableDataset[Batch]):
     def __init__(self, workload: Workload, seed: int) -> None:
         super().__init__()
-        self.batches = Batches(workload.data()[0], workload.batch, seed)
+        self.workload, self.seed = workload, seed
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
+        return epochs(self.workload.data()[0], self.workload.batch, torch.Generator().manual_seed(self.seed))
 
 
 def lightning_finder(workload: Workload, rate: float, seed: int) -> Row:

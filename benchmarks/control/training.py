@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.lib.data import Batch
 from benchmarks.lib.store import Row, rounded
-from benchmarks.lib.trainings import gradient
-from benchmarks.rate import Batches, Workload, validation_of
+from benchmarks.lib.trainings import epochs, gradient
+from benchmarks.rate import Workload, validation_of
 from benchmarks.zoo.parts import cosine
 
 WARMUP = 0.05  # of the steps
@@ -85,7 +85,7 @@ class Training:
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Training data without end."""
-        return iter(Batches(self.workload.data()[0], self.workload.batch, seed))
+        return epochs(self.workload.data()[0], self.workload.batch, torch.Generator().manual_seed(seed))
 
     def run(self) -> Iterator[None]:
         """Take a step each time."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.lib.data import Batch, fashion_mnist, next_tokens, split, text, text_bytes
 from benchmarks.lib.models import dense
-from benchmarks.lib.trainings import adamw, entropy, gradient, sgd, squared
-from benchmarks.rate import Batches, Data, Workload, bn_cnn
+from benchmarks.lib.trainings import adamw, entropy, epochs, gradient, sgd, squared
+from benchmarks.rate import Data, Workload, bn_cnn
 from benchmarks.zoo.parts import Attention, LowRank, Recurrent
 
 STEPS = 1000
@@ -95,7 +95,8 @@ def pretrained() -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = Attention(256, SHORT, 48, 2)
     optimizer = adamw(model, 3e-3)
-    for batch in itertools.islice(Batches(text_bytes(8000, SHORT), 16, 0), 600):
+    batches = epochs(text_bytes(8000, SHORT), 16, torch.Generator().manual_seed(0))
+    for batch in itertools.islice(batches, 600):
         gradient(optimizer, entropy(model, batch))
         optimizer.step()
     return model.state_dict()

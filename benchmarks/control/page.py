@@ -66,8 +66,9 @@ Time that a method adds to that of the training alone, and the steps that leaves
 over {MEASURED} steps, before and after which the training is timed without it. Models this small take milliseconds a
 step, most of it Python's, and so is most of what a monitor takes: the longer a step, the less it counts.
 """
-REMARK = """What the guard reads within its budget depends on the clock, and so does whether it skips a step: the training with
-BatchNorm at ×0.1, made six times, had a step skipped in three of them, and was the same to the bit in the others.
+REMARK = """What the guard reads within its budget depends on the clock, and so does whether it skips a step. The
+training with BatchNorm at ×0.1, made six times, had a step skipped in three of them, and was the same to the bit in the
+others.
 """
 
 

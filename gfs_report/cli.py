@@ -316,7 +316,7 @@ def rate(
     """Find a learning rate before the training, by trying it out: one rate with its range, and what it rests on.
 
     A ramp, a run whose rate rises from step to step, shows where the loss is lost. Short runs of your own schedule,
-    from a fifth of the steps on, then decide, on validation data where there are some.
+    a tenth of the steps over a tenth of the data, then decide, on validation data where there are some.
 
     Nothing is saved, logged elsewhere or run after the training. Leaves `index.html` and `rate.json`:
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bokeh.embed import components
 from bokeh.plotting import figure
@@ -35,6 +36,40 @@ class Notes(NamedTuple):
 
 
 Section = Picture | Table | Notes
+
+
+class Found(Protocol):
+    """What was found of a job."""
+
+    @property
+    def lead(self) -> list[str]:
+        """What matters, in a few sentences."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for programs."""
+
+
+def write_found(out: Path, name: str, found: Found, *, title: str, sections: Sequence[Section]) -> Path:
+    """Write the page of what was found of a job, ``index.html``, and ``NAME.json`` beside it; the path of the page.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    page = out / "index.html"
+    write_page(page, title=title, lead=found.lead, sections=sections)
+    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+    (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return page
+
+
+def of_job(facts: Mapping[str, Any]) -> Table:
+    """What is known of model, data and optimizer of a job."""
+    rows = [
+        (name.replace("_", " "), str(value))
+        for name, value in facts.items()
+        if not isinstance(value, dict) and value not in (None, "") and name != "free_bytes"
+    ]
+    return Table("The job", "As it was found.", ("fact", "value"), rows)
 
 
 def write_page(

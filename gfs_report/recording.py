@@ -46,7 +46,8 @@ class Recorder:
         self._micro = 0  # … and their number
         self._waiting: list[tuple[int, Tensor | None, float, float]] = []
         self._bad = 0
-        self._losses: list[float] = []  # of a job whose rates are planned
+        self._losses: list[float] = []  # of a job whose rates are planned …
+        self._lost = False  # … and whether they are lost
         self._file = (folder / "metrics.csv").open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._csv.writerow(["step", "train_loss", "seconds", "learning_rate"])
@@ -73,7 +74,7 @@ class Recorder:
     @property
     def lost(self) -> bool:
         """Whether its loss is lost, as far as it was looked at."""
-        return self._bad >= _NOT_FINITE or (self.plan.rates is not None and is_lost(self._losses))
+        return self._bad >= _NOT_FINITE or self._lost
 
     def end(self) -> None:
         """Write what is known."""
@@ -88,8 +89,9 @@ class Recorder:
         for step, loss, seconds, rate in self._waiting:
             value = None if loss is None else float(loss)
             self._bad = self._bad + 1 if value is not None and not math.isfinite(value) else 0
-            if value is not None and self.plan.rates is not None and not is_lost(self._losses):
+            if value is not None and self.plan.rates is not None and not self._lost:
                 self._losses.append(value)
+                self._lost = is_lost(self._losses)
             self._csv.writerow([step, "" if value is None else repr(value), f"{seconds:.6f}", repr(rate)])
         self._waiting = []
         self._file.flush()

@@ -96,10 +96,10 @@ class Plateau:
 
     def _begin(self) -> str:
         """Try a lower rate, if the loss rests."""
-        means = [*self._means]
-        fallen, error = _fall(means[:STRETCH], means[STRETCH:])
         if self._waited < self._wait or self._rate < self._peak:
             return ""
+        means = [*self._means]
+        fallen, error = _fall(means[:STRETCH], means[STRETCH:])
         if fallen + error > RESTS * self._progress:
             return ""
         self._before = means[-2 * TRIED :]

@@ -278,18 +278,16 @@ class Rescuing:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next decision depends on. Snapshots are not saved: the first one of a resumed run is taken anew."""
-        lowered = None if self.lowered is None else self.lowered.state_dict()
-        start = None if self.start is None else self.start.state_dict()
-        plateau = None if self.plateau is None else self.plateau.state_dict()
-        return {"rescue": self.rescue.state_dict(), "lowered": lowered, "start": start, "plateau": plateau}
+        shares = {name: None if of is None else of.state_dict() for name, of in self._shares().items()}
+        return {"rescue": self.rescue.state_dict(), **shares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.rescue.load_state_dict(state["rescue"])
-        if self.lowered is not None and state["lowered"] is not None:
-            self.lowered.load_state_dict(state["lowered"])
-        if self.start is not None and state.get("start") is not None:
-            self.start.load_state_dict(state["start"])
-        if self.plateau is not None and state.get("plateau") is not None:
-            self.plateau.load_state_dict(state["plateau"])
+        for name, of in self._shares().items():
+            if of is not None and state[name] is not None:
+                of.load_state_dict(state[name])
         self.snapshots.drop()
+
+    def _shares(self) -> dict[str, Lowered | Start | Plateau | None]:
+        return {"lowered": self.lowered, "start": self.start, "plateau": self.plateau}

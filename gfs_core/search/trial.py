@@ -30,8 +30,9 @@ from gfs_core.search.schedule import Setting
 
 FEWEST = 100  # steps of a training, in which nothing can be tried out that is shorter
 JUDGED = 32  # batches of the validation data, on which a pilot is judged …
-_LAST = 16  # … or its last steps, whose losses are those of batches that it is trained on only then
-MEASURED = GFSConfig(tier="running", every=2, max_overhead=None, alarm="off")  # what a ramp is measured with
+LAST = 16  # … or its last steps, whose losses are those of batches that it is trained on only then
+OPTIONS: dict[str, Any] = {"tier": "running", "every": 2, "max_overhead": None, "alarm": "off"}  # of a ramp
+MEASURED = GFSConfig(**OPTIONS)
 
 Progress = Callable[[str, int], object]
 
@@ -169,7 +170,7 @@ class Trials:
         name, factors = f"pilot at {rate:.2g}", [rate / self.users] * steps
         trial = self._run(Trial(name, shape, factors, False, self._progress, share))
         losses = [p.loss for p in trial.points]
-        judged = [] if trial.lost else losses[-_LAST:] if trial.judged is None else trial.judged
+        judged = [] if trial.lost else losses[-LAST:] if trial.judged is None else trial.judged
         return Pilot.of(rate, steps, losses, judged, self._start(), share)
 
     def _start(self) -> float | None:

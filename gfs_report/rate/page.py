@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from gfs_core.search.found import FoundRate
 from gfs_core.search.pilots import Pilot
-from gfs_report.page import Notes, Section, Table, write_page
+from gfs_report.page import Notes, Section, Table, of_job, write_found
 from gfs_report.plots import BLUE, COLOURS, ORANGE, Line, Picture
 from gfs_report.rate.search import FoundForJob
 from gfs_report.runs import Curve
@@ -23,20 +22,11 @@ def write_rate(found: FoundForJob, out: Path) -> Path:
     Raises:
         OSError: ``out`` cannot be written.
     """
-    page = out / "index.html"
-    write_page(page, title=f"A learning rate for {found.target}", lead=found.lead, sections=_sections(found))
-    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-    (out / "rate.json").write_text(text + "\n", encoding="utf-8")
-    return page
+    return write_found(out, "rate", found, title=f"A learning rate for {found.target}", sections=_sections(found))
 
 
 def _sections(found: FoundForJob) -> list[Section]:
     rate = found.rate
-    facts = [
-        (name.replace("_", " "), str(value))
-        for name, value in found.facts.items()
-        if not isinstance(value, dict) and value not in (None, "") and name != "free_bytes"
-    ]
     return [
         Notes("What it is unsure of", rate.unsure),
         _pilots(rate),
@@ -48,7 +38,7 @@ def _sections(found: FoundForJob) -> list[Section]:
             [_row(p) for p in rate.pilots],
         ),
         *_ramp(rate),
-        Table("The job", "As it was found.", ("fact", "value"), facts),
+        of_job(found.facts),
     ]
 
 

@@ -15,14 +15,11 @@ from gfs_core import ConfigError
 from gfs_core.search.found import FoundRate, search
 from gfs_core.search.pilots import Pilot
 from gfs_core.search.ramp import Point, Ramp, is_lost
-from gfs_core.search.trial import FEWEST
+from gfs_core.search.trial import FEWEST, LAST, OPTIONS, check_steps
 from gfs_report import jobs
 from gfs_report.runs import Run, read_run
 
-_MEASURED = 2  # steps between ratios in a ramp
-_LAST = 16  # steps of a pilot, by whose losses it is judged where there are no validation data
 _OF_A_STEP = ("threshold", "no_threshold", "preconditioned", "vector_bytes")  # facts that say nothing of the whole run
-_RAMP = {"tier": "running", "every": _MEASURED, "max_overhead": None, "alarm": "off"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ def find(
     """
     if steps is None and job.kind == "path":
         raise ConfigError(f"{job.name} brings no number of steps; give --steps, those of the whole training")
-    if steps is not None and steps < FEWEST:
-        raise ConfigError(f"`steps` must be ≥ {FEWEST}, for shorter runs to tell something of it; got {steps}")
+    if steps is not None:
+        check_steps(steps)
     for old in (*out.glob("ramp"), *out.glob("start"), *out.glob("pilot-*")):  # of an earlier search in this folder
         if (old / "output.txt").is_file():
             shutil.rmtree(old)
@@ -125,7 +122,7 @@ class _Jobs:
     def ramp(self, first: float, growth: float, most: int) -> Ramp:
         """A training whose rate rises from ``first`` by a factor in each step, at most so many times."""
         rates = [first * growth**i for i in range(most)]
-        run, _ = self._run("ramp", jobs.Plan(most, _RAMP, rates=rates))
+        run, _ = self._run("ramp", jobs.Plan(most, OPTIONS, rates=rates))
         return Ramp.of(points_of(run))
 
     def pilot(self, rate: float, steps: int, share: float) -> Pilot:
@@ -137,7 +134,7 @@ class _Jobs:
         losses = [point.loss for point in points_of(run)]
         judged: list[float] = []
         if outcome is not None and outcome.ended != "diverged":
-            judged = outcome.facts.get("judged") or losses[-_LAST:]
+            judged = outcome.facts.get("judged") or losses[-LAST:]
         return Pilot.of(rate, steps, losses, judged, self._start, share)
 
     def _run(self, name: str, plan: jobs.Plan) -> tuple[Run, jobs.Outcome | None]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gfs_report.advice import BUDGET, interval
-from gfs_report.page import Notes, Section, Table, write_page
+from gfs_report.page import Notes, Section, Table, of_job, write_found
 from gfs_report.plots import BLUE, COLOURS, ORANGE, PINK, SKY, Line, Picture
 from gfs_report.runs import Curve, Run
 from gfs_report.trial.checks import CADENCE, Rate, band
@@ -22,20 +21,11 @@ def write_pilot(found: Pilot, out: Path) -> Path:
     Raises:
         OSError: ``out`` cannot be written.
     """
-    page = out / "index.html"
-    write_page(page, title=f"Pilot of {found.target}", lead=found.lead, sections=_sections(found))
-    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-    (out / "pilot.json").write_text(text + "\n", encoding="utf-8")
-    return page
+    return write_found(out, "pilot", found, title=f"Pilot of {found.target}", sections=_sections(found))
 
 
 def _sections(found: Pilot) -> list[Section]:
     asked = [f"{c.question} {c.answer.capitalize()}. {c.evidence}" for c in found.checks]
-    facts = [
-        (name.replace("_", " "), str(value))
-        for name, value in found.facts.items()
-        if not isinstance(value, dict) and value not in (None, "") and name != "free_bytes"
-    ]
     warnings = [
         f"×{factor:g}, step {m.step}, {m.word}: {m.reason}" for factor, run in found.runs.items() for m in run.marks
     ]
@@ -55,7 +45,7 @@ def _sections(found: Pilot) -> list[Section]:
         _prices(found),
         *([Notes("Early warnings", warnings)] if warnings else []),
         Notes("What is not proved, and what was not seen", found.limits),
-        Table("The job", "As it was found.", ("fact", "value"), facts),
+        of_job(found.facts),
     ]
 
 
